@@ -1,0 +1,127 @@
+"""The losses of VAPO (arXiv 2504.05118), each over a part of a minibatch.
+
+A loss takes the tokens of one part (a micro-batch on one rank) together with the denominator of the whole minibatch,
+and returns its share of the minibatch's loss. Shares add up, and so do their gradients, however the minibatch is split
+over micro-batches and ranks.
+
+T response tokens of the part, packed; B its responses.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Beyond e^20 the ratio means nothing, but exp overflowing to inf would turn even clipped gradients into 0 * inf = NaN.
+MAX_LOG_RATIO = 20.0
+
+
+def token_weights(
+    lengths_B: Tensor, reduction: Literal["token", "sample"], total_tokens: int, total_samples: int
+) -> Tensor:
+    """Weight of every token in the minibatch's loss, float32 [T]; over the whole minibatch they sum to 1.
+
+    "token": `1 / total_tokens`, every token alike (VAPO, DAPO).
+    "sample": `1 / (total_samples * length)`, every response alike (the PPO baseline).
+    lengths_B belongs to the part; total_tokens and total_samples (responses) to the whole minibatch.
+    """
+    if reduction == "token":
+        weights_B = torch.full_like(lengths_B, 1 / total_tokens, dtype=torch.float32)
+    elif reduction == "sample":
+        weights_B = 1 / (total_samples * lengths_B.float())
+    else:
+        raise ValueError(f"reduction must be 'token' or 'sample', not {reduction!r}")
+    return weights_B.repeat_interleave(lengths_B)
+
+
+def policy_loss(
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    weights_T: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    importance_T: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped policy loss `-sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)` and its statistics.
+
+    `r = exp(logprobs - old_logprobs)`; clip_high > clip_low is clip-higher (VAPO, 4.3), weights_T comes from
+    `token_weights`. dual_clip = c > 1 + clip_high bounds the objective of negative advantages below by `c A` (dual-clip
+    PPO, arXiv 1912.09729). importance_T multiplies every token's objective (see `importance_correction`).
+
+    Returns the scalar loss and detached scalars that are sums weighted by weights_T: added over a minibatch's parts
+    they are its means. clip_fraction_low, _high, _dual: share of tokens whose gradient that bound cut off; kl_k1 and
+    kl_k3: estimates of KL(old || new) (Schulman, "Approximating KL divergence").
+    """
+    log_ratio_T = (logprobs_T - old_logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_T = log_ratio_T.exp()
+    objective_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    if dual_clip is not None:
+        bounded_T = torch.maximum(objective_T, dual_clip * advantages_T)
+        objective_T = torch.where(advantages_T < 0, bounded_T, objective_T)
+    if importance_T is not None:
+        objective_T = objective_T * importance_T
+
+    log_ratio_T, ratio_T = log_ratio_T.detach(), ratio_T.detach()
+    dual_T = (ratio_T > dual_clip) & (advantages_T < 0) if dual_clip is not None else torch.zeros_like(ratio_T)
+    per_token = {
+        "clip_fraction_low": (ratio_T < 1 - clip_low) & (advantages_T < 0),
+        "clip_fraction_high": (ratio_T > 1 + clip_high) & (advantages_T > 0),
+        "clip_fraction_dual": dual_T,
+        "kl_k1": -log_ratio_T,
+        "kl_k3": log_ratio_T.expm1() - log_ratio_T,
+    }
+    return -(weights_T * objective_T).sum(), {name: (weights_T * x_T).sum() for name, x_T in per_token.items()}
+
+
+def value_loss(
+    values_T: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    old_values_T: Tensor | None = None,
+    clip: float | None = None,
+) -> Tensor:
+    """Value loss `sum_t w_t 1/2 (V_t - R_t)^2`, scalar (VC-PPO).
+
+    With clip, PPO's pessimistic form: the larger of the errors of V and of V clipped to old_values_T +- clip, which are
+    the values at rollout time. Raises ValueError when clip comes without old_values_T.
+    """
+    error_T = (values_T - targets_T).square()
+    if clip is not None:
+        if old_values_T is None:
+            raise ValueError("value clipping needs old_values_T")
+        clipped_values_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+        error_T = torch.maximum(error_T, (clipped_values_T - targets_T).square())
+    return 0.5 * (weights_T * error_T).sum()
+
+
+def positive_lm_loss(logprobs_T: Tensor, positive_mask_T: Tensor, positive_tokens_total: int) -> Tensor:
+    """Positive-example language-model loss, scalar: `-sum_{t positive} log pi_t / positive tokens` (VAPO, 4.3).
+
+    positive_mask_T (bool) marks the tokens of correct responses, positive_tokens_total counts them over the whole
+    minibatch. Without any the loss and its gradient are 0.
+    """
+    positive_logprobs_T = torch.where(positive_mask_T, logprobs_T, 0.0)
+    return -positive_logprobs_T.sum() / max(positive_tokens_total, 1)
+
+
+def importance_correction(
+    train_logprobs_T: Tensor,
+    rollout_logprobs_T: Tensor,
+    mode: Literal["off", "truncate", "mask"],
+    cap: float,
+) -> Tensor | None:
+    """Per-token weights [T] for sampling with an engine whose log-probs differ from the trainer's; no gradient.
+
+    With `rho = exp(train - rollout)`, both of the weights that sampled: "truncate" gives `min(rho, cap)` (truncated
+    importance sampling), "mask" gives rho, or 0 where rho > cap, and "off" None.
+    """
+    if mode == "off":
+        return None
+    ratio_T = (train_logprobs_T - rollout_logprobs_T).detach().exp()
+    if mode == "truncate":
+        return ratio_T.clamp(max=cap)
+    if mode == "mask":
+        return torch.where(ratio_T > cap, 0.0, ratio_T)
+    raise ValueError(f"mode must be 'off', 'truncate' or 'mask', not {mode!r}")

@@ -1,0 +1,30 @@
+"""Packed ragged batches: the tokens of all responses one after another, and where each response begins.
+
+`cu_seqlens [B+1]` (int64) holds the offsets: response i owns tokens `cu_seqlens[i] : cu_seqlens[i + 1]`.
+T response tokens, B responses.
+"""
+
+import torch
+from torch import Tensor
+
+
+def response_lengths(cu_seqlens: Tensor) -> Tensor:
+    """Tokens of each response [B]. Raises ValueError for offsets that do not start at 0 or an empty response."""
+    if cu_seqlens[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, not at {int(cu_seqlens[0])}")
+    lengths_B = cu_seqlens.diff()
+    if (lengths_B < 1).any():
+        empty = int((lengths_B < 1).nonzero()[0])
+        raise ValueError(f"every response needs at least one token, response {empty} has {int(lengths_B[empty])}")
+    return lengths_B
+
+
+def to_tokens(x_B: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Give every token its response's number: [B] -> [T]."""
+    return x_B.repeat_interleave(response_lengths(cu_seqlens), output_size=int(cu_seqlens[-1]))
+
+
+def token_positions(cu_seqlens: Tensor) -> Tensor:
+    """Position of every token inside its own response, from 0 [T]."""
+    starts_T = to_tokens(cu_seqlens[:-1], cu_seqlens)
+    return torch.arange(len(starts_T), device=cu_seqlens.device) - starts_T

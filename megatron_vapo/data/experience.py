@@ -1,0 +1,97 @@
+"""The one batch type that flows through the loop: ragged responses, packed, never padded rectangles.
+
+Legend: B responses, T response tokens of the batch, N tokens of prompts and responses together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Responses with what the engine, the reward and the models say of them; every process holds the same one."""
+
+    tokens: Tensor
+    """[N] int64, each prompt followed by its response."""
+    prompt_lengths: Tensor
+    """[B] int64."""
+    response_lengths: Tensor
+    """[B] int64, each at least 1, the end token included."""
+    groups: Tensor
+    """[B] int64, equal for the samples of one prompt."""
+    truncated: Tensor
+    """[B] bool, the response hit its limit before its end token."""
+    rollout_logprobs: Tensor
+    """[T] float32, log-probs under which the engine drew the tokens."""
+    outcomes: Tensor
+    """[B] float32, what the checker said, +1 or -1."""
+    rewards: Tensor
+    """[B] float32, what is trained on: the outcome, and penalties where set."""
+    logprobs: Tensor | None = None
+    """[T] float32, the actor's before this batch's updates."""
+    entropy: Tensor | None = None
+    """[T] float32, of the actor's distribution at each token."""
+    values: Tensor | None = None
+    """[T] float32, the critic's before this batch's updates."""
+    advantages: Tensor | None = None
+    """[T] float32."""
+    returns: Tensor | None = None
+    """[T] float32, the critic's targets."""
+
+    def __len__(self) -> int:
+        return len(self.response_lengths)
+
+    @cached_property
+    def sequence_lengths(self) -> Tensor:
+        """[B] tokens of prompt and response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[B + 1] where each response starts among the T response tokens."""
+        return offsets(self.response_lengths)
+
+    @property
+    def correct(self) -> Tensor:
+        """[B] bool."""
+        return self.outcomes > 0
+
+    def per_token(self, per_response_B: Tensor) -> Tensor:
+        """Spread one number a response over its tokens: [B] -> [T]."""
+        return per_response_B.repeat_interleave(self.response_lengths)
+
+    def select(self, indices: Tensor) -> Experience:
+        """The responses `indices [b]`, in that order."""
+        token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
+        sequence_starts = offsets(self.sequence_lengths)[:-1][indices]
+        rows = {
+            "tokens": ranges(sequence_starts, self.sequence_lengths[indices]),
+            **dict.fromkeys(_PER_TOKEN, token_rows),
+        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
+
+    @staticmethod
+    def concatenate(parts: list[Experience]) -> Experience:
+        """One batch after the other; group numbers must already differ between parts."""
+        names = [f.name for f in fields(Experience) if getattr(parts[0], f.name) is not None]
+        return Experience(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
+
+_PER_TOKEN = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """[n] lengths -> [n + 1] offsets, int64."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The numbers start .. start + length - 1 of every pair, one after another."""
+    within = torch.arange(int(lengths.sum())) - offsets(lengths)[:-1].repeat_interleave(lengths)
+    return starts.repeat_interleave(lengths) + within

@@ -1,0 +1,146 @@
+"""Micro-batches: responses balanced over data-parallel ranks and packed one after another up to a token budget.
+
+Every process makes the same plan from the lengths alone, so nothing is communicated. Order of samples never changes a
+loss, because losses carry denominators of the whole minibatch.
+
+Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vapo.data.experience import Experience, offsets, ranges
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences, and where in them the response tokens are predicted. Padding continues a sequence at its end,
+    where causal order hides it."""
+
+    tokens: Tensor
+    """[S] int64."""
+    positions: Tensor
+    """[S] int64, within each sequence."""
+    cu_seqlens: Tensor
+    """[n + 1] int64, padding included."""
+    predictors: Tensor
+    """[t] rows of S whose output predicts a response token: the row before it."""
+    targets: Tensor
+    """[t] the response tokens."""
+    token_index: Tensor
+    """[t] where these tokens stand among the T response tokens of the batch."""
+
+    def context_shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
+        """The rows of one context-parallel rank: chunks `rank` and `2 * size - 1 - rank` of each sequence's 2 * size
+        (zig-zag, which balances causal attention). `cu_seqlens` stays that of the whole sequences."""
+        if cp_size == 1:
+            return self
+        rows = _zigzag_rows(self.cu_seqlens, cp_rank, cp_size)
+        local = torch.full_like(self.tokens, -1)
+        local[rows] = torch.arange(len(rows))
+        mine = local[self.predictors] >= 0
+        return MicroBatch(
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            cu_seqlens=self.cu_seqlens,
+            predictors=local[self.predictors[mine]],
+            targets=self.targets[mine],
+            token_index=self.token_index[mine],
+        )
+
+
+def _zigzag_rows(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    chunk = cu_seqlens.diff() // (2 * cp_size)
+    starts = torch.stack([cu_seqlens[:-1] + n * chunk for n in (cp_rank, 2 * cp_size - 1 - cp_rank)], dim=1)
+    return ranges(starts.flatten(), chunk.repeat_interleave(2))
+
+
+@dataclass(frozen=True)
+class PackingRule:
+    """What the layout asks of micro-batches."""
+
+    token_budget: int
+    """Tokens of a micro-batch at most (one longer sequence still gets a micro-batch of its own)."""
+    sequence_multiple: int = 1
+    """Each sequence is padded to a multiple of this (2 x context-parallel size)."""
+    total_multiple: int = 1
+    """The micro-batch is padded to a multiple of this (tensor-parallel size under sequence parallelism)."""
+    fixed_total: bool = False
+    """Pad every micro-batch to the budget (interleaved pipeline schedules need equal lengths)."""
+    count_multiple: int = 1
+    """Micro-batches a rank come in multiples of this (interleaved pipeline schedules)."""
+
+
+def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list[list[list[int]]]:
+    """Responses of each micro-batch of each data-parallel rank, `[dp_size][micro-batches][responses]`.
+
+    The number of micro-batches is the same on every rank, as pipeline schedules need; a micro-batch may be empty. The
+    longest sequence goes first, always to the lightest micro-batch, which keeps them within a few percent.
+    """
+    padded = _round_up(lengths, rule.sequence_multiple).tolist()
+    budget = max(rule.token_budget, max(padded))
+    count = max(1, -(-sum(padded) // (budget * dp_size)))
+    while True:
+        count = -(-count // rule.count_multiple) * rule.count_multiple
+        bins = _lightest_first(padded, count * dp_size)
+        if max(sum(padded[i] for i in members) for members in bins) <= budget:
+            return [bins[rank::dp_size] for rank in range(dp_size)]
+        count += 1
+
+
+def _lightest_first(lengths: list[int], count: int) -> list[list[int]]:
+    heap = [(0, b) for b in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        load, b = heapq.heappop(heap)
+        bins[b].append(i)
+        heapq.heappush(heap, (load + lengths[i], b))
+    # Heavier micro-batches first, so that the ranks' n-th ones are alike.
+    bins = [sorted(members) for members in bins]
+    return sorted(bins, key=lambda members: -sum(lengths[i] for i in members))
+
+
+def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch:
+    """Pack the responses `members` of a batch with their prompts."""
+    chosen = torch.tensor(members, dtype=torch.int64)
+    lengths = batch.sequence_lengths[chosen]
+    padded = _padded_lengths(lengths, rule)
+    cu_seqlens = offsets(padded)
+    starts = cu_seqlens[: len(chosen)]
+    tokens = torch.zeros(int(cu_seqlens[-1]), dtype=torch.int64)
+    sequence_starts = offsets(batch.sequence_lengths)[:-1][chosen]
+    tokens[ranges(starts, lengths)] = batch.tokens[ranges(sequence_starts, lengths)]
+    responses = batch.response_lengths[chosen]
+    first_predictor = starts + batch.prompt_lengths[chosen] - 1
+    predictors = ranges(first_predictor, responses)
+    return MicroBatch(
+        tokens=tokens,
+        positions=ranges(torch.zeros_like(padded), padded),
+        cu_seqlens=cu_seqlens,
+        predictors=predictors,
+        targets=tokens[predictors + 1],
+        token_index=ranges(batch.cu_seqlens[:-1][chosen], responses),
+    )
+
+
+def _padded_lengths(lengths: Tensor, rule: PackingRule) -> Tensor:
+    """Sequence lengths with padding; an empty micro-batch is one sequence of padding."""
+    padded = _round_up(lengths, rule.sequence_multiple)
+    total = int(padded.sum())
+    unit = rule.sequence_multiple * rule.total_multiple
+    target = max(-(-total // unit), 1) * unit
+    if rule.fixed_total:
+        target = max(target, rule.token_budget)
+    if not len(padded):
+        return torch.tensor([target])
+    padded[-1] += target - total
+    return padded
+
+
+def _round_up(lengths: Tensor, multiple: int) -> Tensor:
+    return (lengths + multiple - 1) // multiple * multiple

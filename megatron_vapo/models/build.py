@@ -1,0 +1,41 @@
+"""Pipeline stages of a model on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vapo.models.layer_specs import block_spec
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.table import padded_vocabulary
+
+
+def build_chunks(
+    config: TransformerConfig, architecture: Architecture, module: Callable[..., GPTModel], device: torch.device
+) -> list[GPTModel]:
+    """One model chunk for each virtual stage of this pipeline rank (one where the schedule is not interleaved)."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    return [_chunk(config, architecture, module, stage).to(device) for stage in (range(virtual) if virtual else [None])]
+
+
+def _chunk(
+    config: TransformerConfig, a: Architecture, module: Callable[..., GPTModel], vp_stage: int | None
+) -> GPTModel:
+    return module(
+        config=config,
+        transformer_layer_spec=block_spec(config, vp_stage),
+        vocab_size=padded_vocabulary(a.vocab, config.tensor_model_parallel_size),
+        max_sequence_length=a.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=a.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=a.rope_base,
+        rope_scaling=a.rope_factor is not None,
+        rope_scaling_factor=a.rope_factor or 8.0,
+        vp_stage=vp_stage,
+    )

@@ -1,0 +1,122 @@
+"""Parallel layouts: Megatron's process groups for actor and critic, each with its own, in one world of processes.
+
+Megatron keeps its groups in module globals of `parallel_state`. A `ParallelLayout` owns one set of them and puts it in
+place while its model works (`with layout.active():`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.tensor_parallel import random as megatron_random
+
+from megatron_vapo.config import RoleConfig
+from megatron_vapo.errors import LayoutError
+
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def init_world() -> None:
+    """Join the processes that torchrun or srun started; alone, be a world of one."""
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def check_world(name: str, role: RoleConfig, world_size: int) -> None:
+    """Refuse a layout that this number of processes cannot form.
+
+    Raises:
+        LayoutError: names the keys and the sizes that would do.
+    """
+    model = role.tensor_parallel * role.pipeline_parallel * role.context_parallel
+    if world_size % model:
+        raise LayoutError(
+            f"{name}: tensor_parallel {role.tensor_parallel} x pipeline_parallel {role.pipeline_parallel} x "
+            f"context_parallel {role.context_parallel} = {model} does not divide the {world_size} processes: start a "
+            f"multiple of {model} processes (torchrun --nproc-per-node) or lower one of the three"
+        )
+    expert = role.expert_tensor_parallel * role.expert_parallel * role.pipeline_parallel
+    if world_size % expert:
+        raise LayoutError(
+            f"{name}: expert_tensor_parallel {role.expert_tensor_parallel} x expert_parallel {role.expert_parallel} x "
+            f"pipeline_parallel {role.pipeline_parallel} = {expert} does not divide the {world_size} processes"
+        )
+
+
+class ParallelLayout:
+    """Process groups of one layout over all processes."""
+
+    def __init__(self, role: RoleConfig, seed: int) -> None:
+        self._state = _fresh_state()
+        with self.active():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=role.tensor_parallel,
+                pipeline_model_parallel_size=role.pipeline_parallel,
+                virtual_pipeline_model_parallel_size=role.virtual_pipeline,
+                context_parallel_size=role.context_parallel,
+                expert_model_parallel_size=role.expert_parallel,
+                expert_tensor_parallel_size=role.expert_tensor_parallel,
+            )
+            tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
+            self.tp_size = role.tensor_parallel
+            self.tp_group = parallel_state.get_tensor_model_parallel_group()
+            self.pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+            self.pp_size = role.pipeline_parallel
+            self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+            self.cp_rank = parallel_state.get_context_parallel_rank()
+            self.cp_size = role.context_parallel
+            self.dp_rank = parallel_state.get_data_parallel_rank()
+            self.dp_size = parallel_state.get_data_parallel_world_size()
+
+    @property
+    def owns_outputs(self) -> bool:
+        """Whether this rank speaks for its tokens: last pipeline stage, first tensor-parallel rank."""
+        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Put this layout's groups and random states where Megatron looks for them."""
+        outer = _read_state()
+        _write_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = _read_state()
+            _write_state(outer)
+
+
+def _state_names() -> list[str]:
+    return [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+
+
+def _read_state() -> dict[str, Any]:
+    state = {name: getattr(parallel_state, name) for name in _state_names()}
+    return state | {"tracker": megatron_random._CUDA_RNG_STATE_TRACKER}
+
+
+def _write_state(state: dict[str, Any]) -> None:
+    for name in _state_names():
+        setattr(parallel_state, name, state[name])
+    megatron_random._CUDA_RNG_STATE_TRACKER = state["tracker"]
+
+
+_UNSET = _read_state()
+
+
+def _fresh_state() -> dict[str, Any]:
+    return dict(_UNSET)

@@ -1,0 +1,55 @@
+"""Megatron's AdamW and learning-rate schedule from a role's settings."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vapo import config as settings
+
+_FOREVER = 1 << 62
+
+
+def build_optimizer(
+    role: settings.RoleConfig, config: TransformerConfig, chunks: list[torch.nn.Module]
+) -> MegatronOptimizer:
+    """AdamW without decay on norms and biases; float32 main parameters beside bfloat16 ones; ZeRO-1 where set."""
+    chosen = role.optimizer
+    megatron = OptimizerConfig(
+        optimizer="adam",
+        lr=chosen.learning_rate,
+        min_lr=chosen.learning_rate,
+        weight_decay=chosen.weight_decay,
+        adam_beta1=chosen.beta1,
+        adam_beta2=chosen.beta2,
+        adam_eps=chosen.epsilon,
+        clip_grad=chosen.clip_grad,
+        bf16=config.bf16,
+        params_dtype=config.params_dtype,
+        use_distributed_optimizer=role.distributed_optimizer,
+    )
+    return get_megatron_optimizer(megatron, chunks, config_overrides=get_standard_config_overrides(megatron))
+
+
+def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Linear warm-up, then constant; one step per optimizer step. Weight decay reaches the groups through it too."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if chosen.warmup_steps else chosen.learning_rate,
+        max_lr=chosen.learning_rate,
+        min_lr=chosen.learning_rate,
+        lr_warmup_steps=chosen.warmup_steps,
+        lr_decay_steps=_FOREVER,
+        lr_decay_style="constant",
+        start_wd=chosen.weight_decay,
+        end_wd=chosen.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

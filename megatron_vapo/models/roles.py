@@ -1,0 +1,86 @@
+"""Actor and critic: what each makes of the transformer's output."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vapo.config import RoleConfig
+from megatron_vapo.data.packing import MicroBatch
+from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.models.trainable import Outputs, Trainable
+from megatron_vapo.models.vocab_parallel import logprob_and_entropy
+from megatron_vapo.weights.architecture import Architecture
+
+
+class Actor(Trainable):
+    """The policy. Its outputs are log-prob and entropy of each response token at the sampling temperature."""
+
+    def __init__(
+        self,
+        role: RoleConfig,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__("actor", role, architecture, dtype, layout)
+        self.temperature = temperature
+
+    def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
+        return GPTModel(config=config, **stage)
+
+    def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
+        logits = output[0].index_select(0, micro.predictors.to(self.device))
+        return logprob_and_entropy(
+            logits,
+            micro.targets.to(self.device),
+            vocab=self.architecture.vocab,
+            temperature=self.temperature,
+            group=self.layout.tp_group,
+        )
+
+
+class Critic(Trainable):
+    """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
+    sampling temperature."""
+
+    def __init__(
+        self, role: RoleConfig, architecture: Architecture, dtype: torch.dtype, layout: ParallelLayout
+    ) -> None:
+        super().__init__("critic", role, architecture, dtype, layout)
+
+    def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
+        return ValueModel(config=config, **stage)
+
+    def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
+        return (output[0, :, 0].index_select(0, micro.predictors.to(self.device)).float(),)
+
+
+class ValueModel(GPTModel):
+    """GPTModel whose output layer is one number per token. The final norm stays, as in a sequence classifier."""
+
+    def __init__(self, config: TransformerConfig, **stage: object) -> None:
+        super().__init__(config=config, **stage)
+        if self.post_process:
+            self.output_layer = ValueHead(config)
+
+
+class ValueHead(torch.nn.Linear):
+    """hidden -> 1 with the signature of Megatron's output layer, whole on every tensor-parallel rank."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+        self._sequence_parallel = config.sequence_parallel
+
+    def forward(
+        self, hidden: Tensor, weight: None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """hidden [S, 1, H] (a part of S under sequence parallelism) -> values [S, 1, 1]."""
+        if self._sequence_parallel:
+            # Each rank computes all values, so the gradient that flows back is whole already and only split.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return super().forward(hidden), None

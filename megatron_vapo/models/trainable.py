@@ -1,0 +1,213 @@
+"""One trained model in its parallel layout: forward over a batch, one optimizer step on a minibatch, Megatron's way.
+
+Legend: B responses, T response tokens of a batch, t response tokens of a micro-batch on this rank, S its packed tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vapo.config import RoleConfig
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches
+from megatron_vapo.models.attention import pack_sequences
+from megatron_vapo.models.build import build_chunks
+from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
+from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.weights.architecture import Architecture
+
+Outputs = tuple[Tensor, ...]
+"""What a model says of each response token, tensors [t]: (log-prob, entropy) of an actor, (value,) of a critic."""
+
+Loss = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics. Shares add
+up over micro-batches and ranks, because their denominators are those of the whole minibatch."""
+
+
+class Trainable(ABC):
+    """A Megatron model with its layout, optimizer and schedule.
+
+    Args:
+        name: "actor" or "critic", for messages.
+        role: layout, batching and optimizer.
+        architecture: of the Hugging Face checkpoint it is loaded from.
+        dtype: of parameters and activations.
+        layout: process groups; equal layouts may be shared between roles.
+    """
+
+    def __init__(
+        self, name: str, role: RoleConfig, architecture: Architecture, dtype: torch.dtype, layout: ParallelLayout
+    ) -> None:
+        self.name, self.role, self.architecture, self.layout = name, role, architecture, layout
+        self.device = torch.device(torch.cuda.current_device())
+        self.config = transformer_config(architecture, role, dtype)
+        with layout.active():
+            self.modules: list[GPTModel] = build_chunks(self.config, architecture, self._module, self.device)
+            self.chunks = [self._distribute(i, module) for i, module in enumerate(self.modules)]
+            self._connect_schedule()
+        self.reset_optimizer()
+
+    @abstractmethod
+    def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
+        """Build one pipeline stage."""
+
+    @abstractmethod
+    def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
+        """What the last stage's output [1, S, ...] says of the micro-batch's response tokens."""
+
+    def reset_optimizer(self) -> None:
+        """Fresh optimizer states and schedule on the present parameters."""
+        with self.layout.active():
+            self.optimizer = build_optimizer(self.role, self.config, self.chunks)
+            self.scheduler = build_scheduler(self.role.optimizer, self.optimizer)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def reload_parameters(self) -> None:
+        """Tell the optimizer that parameters were changed from outside (its float32 copies follow)."""
+        with self.layout.active():
+            self.optimizer.reload_model_params()
+
+    @torch.no_grad()
+    def forward(self, batch: Experience) -> Outputs:
+        """Outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
+        micros = self._micro_batches(batch)
+        for chunk in self.chunks:
+            chunk.eval()
+        parts = self._run(micros, _keep_outputs, forward_only=True)
+        return self._assemble(parts, total=int(batch.cu_seqlens[-1]))
+
+    def update(self, minibatch: Experience, loss: Loss) -> dict[str, float]:
+        """One optimizer step. Where loss or gradient is not finite, all ranks skip it together.
+
+        Returns:
+            Totals of the loss's statistics, with `grad_norm`, `learning_rate` and `skipped` (0 or 1).
+        """
+        micros = self._micro_batches(minibatch)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        # Megatron averages over micro-batches and data-parallel ranks; shares of a loss must be summed.
+        scale = len(micros) * self.layout.dp_size
+        parts = self._run(micros, partial(_scaled_loss, loss, scale), forward_only=False)
+        with self.layout.active():
+            step = self._step()
+        return self._total(parts) | step
+
+    def _step(self) -> dict[str, float]:
+        self.optimizer.prepare_grads()
+        clip = self.role.optimizer.clip_grad
+        norm = float(self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm())
+        finite = math.isfinite(norm)
+        if finite:
+            self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not at rate 0
+            self.optimizer.step_with_ready_grads()
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not finite)}
+
+    @property
+    def packing(self) -> PackingRule:
+        """What this layout asks of micro-batches."""
+        role = self.role
+        return PackingRule(
+            token_budget=role.micro_batch_tokens,
+            sequence_multiple=2 * role.context_parallel if role.context_parallel > 1 else 1,
+            total_multiple=role.tensor_parallel if role.sequence_parallel else 1,
+            fixed_total=role.virtual_pipeline is not None,
+            count_multiple=role.pipeline_parallel if role.virtual_pipeline else 1,
+        )
+
+    def _micro_batches(self, batch: Experience) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches."""
+        plan = plan_micro_batches(batch.sequence_lengths, self.layout.dp_size, self.packing)
+        return [pack(batch, members, self.packing) for members in plan[self.layout.dp_rank]]
+
+    def _run(self, micros: list[MicroBatch], finish: Callable, forward_only: bool) -> list:
+        """Megatron's schedule over the micro-batches; what `finish` made of each, on the last pipeline stage."""
+        with self.layout.active():
+            return get_forward_backward_func()(
+                forward_step_func=partial(self._forward_step, finish),
+                data_iterator=[iter(micros) for _ in self.chunks],
+                model=self.chunks,
+                num_microbatches=len(micros),
+                seq_length=self.role.micro_batch_tokens,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+    def _forward_step(
+        self, finish: Callable, micros: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable]:
+        whole = next(micros)
+        cp_rank, cp_size = self.layout.cp_rank, self.layout.cp_size
+        micro = whole.context_shard(cp_rank, cp_size)
+        output = model(
+            input_ids=micro.tokens[None].to(self.device),
+            position_ids=micro.positions[None].to(self.device),
+            attention_mask=None,
+            packed_seq_params=pack_sequences(whole.cu_seqlens, cp_rank, cp_size, self.device),
+        )
+        return output, lambda tensor: finish(self._outputs(tensor, micro), micro.token_index)
+
+    def _assemble(self, parts: list[dict], total: int) -> Outputs:
+        """Each token is written by the one rank that owns it and is zero elsewhere: a sum over the world joins them."""
+        count = torch.tensor([len(parts[0]["outputs"]) if parts else 0])
+        dist.all_reduce(count, op=dist.ReduceOp.MAX)
+        joined = torch.zeros(int(count), total, device=self.device)
+        if self.layout.owns_outputs:
+            for part in parts:
+                joined[:, part["token_index"].to(self.device)] = torch.stack(part["outputs"])
+        dist.all_reduce(joined)
+        return tuple(joined.cpu().unbind(0))
+
+    def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum of every statistic over micro-batches and ranks, known to all ranks."""
+        names = [sorted(parts[0])] if parts else [None]
+        if dist.get_world_size() > 1:
+            gathered: list[list[str] | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, names[0])
+            names = [n for n in gathered if n]
+        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.device)
+        if self.layout.owns_outputs:
+            for part in parts:
+                sums += torch.stack([part[name].detach().double() for name in names[0]])
+        dist.all_reduce(sums)
+        return dict(zip(names[0], sums.tolist()))
+
+    def _distribute(self, index: int, module: GPTModel) -> DistributedDataParallel:
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=self.role.overlap_grad_reduce,
+            use_distributed_optimizer=self.role.distributed_optimizer,
+        )
+        return DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
+
+    def _connect_schedule(self) -> None:
+        self.config.finalize_model_grads_func = finalize_model_grads
+        if self.role.overlap_grad_reduce:
+            hooks = [(chunk.no_sync, chunk.start_grad_sync) for chunk in self.chunks]
+            no_sync, grad_sync = zip(*hooks)
+            single = len(self.chunks) == 1
+            self.config.no_sync_func = no_sync[0] if single else list(no_sync)
+            self.config.grad_sync_func = grad_sync[0] if single else list(grad_sync)
+
+
+def _keep_outputs(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict]:
+    return outputs[0].sum(), {"outputs": outputs, "token_index": token_index}
+
+
+def _scaled_loss(loss: Loss, scale: int, outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    share, statistics = loss(outputs, token_index)
+    return share * scale, statistics

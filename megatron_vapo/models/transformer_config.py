@@ -1,0 +1,126 @@
+"""Hugging Face architecture and a role's settings -> Megatron's TransformerConfig."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_vapo.config import RoleConfig
+from megatron_vapo.errors import LayoutError
+from megatron_vapo.weights.architecture import Architecture
+
+
+def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None:
+    """Refuse a layout that this model cannot take.
+
+    Raises:
+        LayoutError: names the key and the size that it must divide.
+    """
+    a = architecture
+    tp, layers = role.tensor_parallel, _evenly_split_layers(name, role, a.layers)
+    stages = role.pipeline_parallel * (role.virtual_pipeline or 1)
+    even_stages = stages - (role.first_stage_layers is not None) - (role.last_stage_layers is not None)
+    divisions = [
+        ("tensor_parallel", tp, "attention heads", a.heads),
+        ("tensor_parallel", tp, "key-value heads", a.kv_heads),
+        ("tensor_parallel", tp, "feed-forward size", a.ffn),
+    ]
+    if a.experts:
+        divisions += [
+            ("expert_parallel", role.expert_parallel, "experts", a.experts),
+            ("expert_tensor_parallel", role.expert_tensor_parallel, "expert feed-forward size", a.expert_ffn),
+        ]
+    elif role.expert_parallel > 1 or role.expert_tensor_parallel > 1:
+        raise LayoutError(f"{name}.expert_parallel: {a.family} has no experts, set the expert layout to 1")
+    for key, size, what, number in divisions:
+        if number % size:
+            raise LayoutError(f"{name}.{key}={size} does not divide the model's {number} {what}")
+    if stages > a.layers:
+        raise LayoutError(f"{name}.pipeline_parallel: {stages} stages are more than the model's {a.layers} layers")
+    if even_stages and (layers % even_stages or layers == 0):
+        raise LayoutError(
+            f"{name}.pipeline_parallel: {layers} layers do not spread evenly over {even_stages} stages; "
+            f"set {name}.first_stage_layers or {name}.last_stage_layers"
+        )
+
+
+def _evenly_split_layers(name: str, role: RoleConfig, layers: int) -> int:
+    """Layers left for the stages whose number of layers is not set."""
+    if role.virtual_pipeline and (role.first_stage_layers or role.last_stage_layers):
+        raise LayoutError(f"{name}.virtual_pipeline needs even stages: unset first_stage_layers and last_stage_layers")
+    rest = layers - (role.first_stage_layers or 0) - (role.last_stage_layers or 0)
+    if rest < 0:
+        raise LayoutError(f"{name}.first_stage_layers and last_stage_layers exceed the model's {layers} layers")
+    return rest
+
+
+def transformer_config(architecture: Architecture, role: RoleConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of one role's model."""
+    a = architecture
+    on_cpu = not torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=a.layers,
+        hidden_size=a.hidden,
+        ffn_hidden_size=a.ffn,
+        num_attention_heads=a.heads,
+        num_query_groups=a.kv_heads,
+        kv_channels=a.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=a.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=a.qkv_bias,
+        qk_layernorm=a.qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=role.tensor_parallel,
+        sequence_parallel=role.sequence_parallel,
+        pipeline_model_parallel_size=role.pipeline_parallel,
+        virtual_pipeline_model_parallel_size=role.virtual_pipeline,
+        num_layers_in_first_pipeline_stage=role.first_stage_layers,
+        num_layers_in_last_pipeline_stage=role.last_stage_layers,
+        context_parallel_size=role.context_parallel,
+        expert_model_parallel_size=role.expert_parallel,
+        expert_tensor_parallel_size=role.expert_tensor_parallel,
+        # Interleaved schedules take micro-batches of one length, all others pack to any length.
+        variable_seq_lengths=role.virtual_pipeline is None,
+        # gloo corrupts gradients when point-to-point transfers overlap with freed outputs.
+        overlap_p2p_comm=not on_cpu and role.virtual_pipeline is not None,
+        batch_p2p_comm=on_cpu or role.virtual_pipeline is None,
+        deallocate_pipeline_outputs=True,
+        recompute_granularity=None if role.recompute == "none" else role.recompute,
+        recompute_method="uniform" if role.recompute == "full" else None,
+        recompute_num_layers=1 if role.recompute == "full" else None,
+        # Weights always come from a checkpoint, so drawing initial ones would be wasted.
+        perform_initialization=False,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        **_experts(a, role),
+    )
+
+
+def _experts(a: Architecture, role: RoleConfig) -> dict[str, object]:
+    # Pipelines with variable lengths demand this dispatcher of dense models too.
+    dispatcher: dict[str, object] = {"moe_token_dispatcher_type": "alltoall"}
+    if not a.experts:
+        return dispatcher
+    return dispatcher | {
+        "num_moe_experts": a.experts,
+        "moe_ffn_hidden_size": a.expert_ffn,
+        "moe_router_topk": a.experts_per_token,
+        # Softmax over all experts first; the chosen weights are normalised to 1 only where the model says so.
+        "moe_router_pre_softmax": not a.normalize_expert_weights,
+        "moe_router_load_balancing_type": "aux_loss" if role.moe_aux_loss else "none",
+        "moe_aux_loss_coeff": role.moe_aux_loss,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": False,
+    }

@@ -1,0 +1,121 @@
+"""The numbers of a run: `metrics.jsonl` is the record; TensorBoard and W&B show the same numbers."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, get_args
+
+from megatron_vapo.errors import RecipeError, UserError
+from megatron_vapo.observe.files import complete_lines, replace_text, to_json
+
+Kind = Literal["pretrain", "train", "evaluate"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends the metrics of each step to a run folder. One per run, so on one rank only.
+
+    1. Opening drops what an interrupted run wrote beyond its last checkpoint: records of a kind in `start_at` with
+       `step >= start_at[kind]`, in `metrics.jsonl` and in TensorBoard. Kinds that are not named keep all records.
+    2. `write` appends one record and flushes it, so that a killed run loses nothing.
+    3. `close` (or leaving the `with` block) ends TensorBoard and W&B.
+
+    Each kind is a TensorBoard run of its own (`tensorboard/train`, ...), because pretraining and training count
+    their steps separately under the same metric names.
+
+    Args:
+        folder: run folder; made if absent.
+        start_at: the step each kind goes on with; zeros for a run that starts over in an old folder.
+        wandb: arguments of `wandb.init` such as `{"project": "vapo", "mode": "offline"}`; None: no W&B.
+
+    Raises:
+        RecipeError: W&B is asked for but not installed.
+    """
+
+    def __init__(
+        self, folder: Path, start_at: Mapping[Kind, int] | None = None, wandb: Mapping[str, Any] | None = None
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        start_at = start_at or {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = None if wandb is None else _start_wandb(folder, wandb)
+        _drop_records(folder / FILE_NAME, start_at)
+        self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
+        self._tensorboard = {
+            kind: SummaryWriter(str(folder / "tensorboard" / kind), purge_step=start_at.get(kind)) for kind in KINDS
+        }
+
+    def write(self, step: int, metrics: Mapping[str, float], kind: Kind) -> None:
+        """Records `metrics` (names with slashes, such as `critic/loss`) for one step of one kind."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._file.write(to_json({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard[kind].add_scalar(name, value, step)
+        self._tensorboard[kind].flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+
+    def close(self) -> None:
+        self._file.close()
+        for writer in self._tensorboard.values():
+            writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path, kind: Kind) -> list[dict[str, Any]]:
+    """Records of one kind in the order written: `step`, `time` (Unix seconds), `kind` and the metrics as floats.
+
+    Safe while the run is still writing.
+
+    Raises:
+        UserError: the folder holds no `metrics.jsonl`.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {FILE_NAME}. Give the folder that a run wrote into.")
+    records = map(json.loads, complete_lines(path))
+    return [_with_floats(record) for record in records if record["kind"] == kind]
+
+
+def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: float(value) if isinstance(value, str) and name != "kind" else value for name, value in record.items()
+    }
+
+
+def _drop_records(path: Path, start_at: Mapping[Kind, int]) -> None:
+    """Keeps the records before `start_at`; also mends a torn last line, to which the next would be appended."""
+    if not path.exists():
+        return
+    lines = [(line, json.loads(line)) for line in complete_lines(path)]
+    kept = [line + "\n" for line, record in lines if record["step"] < start_at.get(record["kind"], math.inf)]
+    replace_text(path, "".join(kept))
+
+
+def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise RecipeError(
+            "the recipe asks for Weights & Biases, but the package `wandb` is not installed: "
+            "`pip install wandb`, or leave W&B out of the recipe (TensorBoard and metrics.jsonl are always written)"
+        ) from error
+    run = wandb.init(dir=str(folder), **settings)
+    for kind in KINDS:  # W&B has one global step; ours are counted per kind
+        run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
+    return run

@@ -1,0 +1,195 @@
+"""What a person sees while a run works: bars on a terminal, one line per step in a log file."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+RECENT_STEPS = 20
+"""The time left is estimated from this many steps: enough to even out steps that hold an evaluation or a save."""
+
+
+class Shown(NamedTuple):
+    metric: str
+    label: str
+    format: str
+
+
+SHOWN = (
+    Shown("reward/mean", "reward", "+6.3f"),
+    Shown("reward/accuracy", "accuracy", "5.3f"),
+    Shown("evaluate/accuracy", "held-out", "5.3f"),
+    Shown("evaluate/standard_error", "±", "5.3f"),
+    Shown("response/length_mean", "length", "6,.0f"),
+    Shown("evaluate/length_mean", "length", "6,.0f"),
+    Shown("actor/entropy", "entropy", "5.3f"),
+    Shown("critic/explained_variance", "expl. var.", "+6.3f"),
+    Shown("throughput/tokens_per_second", "tok/s", "7,.0f"),
+)
+"""The few metrics that tell whether a run is healthy; all others are in metrics.jsonl only."""
+
+
+@dataclass
+class Activity:
+    """What the current step is doing, such as `rollout`; `total` in any unit (tokens, micro-batches) or unknown."""
+
+    name: str
+    total: float | None
+    started: float
+    done: float = 0.0
+
+
+class Phase:
+    """One counted part of a run, such as value pretraining. Made by `Progress.phase`."""
+
+    def __init__(self, name: str, total: int, start: int, step_done: Callable[[str], None]) -> None:
+        self.name, self.total, self.done = name, total, start
+        self._step_done = step_done
+        self._shown: list[tuple[str, str]] = []
+        self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._started = self._step_started = monotonic()
+        self._activity: Activity | None = None
+
+    def activity(self, name: str, total: float | None = None) -> None:
+        """Names what the step does now; `total`, where known, gives it a bar that `update` moves."""
+        self._activity = Activity(name, total, started=monotonic())
+
+    def update(self, done: float) -> None:
+        """How much of the current activity is done, in the unit of its total."""
+        assert self._activity is not None, "update() before activity()"
+        self._activity.done = done
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        """Ends a step. `metrics` as written to metrics.jsonl; those in `SHOWN` are shown."""
+        now = monotonic()
+        self._recent_seconds.append(now - self._step_started)
+        self._step_started = now
+        self._activity = None
+        self.done += 1
+        self._shown = [(label, format(metrics[metric], spec)) for metric, label, spec in SHOWN if metric in metrics]
+        if self.total > 1:  # else the closing line says it all
+            self._step_done(self._step_line())
+
+    def seconds_left(self) -> float | None:
+        """Steps to go times the mean of recent steps, less what the current step has taken; None before any step."""
+        if not self._recent_seconds:
+            return None
+        mean = sum(self._recent_seconds) / len(self._recent_seconds)
+        in_this_step = min(monotonic() - self._step_started, mean)
+        return max(0.0, (self.total - self.done) * mean - in_this_step)
+
+    def closing_line(self) -> str:
+        pairs = [f"{label} {value.strip()}" for label, value in self._shown]
+        spent = clock_time(monotonic() - self._started)
+        return "  ".join([f"{self.name}: {self.done}/{self.total} in {spent}", *pairs])
+
+    def _step_line(self) -> str:
+        count = f"{self.name} {self.done:>{len(str(self.total))}}/{self.total}"
+        pairs = [f"{label} {value}" for label, value in self._shown]
+        seconds = f"{self._recent_seconds[-1]:.1f} s"
+        return "  ".join([count, *pairs, f"{seconds:>8}", f"left {clock_time(self.seconds_left())}"])
+
+    def add_bars(self, grid: Table) -> None:
+        """Adds a row for the phase and one for its activity: name, bar, count, time (left, or spent so far)."""
+        bar = ProgressBar(total=self.total, completed=self.done)
+        left = f"{clock_time(self.seconds_left())} left"
+        grid.add_row(Text(self.name, "bold"), bar, f"{self.done}/{self.total}", left)
+        activity = self._activity
+        if activity is not None:
+            bar = ProgressBar(total=activity.total, completed=activity.done, pulse=activity.total is None)
+            count = "" if activity.total is None else f"{short(activity.done)}/{short(activity.total)}"
+            grid.add_row(f"  {activity.name}", bar, count, clock_time(monotonic() - activity.started))
+
+    def metrics_columns(self) -> Columns:
+        """`key value` pairs, on as many lines as the terminal's width asks for."""
+        pairs = [Text.assemble((label, "dim"), " ", (value.strip(), "bold")) for label, value in self._shown]
+        return Columns(pairs, padding=(0, 3))
+
+
+class Progress:
+    """Shows the phases of a run, nested ones below each other.
+
+        with Progress() as progress, progress.phase("train", total=steps) as phase:
+            phase.activity("rollout", total=tokens)
+            phase.update(tokens_so_far)
+            phase.advance(metrics)
+
+    On a terminal: bars, redrawn in place; each phase leaves one line behind. Elsewhere: one line per step.
+    `quiet` shows nothing at all, for all ranks but one.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self._console = Console(quiet=True) if quiet else console or Console()
+        self._phases: list[Phase] = []
+        self._live = None
+        if self._console.is_interactive and not quiet:
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @contextmanager
+    def phase(self, name: str, total: int, start: int = 0) -> Iterator[Phase]:
+        """A phase of `total` steps, of which a resumed run has done `start`."""
+        phase = Phase(name, total, start, step_done=self._print_step)
+        self._print_step(f"{name}: starts at {start}/{total}")
+        self._phases.append(phase)
+        try:
+            yield phase
+        finally:  # also when interrupted: the last numbers stay visible
+            self._phases.remove(phase)
+            self.note(phase.closing_line())
+
+    def note(self, text: str) -> None:
+        """One line that stays, above the bars: a checkpoint saved, a warning."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def _print_step(self, line: str) -> None:
+        if self._live is None:
+            self.note(line)
+
+    def _render(self) -> Group:
+        grid = Table.grid(padding=(0, 1), expand=True)
+        grid.add_column(no_wrap=True, overflow="ellipsis")
+        grid.add_column(ratio=1)
+        grid.add_column(no_wrap=True, justify="right")
+        grid.add_column(no_wrap=True, justify="right")
+        phases = tuple(self._phases)  # the refresh thread reads while the run appends
+        for phase in phases:
+            phase.add_bars(grid)
+        return Group(grid, *(phase.metrics_columns() for phase in phases))
+
+
+def clock_time(seconds: float | None) -> str:
+    """`h:mm:ss`, or `-:--:--` where the time is not known."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}"
+
+
+def short(amount: float) -> str:
+    """Four digits at most, with a unit: 950, 12.5k, 131.1k, 3.4M."""
+    for divisor, unit in ((1, ""), (1e3, "k"), (1e6, "M")):
+        if amount < 1e3 * divisor:
+            return f"{amount / divisor:.4g}{unit}"
+    return f"{amount / 1e9:.4g}G"

@@ -1,0 +1,223 @@
+"""What a run leaves to look at: curves, a summary, sampled responses."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_vapo.errors import UserError
+from megatron_vapo.observe.files import replace_text, to_json
+from megatron_vapo.observe.metrics import KINDS, Kind, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, told apart with any colour vision (jfly.uni-koeln.de/color); its yellow is too pale."""
+
+LINE_STYLES = ("-", "--")
+STEPS_TO_SMOOTH = 80
+"""A run of this many steps is drawn as means over 3 steps, one of twice as many over 5; shorter runs raw."""
+
+Run = Mapping[Kind, list[dict[str, Any]]]
+"""Records of one run by kind."""
+
+
+@dataclass(frozen=True)
+class Series:
+    kind: Kind
+    metric: str
+    label: str = ""
+    standard_error: str | None = None
+    least: float = -math.inf
+    """Values below say nothing more and are drawn here."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    series: tuple[Series, ...]
+
+
+PANELS = (
+    Panel(
+        "Held-out accuracy (± standard error)",
+        (Series("evaluate", "evaluate/accuracy", standard_error="evaluate/standard_error"),),
+    ),
+    Panel("Training accuracy", (Series("train", "reward/accuracy"),)),
+    Panel("Training reward", (Series("train", "reward/mean"),)),
+    Panel("Response length (tokens)", (Series("train", "response/length_mean"),)),
+    Panel("Entropy (nats per token)", (Series("train", "actor/entropy"),)),
+    Panel(
+        "Explained variance of the critic (cut at -1)",
+        (
+            Series("train", "critic/explained_variance", "training", least=-1.0),
+            Series("pretrain", "critic/explained_variance", "value pretraining", least=-1.0),
+        ),
+    ),
+    Panel(
+        "Clipped tokens (fraction)",
+        (
+            Series("train", "actor/clip_fraction_high", "high"),
+            Series("train", "actor/clip_fraction_low", "low"),
+        ),
+    ),
+    Panel("Approximate KL to the old policy (nats)", (Series("train", "actor/approx_kl"),)),
+)
+
+
+def plot_curves(run_folder: Path) -> Path:
+    """Draws the metrics of one run into `curves.png` in its folder, and returns that path.
+
+    Raises:
+        UserError: the folder holds no metrics, or none that are drawn.
+    """
+    return compare_curves([run_folder], [run_folder.resolve().name], run_folder / "curves.png")
+
+
+def compare_curves(run_folders: Sequence[Path], labels: Sequence[str], out: Path) -> Path:
+    """Draws several runs over each other into `out`, one colour per label: give seeds of one setting the same label.
+
+    Value pretraining is drawn before step 0 of training. Metrics that no run has get no panel.
+
+    Args:
+        run_folders: one folder per run.
+        labels: one label per run.
+        out: file to write; its ending is the format (.png, .pdf, .svg).
+
+    Raises:
+        UserError: labels and runs do not match, there are too many labels to tell apart, or there is nothing to draw.
+    """
+    if len(labels) != len(run_folders):
+        raise UserError(f"{len(run_folders)} runs but {len(labels)} labels: give one label per run folder")
+    names = list(dict.fromkeys(labels))
+    if len(names) > len(COLOURS):
+        raise UserError(
+            f"{len(names)} different labels: at most {len(COLOURS)} can be told apart in one figure. "
+            "Draw fewer runs, or give seeds of one setting the same label."
+        )
+    runs = [{kind: read_metrics(folder, kind) for kind in KINDS} for folder in run_folders]
+    panels = [panel for panel in PANELS if any(has_data(run, series) for run in runs for series in panel.series)]
+    if not panels:
+        raise UserError(f"nothing to draw yet in {', '.join(map(str, run_folders))}: no step has been recorded")
+
+    figure, axes = _new_figure(len(panels))
+    colours = [COLOURS[names.index(label)] for label in labels] if len(names) > 1 else None
+    for axis, panel in zip(axes, panels):
+        _draw_panel(axis, panel, runs, colours)
+    _add_heading(figure, names)
+    figure.savefig(out, dpi=130)
+    return out
+
+
+def write_summary(run_folder: Path, **fields: Any) -> Path:
+    """Writes `summary.json`: the outcome of a run in numbers (`accuracy_before`, `accuracy_after`, `steps`, ...)."""
+    path = run_folder / "summary.json"
+    replace_text(path, to_json(fields, indent=2) + "\n")
+    return path
+
+
+def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]], limit: int) -> Path:
+    """Writes at most `limit` rows to `samples/step_000012.jsonl`, spread evenly so that many prompts are seen.
+
+    (The first rows of a batch would all be answers to the same few prompts: responses of a group lie together.)
+    """
+    path = run_folder / "samples" / f"step_{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = min(limit, len(rows))
+    chosen = [rows[index] for index in range(count)]
+    replace_text(path, "".join(to_json(row) + "\n" for row in chosen))
+    return path
+
+
+def has_data(run: Run, series: Series) -> bool:
+    return any(series.metric in record for record in run[series.kind])
+
+
+def curve(run: Run, series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training steps, values and standard errors [N] of the N records that have the metric; NaN where not finite.
+
+    Value pretraining ends at step -1, wherever training starts to count.
+    """
+    records = [record for record in run[series.kind] if series.metric in record]
+    shift = 1 + max(record["step"] for record in records) if series.kind == "pretrain" else 0
+    steps = np.array([record["step"] - shift for record in records])
+    values = np.array([record[series.metric] for record in records])
+    errors = np.array([record.get(series.standard_error, math.nan) for record in records])
+    return steps, np.where(np.isfinite(values), np.maximum(values, series.least), np.nan), errors
+
+
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean of each value [N] and up to `reach` < N / 2 neighbours on either side, ignoring NaN; NaN stays NaN."""
+    finite = np.isfinite(values)
+    kernel = np.ones(2 * reach + 1)
+    sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    counts = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.where(finite, sums / np.maximum(counts, 1.0), np.nan)
+
+
+def _new_figure(panels: int) -> tuple["Figure", Iterable["Axes"]]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    columns = min(4, panels)
+    rows = math.ceil(panels / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.5), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[panels:]:
+        unused.remove()
+    return figure, axes[:panels]
+
+
+def _draw_panel(axis: "Axes", panel: Panel, runs: Sequence[Run], colours: Sequence[str] | None) -> None:
+    """Colours tell runs apart and line styles the metrics of a panel; with `colours` None, both tell metrics apart."""
+    drawn = {series: index for index, series in enumerate(panel.series) if any(has_data(run, series) for run in runs)}
+    for series, index in drawn.items():
+        for number, run in enumerate(runs):
+            if has_data(run, series):
+                _draw_series(axis, run, series, colours[number] if colours else COLOURS[index], LINE_STYLES[index])
+    axis.set_title(panel.title, fontsize=11, loc="left")
+    axis.set_xlabel("training step", fontsize=9)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.tick_params(labelsize=9)
+    axis.grid(alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    if any(series.kind == "pretrain" for series in drawn):
+        axis.axvline(-0.5, color="0.6", linewidth=0.8)
+    if len(drawn) > 1:
+        _add_metric_legend(axis, drawn, by_colour=colours is None)
+
+
+def _draw_series(axis: "Axes", run: Run, series: Series, colour: str, style: str) -> None:
+    steps, values, errors = curve(run, series)
+    if series.standard_error is None:
+        smooth = running_mean(values, reach=len(values) // STEPS_TO_SMOOTH)
+        axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
+        axis.plot(steps, smooth, style, color=colour, linewidth=1.6)
+    else:
+        markers = {"marker": "o", "markersize": 3.5, "elinewidth": 0.8}
+        axis.errorbar(steps, values, errors, linestyle=style, color=colour, linewidth=1.6, **markers)
+
+
+def _add_metric_legend(axis: "Axes", drawn: Mapping[Series, int], by_colour: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=COLOURS[index] if by_colour else "0.3", linestyle=LINE_STYLES[index], label=series.label)
+        for series, index in drawn.items()
+    ]
+    axis.legend(handles=handles, fontsize=8, frameon=False)
+
+
+def _add_heading(figure: "Figure", names: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    if len(names) == 1:
+        figure.suptitle(names[0], fontsize=12, x=0.01, ha="left", weight="bold")
+        return
+    handles = [Line2D([], [], color=colour, linewidth=3) for colour, _ in zip(COLOURS, names)]
+    figure.legend(handles, names, loc="outside upper left", ncols=len(names), frameon=False, fontsize=11)

@@ -1,0 +1,40 @@
+"""Where the seconds of a step go."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter, process_time
+
+
+class PhaseTimer:
+    """Adds up wall and CPU seconds per phase, for the current step and for the run.
+
+    CPU seconds are those of all threads of this process, without child processes (a rollout server counts itself).
+    Nested phases both count their common time. CUDA kernels that a phase launches without waiting for them count
+    for the phase that waits.
+    """
+
+    def __init__(self) -> None:
+        self._step: Counter[str] = Counter()
+        self._run: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        wall, cpu = perf_counter(), process_time()
+        try:
+            yield
+        finally:
+            spent = {f"seconds/{phase}": perf_counter() - wall, f"cpu_seconds/{phase}": process_time() - cpu}
+            self._step.update(spent)
+            self._run.update(spent)
+
+    def start_step(self) -> None:
+        self._step.clear()
+
+    def step_seconds(self) -> dict[str, float]:
+        """Seconds since `start_step`, as metrics: `seconds/rollout` (wall), `cpu_seconds/rollout`, ..."""
+        return dict(self._step)
+
+    def run_seconds(self) -> dict[str, float]:
+        """Seconds since this timer was made, named as in `step_seconds`."""
+        return dict(self._run)

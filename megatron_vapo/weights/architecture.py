@@ -1,0 +1,148 @@
+"""What a Hugging Face checkpoint folder says about its model, without loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vapo.errors import CheckpointError
+
+FAMILIES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2ForSequenceClassification": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3ForSequenceClassification": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3MoeForSequenceClassification": "qwen3_moe",
+    "LlamaForCausalLM": "llama",
+    "LlamaForSequenceClassification": "llama",
+}
+"""Hugging Face architecture -> family, whose tensor names `megatron_vapo.weights.table` lists."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shape of a decoder-only model, in this project's own words."""
+
+    family: str
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    norm_epsilon: float
+    max_positions: int
+    rope_base: float
+    rope_factor: float | None = None
+    """Factor of Llama 3's rope scaling; None where there is no scaling."""
+    experts: int | None = None
+    experts_per_token: int | None = None
+    expert_ffn: int | None = None
+    normalize_expert_weights: bool = True
+    classifier: bool = False
+    """A sequence-classification checkpoint: the head is `score.weight [1, hidden]`."""
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.heads // self.kv_heads
+
+
+def read_architecture(folder: str | Path) -> Architecture:
+    """Read config.json of a Hugging Face checkpoint folder.
+
+    Raises:
+        CheckpointError: no such folder, no or broken config.json, an architecture or option that is not supported.
+    """
+    folder = Path(folder)
+    raw = _read_json(folder)
+    name = (raw.get("architectures") or ["(none)"])[0]
+    if name not in FAMILIES:
+        raise CheckpointError(
+            f"{folder}/config.json: architecture {name} is not supported; supported are {', '.join(FAMILIES)} "
+            f"(docs/add_a_model.md says how to add one)"
+        )
+    # The library's configuration classes know each family's defaults; config.json may leave them out.
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
+    if name.endswith("SequenceClassification") and config.num_labels != 1:
+        raise CheckpointError(f"{folder}/config.json: a reward model has one label, this one {config.num_labels}")
+    architecture = _from_config(FAMILIES[name], config, classifier=name.endswith("SequenceClassification"))
+    _refuse_unsupported(folder, architecture, config)
+    return architecture
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a Hugging Face checkpoint, config.json is missing")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: a model configuration is a JSON object")
+    return raw
+
+
+def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
+    rope = config.rope_parameters
+    moe = family == "qwen3_moe"
+    return Architecture(
+        family=family,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab=config.vocab_size,
+        tied_embeddings=config.tie_word_embeddings and not classifier,
+        qkv_bias=family == "qwen2",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        norm_epsilon=config.rms_norm_eps,
+        max_positions=config.max_position_embeddings,
+        rope_base=rope["rope_theta"],
+        rope_factor=rope.get("factor") if rope.get("rope_type") == "llama3" else None,
+        experts=config.num_experts if moe else None,
+        experts_per_token=config.num_experts_per_tok if moe else None,
+        expert_ffn=config.moe_intermediate_size if moe else None,
+        normalize_expert_weights=config.norm_topk_prob if moe else True,
+        classifier=classifier,
+    )
+
+
+def _refuse_unsupported(folder: Path, architecture: Architecture, config: Any) -> None:
+    path = f"{folder}/config.json"
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"{path}: hidden_act={config.hidden_act}, only silu is supported")
+    if architecture.heads % architecture.kv_heads:
+        raise CheckpointError(
+            f"{path}: {architecture.heads} attention heads are no multiple of {architecture.kv_heads} key-value heads"
+        )
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") not in ("default", "llama3"):
+        raise CheckpointError(f"{path}: rope_type={rope['rope_type']}, supported are default and llama3")
+    # Megatron's rope scaling is Llama 3.1's: these factors are constants there.
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    if architecture.rope_factor and any(rope.get(key) != value for key, value in fixed.items()):
+        raise CheckpointError(f"{path}: llama3 rope scaling other than Llama 3.1's {fixed} is not supported")
+    if getattr(config, "use_sliding_window", False):
+        raise CheckpointError(f"{path}: use_sliding_window is not supported")
+    if architecture.family == "llama" and (config.attention_bias or config.mlp_bias):
+        raise CheckpointError(f"{path}: attention_bias and mlp_bias are not supported")
+    if architecture.experts and (config.mlp_only_layers or config.decoder_sparse_step != 1):
+        raise CheckpointError(f"{path}: mixtures of dense and expert layers are not supported")

@@ -1,0 +1,167 @@
+"""Hugging Face checkpoint folders: read tensor by tensor, checked before anything is loaded, written atomically."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from copy import copy
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vapo.errors import CheckpointError
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD_BYTES = 5 * 2**30
+_KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+"""Files of the base model that an export keeps: configurations, tokenizer, chat template."""
+
+
+class HFFolder:
+    """Tensors of a checkpoint folder by name, read one at a time.
+
+    Raises:
+        CheckpointError: missing or truncated weights, an index that names absent files or tensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, Path] = {}
+        for path, indexed in self._shards().items():
+            held = self._names_in(path)
+            absent = sorted(indexed - held)
+            if absent:
+                raise CheckpointError(f"{self.folder}/{_INDEX}: {path.name} does not hold {_some(absent)}")
+            self._files |= dict.fromkeys(held, path)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._files)
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Refuse a folder that lacks tensors, has extra ones, or holds one of another shape.
+
+        Raises:
+            CheckpointError: names all of them.
+        """
+        missing, extra = sorted(expected.keys() - self.names), sorted(self.names - expected.keys())
+        if missing:
+            raise CheckpointError(f"{self.folder}: tensors are missing: {_some(missing)}")
+        if extra:
+            raise CheckpointError(f"{self.folder}: tensors that this architecture does not have: {_some(extra)}")
+        wrong = [f"{n} {self.shape(n)} instead of {s}" for n, s in expected.items() if self.shape(n) != tuple(s)]
+        if wrong:
+            raise CheckpointError(f"{self.folder}: wrong shapes: {_some(wrong)}")
+
+    def without(self, name: str) -> HFFolder:
+        """The same folder with one tensor left out."""
+        rest = copy(self)
+        rest._files = {n: path for n, path in self._files.items() if n != name}
+        return rest
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        with safe_open(self._files[name], framework="pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def _shards(self) -> dict[Path, set[str]]:
+        """Each weight file with the tensors that the index says it holds."""
+        index = self.folder / _INDEX
+        if (self.folder / _WEIGHTS).is_file() and not index.is_file():
+            return {self.folder / _WEIGHTS: set()}
+        if not index.is_file():
+            pickled = [p.name for p in self.folder.glob("*.bin")]
+            hint = f"; {_some(pickled)} is pickled and not read: convert it to safetensors" if pickled else ""
+            raise CheckpointError(f"{self.folder}: weights are missing, neither {_WEIGHTS} nor {_INDEX} is there{hint}")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from error
+        shards: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            shards.setdefault(self.folder / file, set()).add(name)
+        return shards
+
+    def _names_in(self, path: Path) -> set[str]:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: weight file is missing")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return set(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: truncated or damaged safetensors file: {error}") from error
+
+
+def write_hf_folder(
+    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], base: str | Path, shard_bytes: int = _SHARD_BYTES
+) -> None:
+    """Write tensors in shards beside the base model's configuration and tokenizer; atomic by a final rename.
+
+    Raises:
+        CheckpointError: the folder exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: output folder is not empty")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write_shards(part, tensors, shard_bytes)
+    for pattern in _KEPT_FILES:
+        for source in sorted(Path(base).glob(pattern)):
+            if source.name != _INDEX:
+                shutil.copyfile(source, part / source.name)
+    if folder.is_dir():
+        folder.rmdir()
+    part.rename(folder)
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    names: list[list[str]] = []
+    held = total = 0
+
+    def flush() -> None:
+        save_file(shards[-1], folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        names.append(list(shards[-1]))
+        shards[-1] = {}
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and held + size > shard_bytes:
+            flush()
+            held = 0
+        shards[-1][name] = tensor.detach().to("cpu", copy=True).contiguous()
+        held, total = held + size, total + size
+    flush()
+    _name_shards(folder, names, total)
+
+
+def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None:
+    if len(names) == 1:
+        (folder / "shard-0").rename(folder / _WEIGHTS)
+        return
+    weight_map = {}
+    for i, shard in enumerate(names):
+        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"shard-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16, by the recipe's word."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

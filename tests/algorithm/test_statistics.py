@@ -1,0 +1,150 @@
+"""Statistics against loops, numpy-free definitions and exhaustive counting."""
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vapo.algorithm.statistics import (
+    average_at_k,
+    explained_variance,
+    explained_variance_from_moments,
+    logprob_difference,
+    mean_by_length,
+    mean_by_position,
+    mean_by_relative_position,
+    moments,
+    pass_at_k,
+)
+
+some_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+
+
+def ragged(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T], a different number for every token, and cu_seqlens."""
+    return torch.arange(sum(lengths)).float() ** 1.5, torch.tensor([0, *lengths]).cumsum(0)
+
+
+def means_by(key, lengths: list[int], bins: int) -> list[float]:
+    """Mean of `ragged(lengths)` over the tokens that key(position, length) puts into each bin."""
+    x = iter(ragged(lengths)[0].tolist())
+    binned: list[list[float]] = [[] for _ in range(bins)]
+    for length in lengths:
+        for position in range(length):
+            binned[key(position, length)].append(next(x))
+    return [statistics.fmean(members) if members else math.nan for members in binned]
+
+
+@given(st.integers(2, 200), st.integers(0, 2**32))
+def test_explained_variance_by_definition_and_from_parts(tokens, seed):
+    values, noise = torch.randn(2, tokens, generator=torch.Generator().manual_seed(seed))
+    targets = values + noise
+    expected = 1 - statistics.pvariance((targets - values).tolist()) / statistics.pvariance(targets.tolist())
+    assert explained_variance(values, targets) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    residual, target = (moments(x[: tokens // 2]) + moments(x[tokens // 2 :]) for x in (targets - values, targets))
+    assert explained_variance_from_moments(residual, target) == pytest.approx(explained_variance(values, targets))
+
+
+def test_explained_variance_at_its_landmarks():
+    targets = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])
+    assert explained_variance(targets, targets) == 1
+    assert explained_variance(targets + 7, targets) == 1  # a constant bias is not variance
+    assert explained_variance(torch.full((5,), 0.3), targets) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(-targets, targets) == pytest.approx(-3)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, 0.1])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_targets_without_variance_explain_nothing(target, spread):
+    values = target + spread * torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert explained_variance(values, torch.full((1000,), target)) == 0
+
+
+@given(some_lengths, st.integers(1, 12), st.integers(1, 40))
+def test_mean_by_position(lengths, bins, max_length):
+    binned = mean_by_position(*ragged(lengths), bins, max_length)
+    expected = means_by(lambda t, length: min(t * bins // max_length, bins - 1), lengths, bins)
+    assert binned.mean_K.tolist() == pytest.approx(expected, nan_ok=True)
+    assert int(binned.count_K.sum()) == sum(lengths)
+
+
+@given(some_lengths, st.integers(1, 12))
+def test_mean_by_relative_position(lengths, bins):
+    binned = mean_by_relative_position(*ragged(lengths), bins)
+    assert binned.mean_K.tolist() == pytest.approx(
+        means_by(lambda t, length: int(bins * t / length + 1e-9), lengths, bins), nan_ok=True
+    )
+
+
+def test_binned_sums_of_parts_add_up():
+    x, cu_seqlens = ragged([3, 9, 5])
+    whole = mean_by_position(x, cu_seqlens, 4, 10)
+    first = mean_by_position(x[:12], cu_seqlens[:3], 4, 10)
+    second = mean_by_position(x[12:], torch.tensor([0, 5]), 4, 10)
+    torch.testing.assert_close(first.total_K + second.total_K, whole.total_K)
+    torch.testing.assert_close(first.count_K + second.count_K, whole.count_K)
+
+
+def test_mean_by_length_takes_the_edge_into_the_upper_bin():
+    lengths = torch.tensor([1, 9, 10, 99, 100, 5000])
+    binned = mean_by_length(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), lengths, edges=[10, 100])
+    assert binned.count_K.tolist() == [2, 2, 2]
+    assert binned.mean_K.tolist() == [1.5, 3.5, 5.5]
+    assert mean_by_length(lengths.float(), lengths, edges=[]).count_K.tolist() == [6]
+
+
+def test_logprob_difference():
+    train, rollout = torch.tensor([-1.0, -2.0, -0.5, -3.0]), torch.tensor([-1.0, -1.5, -0.75, -1.0])
+    assert logprob_difference(train, rollout, threshold=0.25) == pytest.approx(
+        {"mean": -2.25 / 4, "mean_absolute": 2.75 / 4, "max_absolute": 2.0, "share_above": 0.5}
+    )
+
+
+@given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), min_size=1, max_size=5))))
+def test_pass_at_k_counts_every_choice_of_k_samples(case):
+    samples, correct = case
+    for k in range(1, samples + 1):
+        chance = [
+            statistics.fmean(min(choice) < c for choice in itertools.combinations(range(samples), k)) for c in correct
+        ]
+        assert pass_at_k(torch.tensor(correct), samples, k) == pytest.approx(statistics.fmean(chance))
+
+
+def test_pass_at_k_at_large_counts_and_impossible_k():
+    rate = pass_at_k(torch.tensor([1]), samples=100_000, k=1000)
+    assert rate == pytest.approx(0.01)
+    for k in (0, 33):
+        with pytest.raises(ValueError, match=f"pass@{k}"):
+            pass_at_k(torch.tensor([1]), samples=32, k=k)
+
+
+def test_average_at_k_and_its_errors():
+    result = average_at_k(torch.tensor([0, 8, 16, 32]), samples=32)
+    rates = [0, 0.25, 0.5, 1]
+    assert result.mean == statistics.fmean(rates)
+    assert result.standard_error == pytest.approx(statistics.stdev(rates) / 2)
+    assert result.sampling_error == pytest.approx(math.sqrt((0.25 * 0.75 + 0.5 * 0.5) / 31) / 4)
+
+
+def test_average_at_k_errors_cover_their_own_repetition():
+    """Drawn again and again from known rates, the mean scatters as the errors say: over samples, and over problems."""
+    generator = torch.Generator().manual_seed(0)
+    rate_RP = torch.rand(2000, 30, generator=generator, dtype=torch.float64)
+
+    def scatter_over_error(rate_RP: torch.Tensor, field: str) -> float:
+        correct_RP = torch.binomial(torch.full_like(rate_RP, 16), rate_RP, generator=generator).long()
+        results = [average_at_k(correct_P, 16) for correct_P in correct_RP]
+        scatter = statistics.stdev(result.mean for result in results)
+        return scatter / math.sqrt(statistics.fmean(getattr(result, field) ** 2 for result in results))
+
+    assert scatter_over_error(rate_RP, "standard_error") == pytest.approx(1, abs=0.06)
+    assert scatter_over_error(rate_RP[:1].expand_as(rate_RP), "sampling_error") == pytest.approx(1, abs=0.06)
+
+
+def test_undefined_errors_are_nan():
+    assert math.isnan(average_at_k(torch.tensor([3]), samples=4).standard_error)
+    assert math.isnan(average_at_k(torch.tensor([0, 1]), samples=1).sampling_error)

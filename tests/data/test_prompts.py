@@ -1,0 +1,431 @@
+"""Prompt sets: what is read, what is refused and how it is named, tokens, and the resumable order."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_vapo.data.prompts import MATH_TEMPLATE, Message, Prompt, PromptOrder, read_prompts, tokenize_prompts
+from megatron_vapo.errors import CheckpointError, DataError, RecipeError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="real prompt sets are not at ../shared/data")
+
+
+def jsonl(folder: Path, *rows: object) -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def dapo_row(content: str, answer: object = "34", **more: object) -> dict[str, object]:
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": content, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": answer, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": 7},
+        **more,
+    }
+
+
+def parquet(folder: Path, rows: list[dict[str, object]]) -> Path:
+    path = folder / "prompts.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+# Real prompt sets
+
+
+@needs_data
+@pytest.mark.parametrize("template", [None, MATH_TEMPLATE])
+def test_aime_2024_is_30_problems_in_the_papers_template(template: str | None) -> None:
+    path = DATA / "aime-2024.parquet"
+    rows = pq.read_table(path).to_pylist()
+    assert len(rows) == 960
+    rendered = {MATH_TEMPLATE.replace("{problem}", row["extra_info"]["raw_problem"]) for row in rows}
+
+    prompts = read_prompts(path, template=template)
+
+    assert len(prompts) == 30
+    assert {prompt.text for prompt in prompts} == rendered
+    assert [prompt.index for prompt in prompts] == list(range(30))
+    assert all(0 <= int(prompt.answer) <= 999 for prompt in prompts)
+    truth = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in rows}
+    assert {prompt.text: prompt.answer for prompt in prompts} == truth
+
+
+@needs_data
+@pytest.mark.parametrize(("split", "rows"), [("train", 7473), ("test", 1319)])
+def test_gsm8k_is_read_whole_with_integer_answers(split: str, rows: int) -> None:
+    prompts = read_prompts(DATA / "gsm8k" / f"{split}.jsonl", template=MATH_TEMPLATE)
+
+    assert len(prompts) == rows
+    questions = [json.loads(line)["question"] for line in (DATA / "gsm8k" / f"{split}.jsonl").open()]
+    head, tail = MATH_TEMPLATE.split("{problem}")
+    assert [prompt.text for prompt in prompts] == [head + question + tail for question in questions]
+    for prompt in prompts:
+        int(prompt.answer.replace(",", ""))
+
+
+# Schemas and containers
+
+
+def test_plain_rows(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"prompt": " a+b= ", "answer": " 3 "}, {"prompt": "c", "answer": 4, "other": None})
+
+    first, second = read_prompts(path)
+
+    assert first == Prompt(text=" a+b= ", answer="3", index=0, source=f"{path}, line 1")
+    assert (second.text, second.answer, second.index) == ("c", "4", 1)
+
+
+def test_gsm8k_answer_is_what_follows_the_last_marker(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"question": "q", "answer": "#### is a marker\n1+1=2\n#### 1,080"})
+    assert read_prompts(path)[0].answer == "1,080"
+
+
+def test_messages_before_the_question_become_context(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    prompt = read_prompts(jsonl(tmp_path, {"prompt": messages, "answer": "1"}))[0]
+    assert (prompt.text, prompt.context) == ("u", (Message("system", "s"),))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "p", "answer": "1"}')
+    assert read_prompts(path)[0].text == "p"
+
+
+def test_dapo_rows_are_read_alike_from_every_container(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = [dapo_row("one", "1"), dapo_row("two", "2"), dapo_row("one", "1")]
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "folder"))
+    for path in (jsonl(tmp_path, *rows), parquet(tmp_path, rows), tmp_path / "folder"):
+        found = [(prompt.text, prompt.answer, prompt.index) for prompt in read_prompts(path)]
+        assert found == [("one", "1", 0), ("two", "2", 1)], path
+
+
+def test_a_folder_with_gsm8k_rows(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict({"question": ["q"], "answer": ["so #### 5"]}).save_to_disk(str(tmp_path / "folder"))
+    assert read_prompts(tmp_path / "folder", template="<{problem}>")[0].text == "<q>"
+
+
+# Template, duplicates, limit
+
+
+def test_template_is_rendered_once_and_only_into_plain_text(tmp_path: Path) -> None:
+    rendered = MATH_TEMPLATE.replace("{problem}", "What is ${1+1}$?")
+    path = jsonl(
+        tmp_path,
+        {"prompt": "What is ${1+1}$?", "answer": "2"},
+        {"prompt": rendered, "answer": "2"},
+        dapo_row("already instructed"),
+    )
+    assert [prompt.text for prompt in read_prompts(path, template=MATH_TEMPLATE)] == [rendered, "already instructed"]
+
+
+@pytest.mark.parametrize("template", ["no place", "{problem} {problem}", "{question}", ""])
+def test_template_without_one_place_for_the_problem(tmp_path: Path, template: str) -> None:
+    with pytest.raises(RecipeError, match="exactly once"):
+        read_prompts(jsonl(tmp_path, {"prompt": "p", "answer": "1"}), template=template)
+
+
+def test_the_first_of_identical_prompts_is_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": text, "answer": text.upper()} for text in "abacab"]
+    prompts = read_prompts(jsonl(tmp_path, *rows))
+    assert [(prompt.text, prompt.index) for prompt in prompts] == [("a", 0), ("b", 1), ("c", 2)]
+    assert prompts[2].source.endswith("line 4")
+
+
+def test_same_question_after_another_system_prompt_is_another_prompt(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "system", "content": s}, {"role": "user", "content": "q"}], "answer": s} for s in "12"]
+    assert len(read_prompts(jsonl(tmp_path, *rows))) == 2
+
+
+def test_limit_counts_distinct_prompts(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *[{"prompt": text, "answer": "1"} for text in "aabbcc"])
+    assert [prompt.text for prompt in read_prompts(path, limit=2)] == ["a", "b"]
+    assert len(read_prompts(path, limit=9)) == 3
+    with pytest.raises(RecipeError, match="at least 1"):
+        read_prompts(path, limit=0)
+
+
+# What is refused: each message names the file, the row and the fault.
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"prompt": "p", "answer": "1"} x', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"prompt": "p", "answer": ' + b"1" * 5000 + b"}", "not valid JSON"),
+        (b"", "is empty: remove it"),
+        (b"   ", "is empty: remove it"),
+        ('{"prompt": "\u00fc", "answer": "1"}'.encode("latin-1"), "not UTF-8"),
+        ('{"prompt": "p", "answer": "1"}'.encode("utf-16"), "not UTF-8"),
+        (b'["p", "1"]', "not of type list"),
+        (b"null", "not of type NoneType"),
+        (b'{"answer": "1"}', "prompt is missing"),
+        (b'{"prompt": null, "answer": "1"}', "prompt is missing"),
+        (b'{"prompt": "p"}', "answer is missing"),
+        (b'{"prompt": 5, "answer": "1"}', "prompt is of type int, expected text"),
+        (b'{"prompt": {"role": "user"}, "answer": "1"}', "prompt is of type dict"),
+        (b'{"prompt": "", "answer": "1"}', "prompt is empty"),
+        (b'{"prompt": " \\n ", "answer": "1"}', "prompt is empty"),
+        (b'{"prompt": "p", "answer": " "}', "answer is empty"),
+        (b'{"prompt": "p", "answer": true}', "answer is of type bool"),
+        (b'{"prompt": "p", "answer": ["1"]}', "answer is of type list"),
+        (b'{"prompt": "p", "answer": NaN}', "a value is missing"),
+        (b'{"prompt": "p", "answer": "nan"}', "a value is missing"),
+        (b'{"prompt": "p", "answer": 34.0}', 'write "34.0" as text'),
+        (b'{"prompt": "p\\u0000q", "answer": "1"}', r"the character '\x00' at 1"),
+        (b'{"prompt": "p\\ud83d", "answer": "1"}', r"the character '\ud83d' at 1"),
+        (b'{"question": "q", "answer": "34"}', "no '####'"),
+        (b'{"question": "q", "answer": "work ####  "}', "answer after '####' is empty"),
+        (b'{"prompt": [], "answer": "1"}', "must end with one from the user"),
+        (b'{"prompt": [{"role": "assistant", "content": "a"}], "answer": "1"}', "must end with one from the user"),
+        (b'{"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}', "prompt[0] is not a message"),
+        (b'{"prompt": ["p"], "answer": "1"}', "prompt[0] is not a message"),
+        (b'{"prompt": [{"role": "user", "content": ""}], "answer": "1"}', "prompt[0].content is empty"),
+        (b'{"prompt": "p", "reward_model": {}}', "reward_model.ground_truth is missing"),
+        (b'{"prompt": "good", "answer": "2"}', "keep the right one"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, fault: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "good", "answer": "1"}\n' + line + b"\n")
+
+    with pytest.raises(DataError) as caught:
+        read_prompts(path)
+
+    assert str(caught.value).startswith(f"{path}, line 2")
+    assert fault in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (dapo_row("p", None), "reward_model.ground_truth is missing"),
+        (dapo_row(""), "prompt[0].content is empty"),
+        (dapo_row("a\x00b"), "the character"),
+        (dapo_row("good", "35"), "keep the right one"),
+    ],
+)
+def test_a_bad_parquet_row_is_named(tmp_path: Path, row: dict[str, object], fault: str) -> None:
+    path = parquet(tmp_path, [dapo_row("good"), row])
+    with pytest.raises(DataError) as caught:
+        read_prompts(path)
+    assert str(caught.value).startswith(f"{path}, row 1")
+    assert fault in str(caught.value)
+
+
+def test_a_float_column_of_answers_is_refused(tmp_path: Path) -> None:
+    path = parquet(tmp_path, [{"prompt": "p", "answer": 34.0}, {"prompt": "q", "answer": None}])
+    with pytest.raises(DataError, match="row 0: answer is the float 34.0"):
+        read_prompts(path)
+
+
+def test_text_of_another_encoding_inside_parquet(tmp_path: Path) -> None:
+    latin = pa.array([b"gr\xfc\xdfe"]).cast(pa.string(), safe=False)
+    pq.write_table(pa.table({"prompt": latin, "answer": ["1"]}), tmp_path / "prompts.parquet")
+    with pytest.raises(DataError, match="utf-8"):
+        read_prompts(tmp_path / "prompts.parquet")
+
+
+def test_columns_of_another_schema(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="columns text, label, but needs prompt and answer"):
+        read_prompts(parquet(tmp_path, [{"text": "a", "label": 1}]))
+
+
+def test_files_that_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "empty.parquet").touch()
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "no_rows.parquet")
+    for name, fault in [
+        ("empty.jsonl", "holds no prompts"),
+        ("empty.parquet", "not a readable Parquet"),
+        ("no_rows.parquet", "holds no prompts"),
+        ("missing.jsonl", "does not exist"),
+        ("", "not a folder of datasets"),
+    ]:
+        with pytest.raises(DataError, match=fault):
+            read_prompts(tmp_path / name)
+
+
+def test_a_type_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "prompts.csv").write_text("prompt,answer\n")
+    with pytest.raises(DataError, match=r"only .jsonl and .parquet"):
+        read_prompts(tmp_path / "prompts.csv")
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    dataset = Dataset.from_dict({"prompt": ["p"], "answer": ["1"]})
+    DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(DataError, match="holds several splits: name one, such as .*train"):
+        read_prompts(tmp_path / "splits")
+    (tmp_path / "splits" / "train" / "state.json").write_text("{")
+    with pytest.raises(DataError, match="not a folder of datasets"):
+        read_prompts(tmp_path / "splits" / "train")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["user", "#### 1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "ground_truth"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+json_rows = st.dictionaries(st.sampled_from(["prompt", "question", "answer", "reward_model", "x"]), json_values)
+json_lines = (json_rows | json_values).map(lambda row: json.dumps(row).encode())
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    content=st.binary(max_size=200) | st.lists(json_lines | st.binary(max_size=20), max_size=5).map(b"\n".join),
+    suffix=st.sampled_from([".jsonl", ".parquet"]),
+)
+def test_any_bytes_give_prompts_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
+    path.write_bytes(content)
+    try:
+        prompts = read_prompts(path, template=MATH_TEMPLATE)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:
+        assert prompts and all(prompt.text.strip() and prompt.answer.strip() for prompt in prompts)
+        assert len({(prompt.context, prompt.text) for prompt in prompts}) == len(prompts)
+
+
+# Tokens
+
+CHATML = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word; `<s>` before bare text, as Llama does."""
+    words = ["<s>", "<unk>", "<system>", "<user>", "<assistant>", "add", "one", "two", "be", "brief"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=CHATML)
+
+
+def words_of(prompt: Prompt, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return tokenizer.convert_ids_to_tokens(list(prompt.token_ids))
+
+
+ADD = Prompt("add one two", "3", 0, "f, line 1")
+BRIEF = Prompt("add two two", "4", 1, "f, line 2", context=(Message("system", "be brief"),))
+
+
+def test_bare_text_gets_the_tokenizers_own_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenized = tokenize_prompts([ADD], tokenizer, max_tokens=4, chat=False)
+    assert words_of(tokenized[0], tokenizer) == ["<s>", "add", "one", "two"]
+    assert (tokenized[0].text, tokenized[0].answer, tokenized[0].source) == (ADD.text, ADD.answer, ADD.source)
+
+
+def test_chat_ends_where_the_assistant_speaks(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain, brief = tokenize_prompts([ADD, BRIEF], tokenizer, max_tokens=8, chat=True)
+    assert words_of(plain, tokenizer) == ["<user>", "add", "one", "two", "<assistant>"]
+    assert words_of(brief, tokenizer) == "<system> be brief <user> add two two <assistant>".split()
+
+
+def test_too_long_prompts_are_counted_and_the_longest_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError) as caught:
+        tokenize_prompts([ADD, BRIEF], tokenizer, max_tokens=4, chat=True)
+    message = str(caught.value)
+    assert message.startswith("2 of 2 prompts have more than 4 tokens, the longest prompt 1 (f, line 2: 'add two two')")
+    assert "with 8: raise the limit or remove" in message
+
+
+def test_prompts_that_the_tokenizer_cannot_take(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="messages before the question"):
+        tokenize_prompts([BRIEF], tokenizer, max_tokens=99, chat=False)
+    no_unknown = Tokenizer(models.BPE({"a": 0}, []))
+    silent = PreTrainedTokenizerFast(tokenizer_object=no_unknown)
+    with pytest.raises(DataError, match="has no tokens"):
+        tokenize_prompts([Prompt("é", "1", 0, "f, line 1")], silent, max_tokens=99, chat=False)
+    with pytest.raises(RecipeError, match="no chat template"):
+        tokenize_prompts([ADD], silent, max_tokens=99, chat=True)
+    silent.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="no system role"):
+        tokenize_prompts([ADD], silent, max_tokens=99, chat=True)
+
+
+# Order
+
+sizes = st.integers(1, 40)
+seeds = st.integers(0, 2**32)
+draws = st.lists(st.integers(0, 90), max_size=8)
+
+
+@given(n=sizes, seed=seeds, ks=draws)
+def test_every_prompt_comes_once_per_epoch(n: int, seed: int, ks: list[int]) -> None:
+    order = PromptOrder(n, seed)
+    taken = [index for k in ks for index in order.take(k)]
+    assert len(taken) == sum(ks)
+    epochs = [taken[start : start + n] for start in range(0, len(taken), n)]
+    for epoch in epochs[:-1]:
+        assert sorted(epoch) == list(range(n))
+    if epochs:
+        assert len(set(epochs[-1])) == len(epochs[-1])
+
+
+@given(n=sizes, seed=seeds, before=draws, after=draws)
+def test_a_resumed_order_goes_on_as_the_uninterrupted_one(
+    n: int, seed: int, before: list[int], after: list[int]
+) -> None:
+    whole = PromptOrder(n, seed).take(sum(before) + sum(after))
+
+    first = PromptOrder(n, seed)
+    head = [index for k in before for index in first.take(k)]
+    state = json.loads(json.dumps(first.state_dict()))
+    second = PromptOrder(n, seed)
+    second.take(3)
+    second.load_state_dict(state)
+    tail = [index for k in after for index in second.take(k)]
+
+    assert head + tail == whole
+
+
+def test_epochs_and_seeds_differ() -> None:
+    order = PromptOrder(50, seed=1)
+    first, second = order.take(50), order.take(50)
+    assert first != second != PromptOrder(50, seed=2).take(50) != first
+    assert first != list(range(50))
+
+
+def test_state_stays_small() -> None:
+    order = PromptOrder(100_000, seed=0)
+    order.take(150_000)
+    assert order.state_dict() == {"n": 100_000, "seed": 0, "epoch": 1, "position": 50_000}
+
+
+@pytest.mark.parametrize("other", [PromptOrder(9, seed=1), PromptOrder(10, seed=2)])
+def test_state_of_another_order_is_refused(other: PromptOrder) -> None:
+    with pytest.raises(CheckpointError, match="over 10 prompts with seed 1"):
+        other.load_state_dict(PromptOrder(10, seed=1).state_dict())
+
+
+@pytest.mark.parametrize(("n", "seed"), [(0, 0), (1, -1)])
+def test_an_order_over_nothing(n: int, seed: int) -> None:
+    with pytest.raises(ValueError):
+        PromptOrder(n, seed)

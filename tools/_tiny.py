@@ -1,0 +1,121 @@
+"""What the two tools that make the tiny models share: optimiser steps, batches, sampling, progress."""
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+MAX_RESPONSE = 200
+"""Tokens, the end token included; a longer response is cut and counts as wrong."""
+
+BATCH_SIZE = 64
+MICRO_BATCH_SIZE = 16
+WARMUP_STEPS = 50
+DECAY_SHARE = 0.3
+MAX_GRAD_NORM = 1.0
+LINE_EVERY_SECONDS = 5.0
+
+Report = Callable[[int, str], None]
+"""`report(done, note)`"""
+Label = TypeVar("Label")
+
+
+def make_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
+    """AdamW; `optimizer_step` sets its learning rate."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+
+def optimizer_step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Clip, step, zero the gradients."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def learning_rate_at(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up, then `peak`, then linear decay over the last `DECAY_SHARE`; `step` counts from 0."""
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+
+
+def micro_batches(batch: Sequence[tuple[list[int], Label]]) -> Iterator[list[tuple[list[int], Label]]]:
+    """Split a batch of (tokens, label) into parts of about equal lengths, so that little is padded."""
+    ordered = sorted(batch, key=lambda example: len(example[0]))
+    for start in range(0, len(ordered), MICRO_BATCH_SIZE):
+        yield ordered[start : start + MICRO_BATCH_SIZE]
+
+
+def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
+    """Right-pad to int64 `[B, S]`, S = the longest."""
+    longest = max(map(len, sequences))
+    return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
+
+
+@torch.inference_mode()
+def sample(model: PreTrainedModel, prompts: Sequence[list[int]], report: Report | None = None) -> list[list[int]]:
+    """One response to each prompt at temperature 1: token ids that end with the end token, or `MAX_RESPONSE` without.
+
+    Prompts of equal length go together, so nothing is padded. Draws come from torch's global generator.
+    """
+    responses: list[list[int]] = [[] for _ in prompts]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        groups[len(prompt)].append(row)
+    done = 0
+    for rows in groups.values():
+        _sample_group(model, prompts, rows, responses)
+        done += len(rows)
+        if report:
+            report(done, "")
+    return responses
+
+
+def _sample_group(
+    model: PreTrainedModel, prompts: Sequence[list[int]], rows: list[int], responses: list[list[int]]
+) -> None:
+    """Extend `responses` at `rows`; a finished row leaves the batch and the cache."""
+    cache = DynamicCache()
+    tokens = torch.tensor([prompts[row] for row in rows])
+    for _ in range(MAX_RESPONSE):
+        logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        tokens = torch.multinomial(logits.softmax(-1), num_samples=1)
+        for row, token in zip(rows, tokens[:, 0].tolist()):
+            responses[row].append(token)
+        unfinished = (tokens[:, 0] != model.config.eos_token_id).nonzero()[:, 0]
+        if len(unfinished) == 0:
+            return
+        if len(unfinished) < len(rows):
+            cache.batch_select_indices(unfinished)
+            tokens = tokens[unfinished]
+            rows = [rows[index] for index in unfinished.tolist()]
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Report]:
+    """A bar on a terminal, otherwise a line every few seconds."""
+    if not sys.stdout.isatty():
+        yield _line_report(title, total)
+        return
+    from rich.progress import Progress, TextColumn
+
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as bar:
+        task = bar.add_task(title, total=total, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)
+
+
+def _line_report(title: str, total: int) -> Report:
+    last = time.monotonic()
+
+    def report(done: int, note: str) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= LINE_EVERY_SECONDS:
+            last = time.monotonic()
+            print(f"{title} {done}/{total} {note}".rstrip(), flush=True)
+
+    return report

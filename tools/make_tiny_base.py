@@ -1,0 +1,229 @@
+"""Make the tiny base model and its problems, in minutes on one CPU core.
+
+Writes, below --out:
+
+    base/           Qwen2ForCausalLM of 153,408 parameters with a character-level tokenizer, in Hugging Face format
+    train.jsonl     rows {"prompt", "answer"}, for reinforcement learning
+    heldout.jsonl   other problems, for evaluation
+
+The base stands for a pretrained model: it imitates a mixture of guesses, sloppy and careful work
+(`megatron_vapo.data.chained_arithmetic.Mixture`), and is seldom right, but right when it works carefully.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _tiny import (
+    BATCH_SIZE,
+    MAX_RESPONSE,
+    learning_rate_at,
+    make_optimizer,
+    micro_batches,
+    optimizer_step,
+    pad,
+    progress,
+    sample,
+)
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_vapo.data.chained_arithmetic import (
+    BOS,
+    EOS,
+    PAD,
+    VOCABULARY,
+    Mixture,
+    Problem,
+    demonstrate,
+    make_problem_sets,
+)
+from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
+
+TRAIN_PROBLEMS = 20_000
+HELD_OUT_PROBLEMS = 512
+EVALUATED_PROBLEMS = 256
+IGNORED_LABEL = -100
+GUESS_LENGTH = len("#73$")
+
+Example = tuple[list[int], list[int]]
+"""Token ids of prompt and response, and as many labels: the same ids, `IGNORED_LABEL` over the prompt."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Supervised training on demonstrations of one mixture."""
+
+    mixture: Mixture
+    steps: int
+    learning_rate: float
+
+
+CURRICULUM = (
+    Stage(Mixture(p_short=0.1, p_sloppy=0.1), steps=600, learning_rate=3e-3),
+    Stage(Mixture(p_sloppy=0.25), steps=450, learning_rate=2e-3),
+    Stage(Mixture(), steps=220, learning_rate=1.5e-3),
+)
+"""Careful work first: on the last mixture alone, the arithmetic would be learned much later."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("artifacts/tiny"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="replace an existing base and its problems")
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # of each stage, at most: for tests
+    args = parser.parse_args()
+
+    if (args.out / "base").is_dir() and not args.force:
+        print(f"{args.out / 'base'} exists; --force makes it anew")
+        return
+    curriculum = [dataclasses.replace(stage, steps=min(stage.steps, args.steps or stage.steps)) for stage in CURRICULUM]
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as building:
+        make(Path(building), args.seed, curriculum)
+        publish(Path(building), out)
+
+
+def make(out: Path, seed: int, curriculum: Sequence[Stage]) -> None:
+    """Write the problems and the trained model into the empty folder `out`, and print what the model can do."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    train, held_out = make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
+    write_problems(out / "train.jsonl", train)
+    write_problems(out / "heldout.jsonl", held_out)
+
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    started = time.monotonic()
+    train_model(model, tokenizer, train, curriculum, random.Random(seed))
+    print(f"trained in {time.monotonic() - started:.0f} s")
+    model.save_pretrained(out / "base")
+    tokenizer.save_pretrained(out / "base")
+    print(evaluate(model, tokenizer, held_out[:EVALUATED_PROBLEMS]))
+
+
+def publish(building: Path, out: Path) -> None:
+    """Move everything into place, `base` last: where it exists, all is complete."""
+    if (out / "base").is_dir():
+        (out / "base").rename(building / "replaced")
+    for name in ("train.jsonl", "heldout.jsonl", "base"):
+        (building / name).rename(out / name)
+    print(f"wrote {out}")
+
+
+def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+    """One JSON row {"prompt", "answer"} for each problem."""
+    rows = ({"prompt": problem.prompt, "answer": problem.answer} for problem in problems)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of `VOCABULARY`, ids in its order; any other character is an error."""
+    tokenizer = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(VOCABULARY)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """Random weights from torch's global generator."""
+    special_ids = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=192,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=False,
+        **special_ids,
+    )
+    model = Qwen2ForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, max_new_tokens=MAX_RESPONSE, **special_ids)
+    return model
+
+
+def train_model(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    problems: Sequence[Problem],
+    curriculum: Sequence[Stage],
+    rng: random.Random,
+) -> None:
+    """Supervised training through all stages, with one optimiser."""
+    optimizer = make_optimizer(model)
+    done = 0
+    with progress("supervised training, step", sum(stage.steps for stage in curriculum)) as report:
+        for stage in curriculum:
+            for step, batch in enumerate(demonstration_batches(stage, tokenizer, problems, rng)):
+                loss = backward(model, batch)
+                optimizer_step(model, optimizer, learning_rate_at(step, stage.steps, stage.learning_rate))
+                done += 1
+                report(done, f"loss {loss:.3f}")
+
+
+def demonstration_batches(
+    stage: Stage, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], rng: random.Random
+) -> Iterator[list[Example]]:
+    """One batch of fresh demonstrations for each step of the stage."""
+    for _ in range(stage.steps):
+        chosen = rng.choices(problems, k=BATCH_SIZE)
+        prompts = tokenizer([problem.prompt for problem in chosen])["input_ids"]
+        responses = tokenizer([demonstrate(problem, stage.mixture, rng) for problem in chosen])["input_ids"]
+        yield [
+            (prompt + response, [IGNORED_LABEL] * len(prompt) + response)
+            for prompt, response in zip(prompts, responses)
+        ]
+
+
+def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
+    """Accumulate the gradient of the mean cross-entropy over the batch's response tokens; returns that mean."""
+    response_tokens = sum(label != IGNORED_LABEL for _, labels in batch for label in labels)
+    total = 0.0
+    for micro_batch in micro_batches(batch):
+        tokens = pad([tokens for tokens, _ in micro_batch], model.config.pad_token_id)
+        labels = pad([labels for _, labels in micro_batch], IGNORED_LABEL)
+        logits = model(input_ids=tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+        (loss / response_tokens).backward()
+        total += loss.item()
+    return total / response_tokens
+
+
+def evaluate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> str:
+    """A line on one response at temperature 1 to each problem."""
+    model.eval()
+    responses = sample(model, tokenizer([problem.prompt for problem in problems])["input_ids"])
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    right = sum(
+        response[-1] == tokenizer.eos_token_id and chained_arithmetic(text, problem.answer) > 0
+        for response, text, problem in zip(responses, texts, problems)
+    )
+    lengths = torch.tensor([len(response) for response in responses], dtype=torch.float32)
+    quantiles = lengths.quantile(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).int().tolist()
+    return (
+        f"{len(problems)} held-out problems at temperature 1: right {right / len(problems):.1%}, "
+        f"only a guess {(lengths == GUESS_LENGTH).float().mean():.1%}, "
+        f"tokens min, 10 %, median, 90 %, max: {', '.join(map(str, quantiles))}"
+    )
+
+
+if __name__ == "__main__":
+    main()
