@@ -163,7 +163,9 @@ class DataConfig:
 
     train: str = MISSING
     template: Literal["none", "math"] = "none"
-    """math: render problems with the paper's template. Rows that are chat messages are taken as they are."""
+    """math: render problems with the paper's template. Rows that are messages are taken as they are."""
+    chat: bool = False
+    """Render prompts by the tokenizer's chat template; base models read the bare text."""
     max_prompt_tokens: int = 2048
 
 

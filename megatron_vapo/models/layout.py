@@ -18,7 +18,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_vapo.config import RoleConfig
-from megatron_vapo.errors import LayoutError
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -34,27 +33,6 @@ def init_world() -> None:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def check_world(name: str, role: RoleConfig, world_size: int) -> None:
-    """Refuse a layout that this number of processes cannot form.
-
-    Raises:
-        LayoutError: names the keys and the sizes that would do.
-    """
-    model = role.tensor_parallel * role.pipeline_parallel * role.context_parallel
-    if world_size % model:
-        raise LayoutError(
-            f"{name}: tensor_parallel {role.tensor_parallel} x pipeline_parallel {role.pipeline_parallel} x "
-            f"context_parallel {role.context_parallel} = {model} does not divide the {world_size} processes: start a "
-            f"multiple of {model} processes (torchrun --nproc-per-node) or lower one of the three"
-        )
-    expert = role.expert_tensor_parallel * role.expert_parallel * role.pipeline_parallel
-    if world_size % expert:
-        raise LayoutError(
-            f"{name}: expert_tensor_parallel {role.expert_tensor_parallel} x expert_parallel {role.expert_parallel} x "
-            f"pipeline_parallel {role.pipeline_parallel} = {expert} does not divide the {world_size} processes"
-        )
 
 
 class ParallelLayout:

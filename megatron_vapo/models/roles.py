@@ -56,6 +56,16 @@ class Critic(Trainable):
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         return ValueModel(config=config, **stage)
 
+    def set_head(self, random: bool, seed: int) -> None:
+        """Fill the head before a checkpoint is loaded over it: zeros, so that values start at 0, or random numbers with
+        the standard deviation that Hugging Face draws heads with."""
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.zeros(1, self.architecture.hidden)
+        if random:
+            weight.normal_(0.0, 0.02, generator=generator)
+        if self.modules[-1].post_process:
+            self.modules[-1].output_layer.weight.data.copy_(weight)
+
     def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
         return (output[0, :, 0].index_select(0, micro.predictors.to(self.device)).float(),)
 

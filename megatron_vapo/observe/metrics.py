@@ -43,7 +43,7 @@ class MetricsWriter:
 
         start_at = start_at or {}
         folder.mkdir(parents=True, exist_ok=True)
-        self._wandb = None if wandb is None else _start_wandb(folder, wandb)
+        self._wandb = None if wandb is None else _Wandb(folder, wandb)
         _drop_records(folder / FILE_NAME, start_at)
         self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
         self._tensorboard = {
@@ -59,7 +59,7 @@ class MetricsWriter:
             self._tensorboard[kind].add_scalar(name, value, step)
         self._tensorboard[kind].flush()
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+            self._wandb.log(step, values, kind)
 
     def close(self) -> None:
         self._file.close()
@@ -107,15 +107,26 @@ def _drop_records(path: Path, start_at: Mapping[Kind, int]) -> None:
     replace_text(path, "".join(kept))
 
 
-def _start_wandb(folder: Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise RecipeError(
-            "the recipe asks for Weights & Biases, but the package `wandb` is not installed: "
-            "`pip install wandb`, or leave W&B out of the recipe (TensorBoard and metrics.jsonl are always written)"
-        ) from error
-    run = wandb.init(dir=str(folder), **settings)
-    for kind in KINDS:  # W&B has one global step; ours are counted per kind
-        run.define_metric(f"{kind}/*", step_metric=f"{kind}/step")
-    return run
+class _Wandb:
+    """A W&B run in which each kind counts its own steps; W&B by itself has one step for all."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise RecipeError(
+                "the recipe asks for Weights & Biases, but the package `wandb` is not installed: "
+                "`pip install wandb`, or leave W&B out of the recipe (TensorBoard and metrics.jsonl are always written)"
+            ) from error
+        self._run = wandb.init(dir=str(folder), **settings)
+        self._known: set[str] = set()
+
+    def log(self, step: int, values: Mapping[str, float], kind: Kind) -> None:
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        for name in named.keys() - self._known:  # one by one: its pattern "train/*" would not match "train/critic/loss"
+            self._run.define_metric(name, step_metric=f"{kind}/step")
+        self._known |= named.keys()
+        self._run.log({f"{kind}/step": step, **named})
+
+    def finish(self) -> None:
+        self._run.finish()

@@ -129,7 +129,7 @@ def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     path = run_folder / "samples" / f"step_{step:06d}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     count = min(limit, len(rows))
-    chosen = [rows[index] for index in range(count)]
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
     replace_text(path, "".join(to_json(row) + "\n" for row in chosen))
     return path
 

@@ -102,9 +102,17 @@ def test_wandb_counts_steps_per_kind(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: started.update(settings) or run))
     with MetricsWriter(tmp_path, wandb={"project": "p", "mode": "offline"}) as writer:
         writer.write(3, {"critic/loss": 0.5}, "pretrain")
+        writer.write(0, {"critic/loss": 0.4}, "train")
+        writer.write(1, {"critic/loss": 0.3}, "train")
     assert started == {"dir": str(tmp_path), "project": "p", "mode": "offline"}
-    assert ("pretrain/*", "pretrain/step") in calls
-    assert calls[-2:] == [{"pretrain/step": 3, "pretrain/critic/loss": 0.5}, "finished"]
+    assert calls == [
+        ("pretrain/critic/loss", "pretrain/step"),
+        {"pretrain/step": 3, "pretrain/critic/loss": 0.5},
+        ("train/critic/loss", "train/step"),
+        {"train/step": 0, "train/critic/loss": 0.4},
+        {"train/step": 1, "train/critic/loss": 0.3},
+        "finished",
+    ]
 
 
 def test_replacing_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):

@@ -1,0 +1,167 @@
+"""The embedded engine: Hugging Face transformers with a KV cache, in the trainer's own process, for small models.
+
+Every token is drawn from one uniform number of its request's own stream (inverse transform sampling), so a response
+depends on its request and the weights alone, not on the batch that it happens to share or the rank that writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vapo.config import SamplingConfig
+from megatron_vapo.errors import CheckpointError
+from megatron_vapo.rollout import Request, Response
+
+
+class TransformersEngine:
+    """Decodes `batch_size` responses at a time; finished ones leave the batch.
+
+    Args:
+        model_path: Hugging Face folder whose configuration is used; weights come through `load_weights`.
+        end_ids: tokens that end a response.
+        pad_id: any token id, fills prompts on their left.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        end_ids: Sequence[int],
+        pad_id: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device(device):
+            self._model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation="sdpa"
+            ).eval()
+        self._parameters = dict(self._model.named_parameters())
+        self._end_ids = torch.tensor(sorted(end_ids), device=device)
+        self._pad_id, self._batch_size, self._device = pad_id, batch_size, device
+        self._version = -1
+
+    @torch.no_grad()
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy every tensor over the model's own.
+
+        Raises:
+            CheckpointError: a tensor is missing, or the model has none of that name.
+        """
+        missing = set(self._parameters)
+        for name, tensor in tensors:
+            if name not in self._parameters:
+                raise CheckpointError(f"rollout engine: the model has no tensor {name}")
+            self._parameters[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise CheckpointError(f"rollout engine: no weights came for {', '.join(sorted(missing))}")
+        self._version = version
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> list[Response]:
+        """See `RolloutEngine.generate`."""
+        responses: list[Response] = []
+        for first in range(0, len(requests), self._batch_size):
+            responses += self._decode(requests[first : first + self._batch_size], sampling, max_tokens, on_tokens)
+        return responses
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
+
+    @torch.inference_mode()
+    def _decode(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        on_tokens: Callable[[int], None],
+    ) -> list[Response]:
+        count = len(requests)
+        uniforms = torch.stack([_uniforms(r.seed, max_tokens) for r in requests]).to(self._device)
+        tokens = torch.zeros(count, max_tokens, dtype=torch.int64, device=self._device)
+        logprobs = torch.zeros(count, max_tokens, device=self._device)
+        lengths = torch.full((count,), max_tokens)
+        stopped = torch.zeros(count, dtype=torch.bool)
+
+        active = torch.arange(count, device=self._device)
+        ids, mask = self._left_pad([r.prompt_ids for r in requests])
+        cache = None
+        for step in range(max_tokens):
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            output = self._model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = output.past_key_values
+            drawn, drawn_logprobs = draw(output.logits[:, -1], uniforms[active, step], sampling)
+            tokens[active, step], logprobs[active, step] = drawn, drawn_logprobs
+            on_tokens(len(active))
+            going = ~torch.isin(drawn, self._end_ids)
+            finished = active[~going].cpu()
+            lengths[finished], stopped[finished] = step + 1, True
+            if not going.any():
+                break
+            if len(finished):
+                active, drawn, mask = active[going], drawn[going], mask[going]
+                cache.batch_select_indices(going)
+            ids = drawn[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        tokens, logprobs = tokens.cpu(), logprobs.cpu()
+        return [
+            Response(tokens[i, :n].clone(), logprobs[i, :n].clone(), "stop" if stopped[i] else "length", self._version)
+            for i, n in enumerate(lengths.tolist())
+        ]
+
+    def _left_pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask [count, longest]."""
+        width = max(len(p) for p in prompts)
+        ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        return ids, mask
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Tokens drawn by inverse transform, and their log-probs before top-p.
+
+    Args:
+        logits: [b, V].
+        uniform: [b] float64 in [0, 1), one number per token drawn.
+
+    Returns:
+        token ids [b] int64, log-probs [b] float32 of softmax(logits / temperature).
+    """
+    all_logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    probs = all_logprobs.double().exp()
+    if sampling.top_p < 1:
+        probs = _nucleus(probs, sampling.top_p)
+    cumulative = probs.cumsum(dim=-1)
+    threshold = uniform[:, None] * cumulative[:, -1:]
+    # The first token whose cumulative probability exceeds the threshold has probability above 0.
+    drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+    return drawn.squeeze(-1), all_logprobs.gather(-1, drawn).squeeze(-1)
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Zero all but the fewest likeliest tokens whose probabilities reach top_p."""
+    ordered, order = probs.sort(dim=-1, descending=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))

@@ -1,0 +1,190 @@
+"""The mathematical checkers, on real reference solutions and on the ways to write an answer that they (do not) know."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vapo.data.prompts import MATH_TEMPLATE, read_prompts
+from megatron_vapo.errors import RecipeError
+from megatron_vapo.rewards import REWARDS, get_reward
+from megatron_vapo.rewards.math import math_dapo, math_verify_reward
+from megatron_vapo.rewards.scorer import RewardScorer
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="real prompt sets are not at ../shared/data")
+
+Sample = tuple[str, str]
+"""(response, reference answer)"""
+
+
+def gsm8k(split: str) -> tuple[list[Sample], list[Sample]]:
+    """GSM8K's reference solutions as responses to the template: as they are, and with one added to the answer."""
+    import json
+
+    path = DATA / "gsm8k" / f"{split}.jsonl"
+    solutions = [json.loads(line)["answer"] for line in path.open()]
+    right, wrong = [], []
+    for prompt, solution in zip(read_prompts(path, template=MATH_TEMPLATE), solutions, strict=True):
+        reasoning, _, answer = solution.rpartition("####")
+        changed = int(answer.replace(",", "")) + 1
+        right.append((f"{reasoning}Answer: {answer.strip()}", prompt.answer))
+        wrong.append((f"{reasoning}Answer: {changed}", prompt.answer))
+    return right, wrong
+
+
+def without_separators(samples: list[Sample]) -> list[Sample]:
+    return [(response.replace(",", ""), answer) for response, answer in samples]
+
+
+@needs_data
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_math_dapo_on_all_of_gsm8k(split: str) -> None:
+    right, wrong = gsm8k(split)
+    assert [sample for sample in right + without_separators(right) if math_dapo(*sample) != 1.0] == []
+    assert [sample for sample in wrong if math_dapo(*sample) != -1.0] == []
+
+
+@needs_data
+def test_math_verify_on_part_of_gsm8k() -> None:
+    right, wrong = (samples[:200] for samples in gsm8k("test"))
+    assert [sample for sample in right if math_verify_reward(*sample) != 1.0] == []
+    assert [sample for sample in wrong if math_verify_reward(*sample) != -1.0] == []
+
+
+@needs_data
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_math_verify_on_all_of_gsm8k(split: str) -> None:
+    right, wrong = gsm8k(split)
+    samples = right + without_separators(right) + wrong
+    with RewardScorer(math_verify_reward, workers=2, timeout_s=60.0) as scorer:
+        scores = scorer.score([response for response, _ in samples], [answer for _, answer in samples])
+    assert (scorer.failures, scorer.timeouts) == (0, 0)
+    expected = [1.0] * 2 * len(right) + [-1.0] * len(wrong)
+    assert [sample for sample, score, due in zip(samples, scores, expected, strict=True) if score != due] == []
+
+
+@needs_data
+@pytest.mark.parametrize("reward", [math_dapo, math_verify_reward])
+def test_every_aime_answer_is_told_from_every_other(reward) -> None:
+    answers = sorted({prompt.answer for prompt in read_prompts(DATA / "aime-2024.parquet")})
+    for given in answers:
+        right = [answer for answer in answers if reward(f"So it is.\nAnswer: {given}", answer) == 1.0]
+        assert right == [given]
+
+
+HALF = r"\frac{1}{2}"
+
+# Stated behaviour: (what stands after "Answer:", reference, does math_dapo take it, does math_verify)
+SPELLINGS = [
+    ("34", "34", True, True),
+    ("  34  ", "34", True, True),
+    ("$34$", "34", True, True),
+    ("$34.$", "34", True, True),
+    (r"\$34", "34", True, True),
+    ("x = 34", "34", True, True),
+    (r"\boxed{34}", "34", True, True),
+    (r"$\boxed{34}$", "34", True, True),
+    (r"\text{34}", "34", True, True),
+    (r"34^\circ", "34", True, True),
+    ("34 cm", "34", True, True),
+    ("1,080", "1080", True, True),
+    ("1080", "1,080", True, True),
+    (r"1{,}080", "1080", True, True),
+    ("-3", "-3", True, True),
+    (r"\frac12", HALF, True, True),
+    (r"$\sqrt2$", r"\sqrt{2}", True, True),
+    ("there are $34$ of them", "34", True, False),  # math-verify multiplies the letters
+    ("34 dollars", "34", True, False),  # the same
+    # DAPO's rule compares strings:
+    ("34.", "34", False, True),
+    ("34.0", "34", False, True),
+    ("034", "34", False, True),
+    (r"\dfrac{1}{2}", HALF, False, True),
+    ("1/2", HALF, False, True),
+    ("0.5", HALF, False, True),
+    ("34 apples", "34", False, True),
+    ("34%", "34", False, True),  # math-verify's known false accept
+    # Wrong for both:
+    ("35", "34", False, False),
+    ("-34", "34", False, False),
+    ("3", "34", False, False),
+    ("134", "34", False, False),
+    ("34, 35", "34", False, False),
+    ("34 or 35", "34", False, False),
+    ("2 2/3", "2", False, False),
+    ("10^{20}", "10", False, False),
+    ("thirty-four", "34", False, False),
+    ("", "34", False, False),
+]
+
+
+@pytest.mark.parametrize(("given", "reference", "dapo", "verify"), SPELLINGS)
+def test_spellings(given: str, reference: str, dapo: bool, verify: bool) -> None:
+    response = f"We find 7 and then 12.\n\nAnswer: {given}"
+    assert math_dapo(response, reference) == (1.0 if dapo else -1.0)
+    assert math_verify_reward(response, reference) == (1.0 if verify else -1.0)
+
+
+@pytest.mark.parametrize(
+    ("response", "dapo", "verify"),
+    [
+        ("Answer: 34", True, True),
+        ("ANSWER : 34", True, True),
+        ("Final answer:\n34", True, True),
+        ("Answer: 35. No!\nAnswer: 34", True, True),
+        ("Answer: 34\nAnswer: 35", False, False),
+        ("**Answer:** 34", False, True),
+        ("Answer: **34**", False, True),
+        ("The result is 34", False, False),
+        (r"so \boxed{34}", False, True),
+        (r"so \boxed{34}, or rather \boxed{35}", False, False),
+        (r"\boxed{34} but Answer: 35", False, False),
+        ("Answer:", False, False),
+        ("", False, False),
+        ("Answer: 34\n" + "x" * 280, True, True),
+        ("Answer: 34\n" + "x" * 300, False, False),
+        ("Answer: " + "(" * 250 + "34", False, False),
+        ("Answer: \\frac{{{", False, False),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_where_the_answer_is_looked_for(response: str, dapo: bool, verify: bool) -> None:
+    assert math_dapo(response, "34") == (1.0 if dapo else -1.0)
+    assert math_verify_reward(response, "34") == (1.0 if verify else -1.0)
+
+
+def test_a_reference_that_math_verify_cannot_read_is_not_the_responses_fault() -> None:
+    with pytest.raises(ValueError, match="cannot read the reference"):
+        math_verify_reward("Answer: 34", "")
+
+
+# The table of names
+
+
+@pytest.mark.parametrize("name", sorted(REWARDS))
+def test_known_names(name: str) -> None:
+    assert get_reward(name)("no answer here", "34") == -1.0
+
+
+def test_the_users_own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_a_user.py").write_text("def length(response, answer):\n    return len(response)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert get_reward("rewards_of_a_user:length")("four", "") == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("math_verfy", "did you mean math_verify"),
+        ("mathdapo", "did you mean math_dapo"),
+        ("zzz", "known are chained_arithmetic, math_dapo, math_verify"),
+        ("no_such_package_here:reward", "is it on PYTHONPATH"),
+        (":reward", "cannot import"),
+        ("json:no_such_function", "has no function 'no_such_function'"),
+        ("math:pi", "has no function 'pi'"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        get_reward(name)
