@@ -34,6 +34,8 @@ class Progress:
     pretraining_tokens: int = 0
     """Response tokens of value pretraining's rollouts."""
     accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    """Of the last evaluation."""
 
 
 def save_checkpoint(folder: Path, progress: Progress, models: dict[str, Trainable], keep: int) -> Path:

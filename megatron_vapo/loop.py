@@ -15,9 +15,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
         progress.accuracy_before = run.evaluate()
     if not progress.pretraining_done and not pretrain_critic(run, interrupt):
         return False
-    with run.display.phase("train", total=recipe.steps, start=progress.steps) as phase:
+    with run.display.phase("train", total=recipe.steps, start=progress.steps) as run.phase:
         while progress.steps < recipe.steps:
-            run.phase = phase
             step = progress.steps + 1
 
             batch = run.rollout("train", step)
@@ -33,8 +32,8 @@ def train(run: Run, interrupt: Interrupt) -> bool:
             run.sync_weights()
 
             run.finish_step("train", step, batch, metrics)
-            if _due(step, recipe.evaluation.every, recipe.steps) and recipe.evaluation.data:
-                run.evaluate()
+            if recipe.evaluation.data and _due(step, recipe.evaluation.every, recipe.steps):
+                progress.accuracy_after = run.evaluate()
             stop = interrupt.requested()
             if stop or _due(step, recipe.checkpoint.every, recipe.steps):
                 run.save()
@@ -67,6 +66,8 @@ def pretrain_critic(run: Run, interrupt: Interrupt) -> bool:
         run.save_pretrained_critic()
         if settings.reset_optimizer:
             run.critic.reset_optimizer()
+        progress.pretraining_done = True
+        run.save()
     elif run.recipe.uses_critic and settings.checkpoint:
         run.load_pretrained_critic(settings.checkpoint)
     progress.pretraining_done = True

@@ -64,7 +64,7 @@ class Run:
 
     def rollout(self, purpose: Kind, step: int) -> Experience:
         """Group-sample the next prompts with the present policy and score the responses."""
-        self._show("rollout", self.recipe.responses_per_step)
+        self._show("rollout")
         with self.timer("rollout"):
             batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
         if self.first_rank and purpose == "train":
@@ -114,11 +114,12 @@ class Run:
     def evaluate(self) -> float:
         """Held-out accuracy of the present policy, recorded."""
         settings = self.recipe.evaluation
-        with self.display.phase("evaluate", total=1) as self.phase:
-            self._show("evaluation", len(self.inputs.held_out) * settings.samples)
+        with self.display.phase("evaluate", total=1) as phase:
+            phase.activity("evaluation")
             with self.timer("evaluation"):
                 result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
-            self.record("evaluate", self.progress.steps, result.metrics)
+            self._write("evaluate", self.progress.steps, result.metrics)
+            phase.advance(result.metrics)
         if self.first_rank:
             rows = evaluation_rows(self.inputs.held_out, result.responses, settings.samples)
             write_samples(self.folder / "evaluation", self.progress.steps, rows, 64)
@@ -133,24 +134,17 @@ class Run:
             self.progress.sampled_tokens += tokens
         seconds = self.timer.step_seconds()
         spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
-        self.record(
-            kind,
-            step,
+        everything = (
             rollout_metrics(batch)
             | token_metrics(batch)
             | metrics
             | seconds
             | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": self.progress.sampled_tokens}
-            | {"reward/failures": self.scorer.failures, "reward/timeouts": self.scorer.timeouts},
+            | {"reward/failures": self.scorer.failures, "reward/timeouts": self.scorer.timeouts}
         )
+        self._write(kind, step, everything)
+        self.phase.advance(everything)
         self.timer.start_step()
-
-    def record(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
-        """Write metrics and show them."""
-        if self.writer is not None:
-            self.writer.write(step, metrics, kind)
-        if self.phase is not None:
-            self.phase.advance(metrics)
 
     def save(self) -> None:
         """Checkpoint models and progress."""
@@ -222,9 +216,13 @@ class Run:
             wandb={"project": project, "name": self.recipe.name} if project else None,
         )
 
-    def _show(self, activity: str, total: int | None = None) -> None:
+    def _write(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.write(step, metrics, kind)
+
+    def _show(self, activity: str) -> None:
         if self.phase is not None:
-            self.phase.activity(activity, total)
+            self.phase.activity(activity)
 
 
 def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:

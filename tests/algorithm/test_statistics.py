@@ -1,4 +1,4 @@
-"""Statistics against loops, numpy-free definitions and exhaustive counting."""
+"""Statistics against loops over plain numbers, exhaustive counting and repeated draws."""
 
 import itertools
 import math

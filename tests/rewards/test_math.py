@@ -1,12 +1,13 @@
 """The mathematical checkers, on real reference solutions and on the ways to write an answer that they (do not) know."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from megatron_vapo.data.prompts import MATH_TEMPLATE, read_prompts
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.rewards import REWARDS, get_reward
+from megatron_vapo.rewards import REWARDS, Reward, get_reward
 from megatron_vapo.rewards.math import math_dapo, math_verify_reward
 from megatron_vapo.rewards.scorer import RewardScorer
 
@@ -19,8 +20,6 @@ Sample = tuple[str, str]
 
 def gsm8k(split: str) -> tuple[list[Sample], list[Sample]]:
     """GSM8K's reference solutions as responses to the template: as they are, and with one added to the answer."""
-    import json
-
     path = DATA / "gsm8k" / f"{split}.jsonl"
     solutions = [json.loads(line)["answer"] for line in path.open()]
     right, wrong = [], []
@@ -52,8 +51,7 @@ def test_math_verify_on_part_of_gsm8k() -> None:
 
 
 @needs_data
-@pytest.mark.slow
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", [pytest.param("train", marks=pytest.mark.slow), "test"])
 def test_math_verify_on_all_of_gsm8k(split: str) -> None:
     right, wrong = gsm8k(split)
     samples = right + without_separators(right) + wrong
@@ -66,7 +64,7 @@ def test_math_verify_on_all_of_gsm8k(split: str) -> None:
 
 @needs_data
 @pytest.mark.parametrize("reward", [math_dapo, math_verify_reward])
-def test_every_aime_answer_is_told_from_every_other(reward) -> None:
+def test_every_aime_answer_is_told_from_every_other(reward: Reward) -> None:
     answers = sorted({prompt.answer for prompt in read_prompts(DATA / "aime-2024.parquet")})
     for given in answers:
         right = [answer for answer in answers if reward(f"So it is.\nAnswer: {given}", answer) == 1.0]
@@ -80,7 +78,6 @@ SPELLINGS = [
     ("34", "34", True, True),
     ("  34  ", "34", True, True),
     ("$34$", "34", True, True),
-    ("$34.$", "34", True, True),
     (r"\$34", "34", True, True),
     ("x = 34", "34", True, True),
     (r"\boxed{34}", "34", True, True),
@@ -96,6 +93,7 @@ SPELLINGS = [
     (r"$\sqrt2$", r"\sqrt{2}", True, True),
     ("there are $34$ of them", "34", True, False),  # math-verify multiplies the letters
     ("34 dollars", "34", True, False),  # the same
+    ("$34.$", "34", True, False),
     # DAPO's rule compares strings:
     ("34.", "34", False, True),
     ("34.0", "34", False, True),

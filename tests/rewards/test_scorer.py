@@ -113,9 +113,10 @@ def test_a_reward_that_hangs_is_killed_and_replaced(
 
 def test_an_expression_that_sympy_never_finishes() -> None:
     """What a time limit is for: the real library, on an answer that a policy could write."""
-    responses = ["Answer: 34", "Answer: $10^{10^{10}} + 1$", "Answer: 68/2"]
-    with RewardScorer(math_verify_reward, workers=2, timeout_s=8.0) as scorer:
+    responses = ["Answer: 34", "Answer: $9^{9^9}$", "Answer: 68/2"]
+    with RewardScorer(math_verify_reward, workers=2, timeout_s=10.0) as scorer:
         assert scorer.score(responses, ["34"] * 3) == [1.0, -1.0, 1.0]
+        assert (scorer.failures, scorer.timeouts) == (0, 1)
 
 
 def test_lists_of_different_lengths(unruly: Reward) -> None:

@@ -1,0 +1,125 @@
+"""megatron-vapo: train, evaluate and look at runs from the command line.
+
+Exit codes: 0 done; 2 recipe or arguments; 3 data; 4 checkpoint; 5 layout; 6 training cannot go on; 75 stopped by a
+signal, with a checkpoint; 1 a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+
+from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the `megatron-vapo` command; returns its exit code."""
+    options = _parse(arguments)
+    warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+    try:
+        return options.command(options)
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron-vapo: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes overrides only where no option stands before them.
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-vapo", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for name, command, text in (
+        ("train", _train, "run a recipe; a run that is already in its folder goes on"),
+        ("pretrain-critic", _pretrain_critic, "only value pretraining; RUN/critic_pretrained is what it leaves"),
+    ):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("recipe", help="YAML recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+        sub.add_argument("--restart", action="store_true", help="delete the run in this folder and start over")
+        sub.add_argument("--dry-run", action="store_true", help="check recipe, model and data, then stop")
+        sub.set_defaults(command=command)
+
+    text = "held-out accuracy (avg@k, pass@k) of a Hugging Face folder or a run's checkpoint"
+    sub = commands.add_parser("evaluate", help=text, description=text)
+    sub.add_argument("checkpoint", help="Hugging Face folder, or RUN/checkpoints/step_...")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+    sub.add_argument("--recipe", help="recipe with data, reward and sampling; default: that of the checkpoint's run")
+    sub.add_argument("--data", help="prompt set; default: the recipe's evaluation.data")
+    sub.add_argument("--samples", type=int, help="responses a problem; default: the recipe's evaluation.samples")
+    sub.set_defaults(command=_evaluate)
+
+    text = "draw the curves of one or several runs"
+    sub = commands.add_parser("report", help=text, description=text)
+    sub.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    sub.add_argument("--out", default="curves.png", help="picture to write (.png, .pdf, .svg)")
+    sub.set_defaults(command=_report)
+
+    text = "versions, devices, what works on this machine and what not"
+    sub = commands.add_parser("doctor", help=text, description=text)
+    sub.set_defaults(command=_doctor)
+    return parser
+
+
+# Each command imports what it needs, so that `--help` and a wrong recipe answer at once.
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_vapo.commands import run_recipe
+
+    return _run(run_recipe, options)
+
+
+def _pretrain_critic(options: argparse.Namespace) -> int:
+    from megatron_vapo.commands import pretrain
+
+    return _run(pretrain, options)
+
+
+def _run(command, options: argparse.Namespace) -> int:
+    from megatron_vapo.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    finished = command(recipe, restart=options.restart, dry_run=options.dry_run)
+    return 0 if finished else INTERRUPTED_EXIT_CODE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from megatron_vapo.commands import evaluate_checkpoint
+
+    evaluate_checkpoint(options.checkpoint, options.recipe, options.overrides, options.data, options.samples)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatron_vapo.observe.report import compare_curves
+
+    print(compare_curves([Path(run) for run in options.runs], options.runs, Path(options.out)))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from megatron_vapo.doctor import run_doctor
+
+    return run_doctor(Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

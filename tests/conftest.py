@@ -1,0 +1,98 @@
+"""Tiny checkpoints that tests share, made from scratch: every dimension differs, so that no transpose hides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+VOCAB = 43
+"""Symbols of the tiny tokenizer; not divisible by 2 or 4."""
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def build_tokenizer():
+    """Every character of chained arithmetic is a token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<pad>", "<eos>", *"0123456789+-*=#!^|", *"abcdefghijklmnopqrstuvw"]
+    assert len(symbols) == VOCAB
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>")
+
+
+SHAPES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
+def build_model(family: str, classifier: bool = False, seed: int = 0, **changes: object):
+    """A Hugging Face model with random weights, norms and biases included."""
+    import transformers
+
+    config_class, settings = {
+        "qwen2": (transformers.Qwen2Config, {}),
+        "qwen3": (transformers.Qwen3Config, {"head_dim": 10}),
+        "llama": (transformers.LlamaConfig, {"head_dim": 6}),
+        "qwen3_moe": (
+            transformers.Qwen3MoeConfig,
+            {"head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
+        ),
+    }[family]
+    settings = SHAPES | {"tie_word_embeddings": False} | settings | changes
+    auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    config = config_class(**settings, **({"num_labels": 1} if classifier else {}))
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        is_norm = parameter.dim() == 1 and bool((parameter == 1).all())
+        parameter.data = 1 + 0.2 * noise if is_norm else 0.25 * noise
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkpoint("qwen2", classifier=False, **config changes)` -> folder with model and tokenizer."""
+
+    def make(family: str = "qwen2", classifier: bool = False, seed: int = 0, **changes: object) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        build_model(family, classifier, seed, **changes).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prompt file of 40 problems of one step."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = [{"prompt": f"^{d}a+{n}=|", "answer": f"{d}{(d + n) % 10}"} for d in range(10) for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data sets beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the data folder ../shared/data is not there")
+    return SHARED_DATA
