@@ -5,10 +5,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
 
 MAX_RESPONSE = 200
 """Tokens, the end token included; a longer response is cut and counts as wrong."""
@@ -23,6 +27,23 @@ LINE_EVERY_SECONDS = 5.0
 Report = Callable[[int, str], None]
 """`report(done, note)`"""
 Label = TypeVar("Label")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of a prompt and of a response to it (ended by the end token or cut), and whether it is right."""
+
+    prompt: list[int]
+    response: list[int]
+    right: bool
+
+
+def prepare(seed: int) -> None:
+    """One thread, seeded: the same machine makes the same model again. The library's own bars and hints are off."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def make_optimizer(model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -58,42 +79,52 @@ def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def sample(model: PreTrainedModel, prompts: Sequence[list[int]], report: Report | None = None) -> list[list[int]]:
-    """One response to each prompt at temperature 1: token ids that end with the end token, or `MAX_RESPONSE` without.
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, str]],
+    report: Report | None = None,
+) -> list[Sample]:
+    """One checked response at temperature 1 to the "prompt" of each row; a cut one is wrong.
 
     Prompts of equal length go together, so nothing is padded. Draws come from torch's global generator.
     """
-    responses: list[list[int]] = [[] for _ in prompts]
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    responses: list[list[int]] = [[] for _ in rows]
     groups: dict[int, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        groups[len(prompt)].append(row)
+    for index, prompt in enumerate(prompts):
+        groups[len(prompt)].append(index)
     done = 0
-    for rows in groups.values():
-        _sample_group(model, prompts, rows, responses)
-        done += len(rows)
+    for group in groups.values():
+        _sample_group(model, prompts, group, responses)
+        done += len(group)
         if report:
             report(done, "")
-    return responses
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [
+        Sample(prompt, response, response[-1] == tokenizer.eos_token_id and chained_arithmetic(text, row["answer"]) > 0)
+        for prompt, response, text, row in zip(prompts, responses, texts, rows)
+    ]
 
 
 def _sample_group(
-    model: PreTrainedModel, prompts: Sequence[list[int]], rows: list[int], responses: list[list[int]]
+    model: PreTrainedModel, prompts: Sequence[list[int]], group: list[int], responses: list[list[int]]
 ) -> None:
-    """Extend `responses` at `rows`; a finished row leaves the batch and the cache."""
+    """Extend `responses` at the indices `group`; a finished one leaves the batch and the cache."""
     cache = DynamicCache()
-    tokens = torch.tensor([prompts[row] for row in rows])
+    tokens = torch.tensor([prompts[index] for index in group])
     for _ in range(MAX_RESPONSE):
         logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         tokens = torch.multinomial(logits.softmax(-1), num_samples=1)
-        for row, token in zip(rows, tokens[:, 0].tolist()):
-            responses[row].append(token)
+        for index, token in zip(group, tokens[:, 0].tolist()):
+            responses[index].append(token)
         unfinished = (tokens[:, 0] != model.config.eos_token_id).nonzero()[:, 0]
         if len(unfinished) == 0:
             return
-        if len(unfinished) < len(rows):
+        if len(unfinished) < len(group):
             cache.batch_select_indices(unfinished)
             tokens = tokens[unfinished]
-            rows = [rows[index] for index in unfinished.tolist()]
+            group = [group[position] for position in unfinished.tolist()]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from _tiny import (
     micro_batches,
     optimizer_step,
     pad,
+    prepare,
     progress,
     sample,
 )
@@ -45,11 +46,11 @@ from megatron_vapo.data.chained_arithmetic import (
     demonstrate,
     make_problem_sets,
 )
-from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
 
 TRAIN_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 512
 EVALUATED_PROBLEMS = 256
+MAX_POSITIONS = 512
 IGNORED_LABEL = -100
 GUESS_LENGTH = len("#73$")
 
@@ -95,11 +96,11 @@ def main() -> None:
 
 def make(out: Path, seed: int, curriculum: Sequence[Stage]) -> None:
     """Write the problems and the trained model into the empty folder `out`, and print what the model can do."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    prepare(seed)
     train, held_out = make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
-    write_problems(out / "train.jsonl", train)
-    write_problems(out / "heldout.jsonl", held_out)
+    held_out_rows = problem_rows(held_out)
+    write_rows(out / "train.jsonl", problem_rows(train))
+    write_rows(out / "heldout.jsonl", held_out_rows)
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
@@ -108,7 +109,7 @@ def make(out: Path, seed: int, curriculum: Sequence[Stage]) -> None:
     print(f"trained in {time.monotonic() - started:.0f} s")
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    print(evaluate(model, tokenizer, held_out[:EVALUATED_PROBLEMS]))
+    print(evaluate(model, tokenizer, held_out_rows[:EVALUATED_PROBLEMS]))
 
 
 def publish(building: Path, out: Path) -> None:
@@ -120,9 +121,12 @@ def publish(building: Path, out: Path) -> None:
     print(f"wrote {out}")
 
 
-def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """One JSON row {"prompt", "answer"} for each problem."""
-    rows = ({"prompt": problem.prompt, "answer": problem.answer} for problem in problems)
+def problem_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
+    return [{"prompt": problem.prompt, "answer": problem.answer} for problem in problems]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """As JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -131,7 +135,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(VOCABULARY)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=MAX_POSITIONS
+    )
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
@@ -148,7 +154,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=192,
-        max_position_embeddings=512,
+        max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=False,
         **special_ids,
@@ -207,19 +213,14 @@ def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
     return total / response_tokens
 
 
-def evaluate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem]) -> str:
-    """A line on one response at temperature 1 to each problem."""
-    model.eval()
-    responses = sample(model, tokenizer([problem.prompt for problem in problems])["input_ids"])
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    right = sum(
-        response[-1] == tokenizer.eos_token_id and chained_arithmetic(text, problem.answer) > 0
-        for response, text, problem in zip(responses, texts, problems)
-    )
-    lengths = torch.tensor([len(response) for response in responses], dtype=torch.float32)
+def evaluate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]]) -> str:
+    """A line on one response at temperature 1 to each row."""
+    samples = sample(model.eval(), tokenizer, rows)
+    lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.float32)
+    right = torch.tensor([sample.right for sample in samples], dtype=torch.float32)
     quantiles = lengths.quantile(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).int().tolist()
     return (
-        f"{len(problems)} held-out problems at temperature 1: right {right / len(problems):.1%}, "
+        f"{len(rows)} held-out problems at temperature 1: right {right.mean():.1%}, "
         f"only a guess {(lengths == GUESS_LENGTH).float().mean():.1%}, "
         f"tokens min, 10 %, median, 90 %, max: {', '.join(map(str, quantiles))}"
     )

@@ -117,8 +117,8 @@ def linear_recurrence(decay_T: Tensor, inflow_T: Tensor) -> Tensor:
     """Solve `x_t = inflow_t + decay_t x_{t+1}` for all t at once [T]; segments end where decay is 0.
 
     Odd-even reduction: substituting x_{t+1} into every even equation leaves the same problem on half the tokens; the
-    odd unknowns follow from the even ones. About 2 T multiply-adds in all, in log2(T) levels, and nothing is divided,
-    so |decay| <= 1 makes it as stable as the loop over time (more accurate, in fact: sums are taken as a tree).
+    odd unknowns follow from the even ones. About 3 T multiply-adds in all, in log2(T) levels, and nothing is divided,
+    so it is stable wherever |decay| <= 1: products of decays only shrink.
     """
     tokens = len(inflow_T)
     if tokens <= 1:

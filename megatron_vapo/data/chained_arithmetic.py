@@ -68,9 +68,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How demonstrations behave. `p_` are probabilities; the defaults make a base model that is right 3 to 10 % of the time.
+    """How demonstrations behave: probabilities and accuracies.
 
-    A step has at most `MAX_TRIES` tries, the last of them in full.
+    A step has at most `MAX_TRIES` tries, the last of them in full. The defaults make a base that is seldom right.
     """
 
     p_short: float = 0.3

@@ -45,8 +45,9 @@ def install() -> None:
     torch.cuda._megatron_vapo_cpu_backend = True
 
 
-def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    return None
+def _no_op() -> Any:
+    """A new function each time: torch's compiler refuses one function under two of torch's names."""
+    return lambda *_args, **_kwargs: None
 
 
 def _replace_device_queries() -> None:
@@ -54,10 +55,10 @@ def _replace_device_queries() -> None:
     torch.cuda.current_device = lambda: _CPU
     torch.cuda.device_count = lambda: 1
     for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
-        setattr(torch.cuda, name, _nothing)
+        setattr(torch.cuda, name, _no_op())
     for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *_: 0)
-    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = _nothing
+    torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = _no_op(), _no_op()
 
 
 def _replace_random_state() -> None:
@@ -65,11 +66,11 @@ def _replace_random_state() -> None:
     get, set_ = torch.get_rng_state, torch.set_rng_state
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: get()
     torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: set_(state)
-    torch.cuda.manual_seed = torch.default_generator.manual_seed
-    torch.cuda.manual_seed_all = _nothing  # torch.manual_seed calls it besides seeding the CPU
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+    torch.cuda.manual_seed_all = _no_op()  # torch.manual_seed calls it besides seeding the CPU
     torch.cuda.default_generators = defaultdict(lambda: torch.default_generator)  # whatever names the device
     torch.cuda._lazy_call = lambda callback, **_: callback()
-    torch.cuda._lazy_init = _nothing
+    torch.cuda._lazy_init = _no_op()
 
 
 class _NoStream:
@@ -84,17 +85,22 @@ class _NoStream:
     def __exit__(self, *_: object) -> None:
         return None
 
-    wait_stream = wait_event = synchronize = record = wait = record_event = _nothing
+    wait_stream = wait_event = synchronize = record = wait = _no_op()
+
+    def record_event(self, event: object = None) -> _NoStream:
+        return self
 
     def query(self) -> bool:
         return True
 
 
 def _replace_streams() -> None:
-    torch.cuda.Stream = torch.cuda.Event = _NoStream
-    torch.cuda.current_stream = torch.cuda.default_stream = _NoStream
-    torch.cuda.stream = contextlib.nullcontext
-    torch.Tensor.record_stream = _nothing
+    torch.cuda.Stream = type("Stream", (_NoStream,), {})
+    torch.cuda.Event = type("Event", (_NoStream,), {})
+    torch.cuda.current_stream = lambda *_: _NoStream()
+    torch.cuda.default_stream = lambda *_: _NoStream()
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.Tensor.record_stream = _no_op()
 
 
 def _on_cpu(factory: Any) -> Any:

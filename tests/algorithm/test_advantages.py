@@ -80,11 +80,13 @@ def test_responses_do_not_touch_each_other(batch):
 
 
 @given(batches())
-def test_lambda_zero_is_exactly_the_temporal_difference(batch):
+def test_lambda_zero_is_the_temporal_difference_and_to_the_bit_without_discount(batch):
     lengths, rewards, values, gamma, _ = batch
     next_values = torch.cat([torch.cat([v[1:], v.new_zeros(1)]) for v in values.split(lengths)])
     advantages = generalized_advantages(rewards, values, offsets(lengths), gamma, 0.0)
-    torch.testing.assert_close(advantages, rewards + gamma * next_values - values, rtol=0, atol=1e-15)
+    torch.testing.assert_close(advantages, rewards + gamma * next_values - values, rtol=1e-13, atol=1e-13)
+    undiscounted = generalized_advantages(rewards, values, offsets(lengths), 1.0, 0.0)
+    assert torch.equal(undiscounted, rewards + next_values - values)
 
 
 @given(batches())

@@ -1,0 +1,165 @@
+"""Parallel layouts and batches that must all take the same VAPO minibatch, and the process that takes it.
+
+    RANK=r WORLD_SIZE=n python -m benchmarks.layout_cases RENDEZVOUS_FILE FOLDER CASE [CASE ...]
+
+FOLDER holds checkpoints and batches that `benchmarks.layouts` made; results go there too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_vapo.config import AlgorithmConfig, CriticConfig, OptimizerConfig, RoleConfig
+from megatron_vapo.data.experience import Experience
+
+ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, epsilon=1e-6, clip_grad=0.5)
+UPDATES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    world: int = 1
+    family: str = "qwen2"
+    batch: str = "mixed"
+    role: dict[str, object] = field(default_factory=dict)
+    """Layout of both roles."""
+    critic: dict[str, object] | None = None
+    """Layout of the critic where it differs."""
+
+    def actor_config(self) -> RoleConfig:
+        return RoleConfig(**({"micro_batch_tokens": 128, "optimizer": replace(OPTIMIZER)} | self.role))
+
+    def critic_config(self) -> CriticConfig:
+        layout = self.role if self.critic is None else self.critic
+        return CriticConfig(**({"micro_batch_tokens": 128, "optimizer": replace(OPTIMIZER)} | layout))
+
+
+def tp(n: int, sp: bool = False) -> dict[str, object]:
+    return {"tensor_parallel": n, "sequence_parallel": sp}
+
+
+def pp(n: int, **more: object) -> dict[str, object]:
+    return {"pipeline_parallel": n, **more}
+
+
+ZERO = {"distributed_optimizer": True}
+CP2 = {"context_parallel": 2}
+EP2 = {"expert_parallel": 2}
+ETP2 = {"expert_tensor_parallel": 2, "tensor_parallel": 2}
+
+CASES = [
+    Case("one process"),
+    Case("micro-batches: 1", role={"micro_batch_tokens": 4096}),
+    Case("micro-batches: 2", role={"micro_batch_tokens": 256}),
+    Case("micro-batches: 3", role={"micro_batch_tokens": 170}),
+    Case("micro-batches: 7", role={"micro_batch_tokens": 68}),
+    Case("full recompute", role={"recompute": "full"}),
+    Case("selective recompute", role={"recompute": "selective"}),
+    Case("no positive example", batch="no positive"),
+    Case("Qwen3", family="qwen3"),
+    Case("Llama 3", family="llama"),
+    Case("Qwen3-MoE", family="qwen3_moe"),
+    Case("tied embeddings", family="tied"),
+    Case("TP2", 2, role=tp(2)),
+    Case("TP2 + SP", 2, role=tp(2, sp=True)),
+    Case("TP2 + SP, full recompute", 2, role=tp(2, sp=True) | {"recompute": "full"}),
+    Case("TP2 + SP, Qwen3", 2, "qwen3", role=tp(2, sp=True)),
+    Case("TP2, Llama 3", 2, "llama", role=tp(2)),
+    Case("TP2 + SP, tied", 2, "tied", role=tp(2, sp=True)),
+    Case("PP2", 2, role=pp(2)),
+    Case("PP2 uneven (1 + 3 layers)", 2, role=pp(2, first_stage_layers=1)),
+    Case("PP2 x VPP2", 2, role=pp(2, virtual_pipeline=2)),
+    Case("PP2, tied", 2, "tied", role=pp(2)),
+    Case("PP2, Qwen3-MoE", 2, "qwen3_moe", role=pp(2)),
+    Case("DP2", 2),
+    Case("DP2, overlapped gradient reduction", 2, role={"overlap_grad_reduce": True}),
+    Case("DP2 x ZeRO-1", 2, role=ZERO),
+    Case("DP2 x ZeRO-1, overlapped", 2, role=ZERO | {"overlap_grad_reduce": True}),
+    Case("DP2, a rank without positives", 2, batch="one positive"),
+    Case("DP2, responses of one token", 2, batch="one token"),
+    Case("DP2, fewer responses than micro-batches", 2, batch="two responses"),
+    Case("CP2", 2, role=CP2),
+    Case("CP2, Qwen3", 2, "qwen3", role=CP2),
+    Case("EP2", 2, "qwen3_moe", role=EP2),
+    Case("ETP2 x TP2", 2, "qwen3_moe", role=ETP2),
+    Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
+    Case("actor CP2, critic DP2 x ZeRO-1", 2, role=CP2, critic=ZERO),
+    Case("TP4", 4, role=tp(4)),
+    Case("TP4 + SP", 4, role=tp(4, sp=True)),
+    Case("PP4", 4, role=pp(4)),
+    Case("PP4, tied", 4, "tied", role=pp(4)),
+    Case("DP4", 4),
+    Case("DP4 x ZeRO-1", 4, role=ZERO),
+    Case("TP2 x PP2 + SP", 4, role=tp(2, sp=True) | pp(2)),
+    Case("TP2 x PP2 + SP, tied", 4, "tied", role=tp(2, sp=True) | pp(2)),
+    Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2),
+    Case("CP2 x PP2", 4, role=CP2 | pp(2)),
+    Case("CP2 x DP2 x ZeRO-1", 4, role=CP2 | ZERO),
+    Case("PP2 x VPP2 x DP2", 4, role=pp(2, virtual_pipeline=2)),
+    Case("EP2 x DP2 x ZeRO-1", 4, "qwen3_moe", role=EP2 | ZERO),
+    Case("TP2 x EP2 + SP", 4, "qwen3_moe", role=tp(2, sp=True) | EP2),
+    Case("EP2 x PP2", 4, "qwen3_moe", role=EP2 | pp(2)),
+    Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO),
+]
+
+
+def take_updates(case: Case, folder: Path) -> dict:
+    """Forward both models over the batch, update critic and actor `UPDATES` times; what came out, parameters included."""
+    from megatron_vapo import objectives
+    from megatron_vapo.models.layout import ParallelLayout
+    from megatron_vapo.models.parameters import hf_tensors, load_hf
+    from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.weights.architecture import read_architecture
+
+    batch = Experience(**torch.load(folder / f"batch {case.batch}.pt", weights_only=True))
+    actor_path, critic_path = folder / case.family, folder / f"{case.family} critic"
+    role = case.actor_config()
+    actor = Actor(role, read_architecture(actor_path), torch.float32, ParallelLayout(role, 0))
+    role = case.critic_config()
+    critic = Critic(role, read_architecture(critic_path), torch.float32, ParallelLayout(role, 0))
+    load_hf(actor, actor_path)
+    load_hf(critic, critic_path)
+
+    (values,) = critic.forward(batch)
+    logprobs, entropy = actor.forward(batch)
+    critic_steps = [critic.update(batch, objectives.value_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
+    actor_steps = [actor.update(batch, objectives.policy_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
+    return {
+        "forward": {"values": values, "logprobs": logprobs, "entropy": entropy},
+        "critic": critic_steps,
+        "actor": actor_steps,
+        "parameters": {
+            f"{name} {key}": tensor.clone()
+            for name, model in (("actor", actor), ("critic", critic))
+            for key, tensor in hf_tensors(model)
+        },
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rendezvous, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # A file, because a search for a free port collides under load.
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    for case in CASES:
+        if case.name in names:
+            result = take_updates(case, folder)
+            if dist.get_rank() == 0:
+                torch.save(result, folder / f"result {case.name}.pt")
+                print(case.name, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
