@@ -55,7 +55,7 @@ def pp(n: int, **more: object) -> dict[str, object]:
 ZERO = {"distributed_optimizer": True}
 CP2 = {"context_parallel": 2}
 EP2 = {"expert_parallel": 2}
-ETP2 = {"expert_tensor_parallel": 2, "tensor_parallel": 2}
+ETP2 = {"expert_tensor_parallel": 2}
 
 CASES = [
     Case("one process"),
@@ -91,7 +91,7 @@ CASES = [
     Case("CP2", 2, role=CP2),
     Case("CP2, Qwen3", 2, "qwen3", role=CP2),
     Case("EP2", 2, "qwen3_moe", role=EP2),
-    Case("ETP2 x TP2", 2, "qwen3_moe", role=ETP2),
+    Case("ETP2 x TP2 + SP", 2, "qwen3_moe", role=tp(2, sp=True) | ETP2),
     Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
     Case("actor CP2, critic DP2 x ZeRO-1", 2, role=CP2, critic=ZERO),
     Case("TP4", 4, role=tp(4)),

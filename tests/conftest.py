@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Tests share the machine with others: no time limit per hypothesis example, no more threads than asked for.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
+torch.set_num_threads(1)
 
 VOCAB = 43
 """Symbols of the tiny tokenizer; not divisible by 2 or 4."""
@@ -79,6 +85,46 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_experience() -> Callable[..., object]:
+    """`make_experience(prompt_lengths, response_lengths, seed=0, samples=2, **fields)` -> Experience with random
+    tokens and numbers, old log-probs near those of a uniform policy, groups of `samples` neighbours."""
+    from megatron_vapo.data.experience import Experience
+
+    def make(prompts: list[int], responses: list[int], seed: int = 0, samples: int = 2, **fields: torch.Tensor):
+        generator = torch.Generator().manual_seed(seed)
+        count, total = len(responses), sum(responses)
+        outcomes = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+        random = torch.randn(6, total, generator=generator)
+        logprobs = 0.5 * random[:2] - torch.tensor(float(VOCAB)).log()
+        made = {
+            "tokens": torch.randint(0, VOCAB, (sum(prompts) + total,), generator=generator),
+            "prompt_lengths": torch.tensor(prompts),
+            "response_lengths": torch.tensor(responses),
+            "groups": torch.arange(count) // samples,
+            "truncated": torch.zeros(count, dtype=torch.bool),
+            "rollout_logprobs": logprobs[0],
+            "outcomes": outcomes,
+            "rewards": outcomes,
+            "logprobs": logprobs[1],
+            "entropy": random[2].abs(),
+            "values": random[3],
+            "advantages": random[4],
+            "returns": random[5],
+        }
+        return Experience(**(made | fields))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def world() -> None:
+    """torch.distributed with this process alone."""
+    from megatron_vapo.models.layout import init_world
+
+    init_world()
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,11 @@ class PackingRule:
     count_multiple: int = 1
     """Micro-batches a rank come in multiples of this (interleaved pipeline schedules)."""
 
+    @property
+    def unit(self) -> int:
+        """The tokens of a micro-batch are a multiple of this."""
+        return self.sequence_multiple * self.total_multiple
+
 
 def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list[list[list[int]]]:
     """Responses of each micro-batch of each data-parallel rank, `[dp_size][micro-batches][responses]`.
@@ -83,12 +88,12 @@ def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list
     longest sequence goes first, always to the lightest micro-batch, which keeps them within a few percent.
     """
     padded = _round_up(lengths, rule.sequence_multiple).tolist()
-    budget = max(rule.token_budget, max(padded))
-    count = max(1, -(-sum(padded) // (budget * dp_size)))
+    budget = max(1, rule.token_budget // rule.unit) * rule.unit  # what `pack` adds stays within the budget too
+    count = -(-sum(min(length, budget) for length in padded) // (budget * dp_size))
     while True:
         count = -(-count // rule.count_multiple) * rule.count_multiple
         bins = _lightest_first(padded, count * dp_size)
-        if max(sum(padded[i] for i in members) for members in bins) <= budget:
+        if all(len(members) == 1 or sum(padded[i] for i in members) <= budget for members in bins):
             return [bins[rank::dp_size] for rank in range(dp_size)]
         count += 1
 
@@ -132,8 +137,7 @@ def _padded_lengths(lengths: Tensor, rule: PackingRule) -> Tensor:
     """Sequence lengths with padding; an empty micro-batch is one sequence of padding."""
     padded = _round_up(lengths, rule.sequence_multiple)
     total = int(padded.sum())
-    unit = rule.sequence_multiple * rule.total_multiple
-    target = max(-(-total // unit), 1) * unit
+    target = max(-(-total // rule.unit), 1) * rule.unit
     if rule.fixed_total:
         target = max(target, rule.token_budget)
     if not len(padded):

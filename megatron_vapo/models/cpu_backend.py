@@ -206,10 +206,11 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def _replace_optimizer() -> None:
-    import megatron.core.optimizer as optimizer
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
 
-    optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = distrib_optimizer.USING_PYTORCH_OPTIMIZER = False
 
 
 def _replace_moe_helpers() -> None:

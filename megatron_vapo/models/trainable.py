@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -108,14 +109,20 @@ class Trainable(ABC):
 
     def _step(self) -> dict[str, float]:
         self.optimizer.prepare_grads()
-        clip = self.role.optimizer.clip_grad
-        norm = float(self.optimizer.clip_grad_norm(clip) if clip else self.optimizer.get_grad_norm())
+        norm = float(self.optimizer.get_grad_norm())
         finite = math.isfinite(norm)
         if finite:
+            self._clip(norm)
             self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not at rate 0
             self.optimizer.step_with_ready_grads()
         rate = self.optimizer.param_groups[0]["lr"]
         return {"grad_norm": norm, "learning_rate": rate, "skipped": float(not finite)}
+
+    def _clip(self, norm: float) -> None:
+        """Clip by the global norm, that of experts (who have an optimizer of their own) included."""
+        if self.role.optimizer.clip_grad:
+            parameters = [p for optimizer in self.optimizer.chained_optimizers for p in optimizer.get_parameters()]
+            clip_grad_by_total_norm_fp32(parameters, self.role.optimizer.clip_grad, norm)
 
     @property
     def packing(self) -> PackingRule:

@@ -43,15 +43,17 @@ def transformer_config(architecture: Architecture, role: RoleConfig, dtype: torc
         expert_tensor_parallel_size=role.expert_tensor_parallel,
         # Interleaved schedules take micro-batches of one length, all others pack to any length.
         variable_seq_lengths=role.virtual_pipeline is None,
-        # gloo corrupts gradients when point-to-point transfers overlap with freed outputs.
+        # gloo corrupts gradients when point-to-point transfers overlap with freed outputs. Batched transfers would
+        # mix up forward and backward between the two ranks of an interleaved pipeline of two.
         overlap_p2p_comm=not on_cpu and role.virtual_pipeline is not None,
-        batch_p2p_comm=on_cpu or role.virtual_pipeline is None,
+        batch_p2p_comm=role.virtual_pipeline is None,
         deallocate_pipeline_outputs=True,
         recompute_granularity=None if role.recompute == "none" else role.recompute,
         recompute_method="uniform" if role.recompute == "full" else None,
         recompute_num_layers=1 if role.recompute == "full" else None,
-        # Weights always come from a checkpoint, so drawing initial ones would be wasted.
-        perform_initialization=False,
+        # Weights always come from a checkpoint, but only initialisation marks parameters as tensor-parallel, without
+        # which the gradient norm leaves out all ranks but the first.
+        perform_initialization=True,
         use_cpu_initialization=on_cpu,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

@@ -6,7 +6,7 @@ depends on its request and the weights alone, not on the batch that it happens t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ class TransformersEngine:
             self._model = AutoModelForCausalLM.from_config(
                 AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation="sdpa"
             ).eval()
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = dict(_by_checkpoint_name(self._model))
         self._end_ids = torch.tensor(sorted(end_ids), device=device)
         self._pad_id, self._batch_size, self._device = pad_id, batch_size, device
         self._version = -1
@@ -133,6 +133,21 @@ class TransformersEngine:
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
         return ids, mask
+
+
+def _by_checkpoint_name(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters under their names in a checkpoint, which holds one by one the experts that transformers 5 stacks."""
+    for name, parameter in model.named_parameters():
+        experts, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            for e, (gate, up) in enumerate(parameter.data.unflatten(1, (2, -1)).unbind(0)):
+                yield f"{experts}.{e}.gate_proj.weight", gate
+                yield f"{experts}.{e}.up_proj.weight", up
+        elif last == "down_proj":
+            for e, down in enumerate(parameter.data):
+                yield f"{experts}.{e}.down_proj.weight", down
+        else:
+            yield name, parameter.data
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

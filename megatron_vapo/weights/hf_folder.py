@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import copy
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from megatron_vapo.errors import CheckpointError
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 2**30
+_HEAD = "lm_head.weight"
+"""May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
 _KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files of the base model that an export keeps: configurations, tokenizer, chat template."""
 
@@ -48,7 +50,7 @@ class HFFolder:
         Raises:
             CheckpointError: names all of them.
         """
-        missing, extra = sorted(expected.keys() - self.names), sorted(self.names - expected.keys())
+        missing, extra = sorted(expected.keys() - self.names), sorted(self.names - expected.keys() - {_HEAD})
         if missing:
             raise CheckpointError(f"{self.folder}: tensors are missing: {_some(missing)}")
         if extra:
@@ -124,27 +126,31 @@ def write_hf_folder(
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+    """Write weight files of at most `shard_bytes` each (one larger tensor still gets a file of its own)."""
     names: list[list[str]] = []
-    held = total = 0
-
-    def flush() -> None:
-        save_file(shards[-1], folder / f"shard-{len(names)}", metadata={"format": "pt"})
-        names.append(list(shards[-1]))
-        shards[-1] = {}
-
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and held + size > shard_bytes:
-            flush()
-            held = 0
-        shards[-1][name] = tensor.detach().to("cpu", copy=True).contiguous()
-        held, total = held + size, total + size
-    flush()
+    total = 0
+    for shard in _shards_of(tensors, shard_bytes):
+        save_file(shard, folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        names.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
     _name_shards(folder, names, total)
 
 
+def _shards_of(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    """Copies of the tensors in their order; one shard is held at a time."""
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        held += tensor.nbytes
+    yield shard
+
+
 def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None:
+    """Give weight files the names that transformers looks for, which tell how many there are."""
     if len(names) == 1:
         (folder / "shard-0").rename(folder / _WEIGHTS)
         return

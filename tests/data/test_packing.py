@@ -1,0 +1,160 @@
+"""Micro-batches: what each must hold, against slow code; and how full and how even they are on realistic lengths."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches
+
+lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=24)
+"""(prompt, response) tokens of each response."""
+rules = st.builds(
+    PackingRule,
+    token_budget=st.integers(1, 120),
+    sequence_multiple=st.sampled_from([1, 2, 4, 8]),
+    total_multiple=st.sampled_from([1, 2, 4]),
+    count_multiple=st.sampled_from([1, 2, 4]),
+)
+dp_sizes = st.sampled_from([1, 2, 3, 8])
+
+
+def packed(batch: Experience, dp_size: int, rule: PackingRule) -> list[list[MicroBatch]]:
+    plan = plan_micro_batches(batch.sequence_lengths, dp_size, rule)
+    return [[pack(batch, members, rule) for members in micros] for micros in plan]
+
+
+def assert_predicts_its_tokens(batch: Experience, micro: MicroBatch) -> None:
+    """Each predictor sees exactly the prompt and the response so far, and its target is the token that follows."""
+    sequences = batch.tokens.split(batch.sequence_lengths.tolist())
+    owner = [(i, k) for i, n in enumerate(batch.response_lengths.tolist()) for k in range(n)]
+    starts = micro.cu_seqlens.tolist()
+    for row, target, index in zip(micro.predictors.tolist(), micro.targets.tolist(), micro.token_index.tolist()):
+        response, k = owner[index]
+        seen = int(batch.prompt_lengths[response]) + k
+        start = max(s for s in starts if s <= row)
+        assert micro.tokens[start : row + 1].tolist() == sequences[response][:seen].tolist()
+        assert micro.positions[start : row + 1].tolist() == list(range(seen))
+        assert target == int(sequences[response][seen])
+
+
+@given(lengths, rules, dp_sizes)
+def test_every_response_token_is_predicted_once(make_experience, pairs, rule, dp_size):
+    batch = make_experience(*map(list, zip(*pairs)))
+    micros = [micro for rank in packed(batch, dp_size, rule) for micro in rank]
+    for micro in micros:
+        assert_predicts_its_tokens(batch, micro)
+    predicted = torch.cat([micro.token_index for micro in micros])
+    assert sorted(predicted.tolist()) == list(range(int(batch.cu_seqlens[-1])))
+
+
+@given(lengths, rules, dp_sizes)
+def test_micro_batches_keep_the_rule(make_experience, pairs, rule, dp_size):
+    batch = make_experience(*map(list, zip(*pairs)))
+    plan = plan_micro_batches(batch.sequence_lengths, dp_size, rule)
+    assert len(plan) == dp_size
+    assert sorted(i for micros in plan for members in micros for i in members) == list(range(len(batch)))
+    assert {len(micros) % rule.count_multiple for micros in plan} == {0}
+    assert len({len(micros) for micros in plan}) == 1
+    for members in (members for micros in plan for members in micros):
+        micro = pack(batch, members, rule)
+        total = int(micro.cu_seqlens[-1])
+        assert total == len(micro.tokens) == len(micro.positions)
+        assert total % (rule.sequence_multiple * rule.total_multiple) == 0
+        assert all(n % rule.sequence_multiple == 0 for n in micro.cu_seqlens.diff().tolist())
+        assert total <= rule.token_budget or len(members) <= 1
+
+
+@given(lengths, rules, dp_sizes)
+def test_fixed_total_pads_every_micro_batch_to_the_budget(make_experience, pairs, rule, dp_size):
+    unit = rule.sequence_multiple * rule.total_multiple
+    longest = max(prompt + response for prompt, response in pairs)
+    budget = -(-max(rule.token_budget, longest) // unit) * unit
+    rule = replace(rule, token_budget=budget, fixed_total=True)
+    batch = make_experience(*map(list, zip(*pairs)))
+    for micro in (micro for rank in packed(batch, dp_size, rule) for micro in rank):
+        assert len(micro.tokens) == budget
+        assert_predicts_its_tokens(batch, micro)
+
+
+@given(lengths, st.sampled_from([2, 4]), st.sampled_from([1, 2]))
+def test_context_parallel_ranks_share_a_micro_batch_evenly(make_experience, pairs, cp_size, tp_size):
+    batch = make_experience(*map(list, zip(*pairs)))
+    whole = pack(batch, list(range(len(batch))), PackingRule(10**6, 2 * cp_size, tp_size))
+    bounds = whole.cu_seqlens.tolist()
+    shards = [whole.context_shard(rank, cp_size) for rank in range(cp_size)]
+    for rank, shard in enumerate(shards):
+        rows = []
+        for start, end in itertools.pairwise(bounds):
+            chunks = torch.arange(start, end).chunk(2 * cp_size)
+            rows += [*chunks[rank].tolist(), *chunks[2 * cp_size - 1 - rank].tolist()]
+        assert shard.tokens.tolist() == whole.tokens[rows].tolist()
+        assert shard.positions.tolist() == whole.positions[rows].tolist()
+        mine = {p: i for i, p in enumerate(rows)}
+        expected = [
+            (mine[p], target, index)
+            for p, target, index in zip(whole.predictors.tolist(), whole.targets.tolist(), whole.token_index.tolist())
+            if p in mine
+        ]
+        assert list(zip(*(t.tolist() for t in (shard.predictors, shard.targets, shard.token_index)))) == expected
+        assert len(rows) % tp_size == 0
+    together = torch.cat([shard.token_index for shard in shards])
+    assert sorted(together.tolist()) == sorted(whole.token_index.tolist())
+    # Keys that a query sees, its position + 1, are the work of causal attention.
+    assert len({int((shard.positions + 1).sum()) for shard in shards}) == 1
+
+
+def test_one_context_parallel_rank_has_the_whole_micro_batch(make_experience):
+    micro = pack(make_experience([2, 3], [4, 5]), [0, 1], PackingRule(64))
+    assert micro.context_shard(0, 1) is micro
+
+
+def test_a_rank_without_responses_gets_a_micro_batch_of_padding(make_experience):
+    batch = make_experience([2], [3])
+    rule = PackingRule(64, sequence_multiple=4, total_multiple=2)
+    (with_response,), (without,) = packed(batch, 2, rule)
+    assert with_response.token_index.tolist() == [0, 1, 2]
+    assert without.cu_seqlens.tolist() == [0, 8]
+    assert len(without.predictors) == len(without.targets) == len(without.token_index) == 0
+
+
+def test_a_sequence_beyond_the_budget_is_alone_and_the_others_keep_the_budget():
+    (micros,) = plan_micro_batches(torch.tensor([100, 20, 20, 20, 20]), 1, PackingRule(token_budget=40))
+    assert [0] in micros
+    assert sorted(map(len, micros)) == [1, 2, 2]
+
+
+def log_normal_lengths(seed: int, count: int = 512) -> torch.Tensor:
+    """Lengths of long reasoning: 16 to 4096 tokens, median 500, heavy tail."""
+    generator = torch.Generator().manual_seed(seed)
+    return (500 * torch.randn(count, generator=generator).exp()).clamp(16, 4096).long()
+
+
+@pytest.mark.parametrize("budget", [4096, 16384])
+@pytest.mark.parametrize("seed", range(3))
+def test_realistic_batches_are_balanced_and_nearly_free_of_padding(seed, budget):
+    """With context parallelism of 2 and tensor and sequence parallelism of 4, over 8 data-parallel ranks."""
+    rule = PackingRule(budget, sequence_multiple=4, total_multiple=4)
+    sequences = log_normal_lengths(seed)
+    plan = plan_micro_batches(sequences, 8, rule)
+
+    tokens = [sum(int(sequences[i]) for members in micros for i in members) for micros in plan]
+    assert max(tokens) / (sum(tokens) / 8) <= 1.03
+
+    one_prompt_token = torch.ones_like(sequences)
+    batch = Experience(
+        tokens=torch.zeros(int(sequences.sum()), dtype=torch.int64),
+        prompt_lengths=one_prompt_token,
+        response_lengths=sequences - 1,
+        **dict.fromkeys(("groups", "truncated", "rollout_logprobs", "outcomes", "rewards"), one_prompt_token),
+    )
+    computed = sum(len(pack(batch, members, rule).tokens) for micros in plan for members in micros)
+    assert sum(tokens) / computed >= 0.98
+    # No rank could do with fewer micro-batches.
+    assert len(plan[0]) == -(-sum(tokens) // (8 * budget))
