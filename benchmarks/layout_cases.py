@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import AlgorithmConfig, CriticConfig, OptimizerConfig, RoleConfig
+from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
 
 ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, epsilon=1e-6, clip_grad=0.5)
 UPDATES = 2
+_DEFAULTS: dict[str, object] = {"micro_batch_tokens": 128}
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Case:
     critic: dict[str, object] | None = None
     """Layout of the critic where it differs."""
 
-    def actor_config(self) -> RoleConfig:
-        return RoleConfig(**({"micro_batch_tokens": 128, "optimizer": replace(OPTIMIZER)} | self.role))
+    fused: bool = False
+    """Log-probs from hidden states."""
+
+    def actor_config(self) -> ActorConfig:
+        return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), fused_logprobs=self.fused)
 
     def critic_config(self) -> CriticConfig:
-        layout = self.role if self.critic is None else self.critic
-        return CriticConfig(**({"micro_batch_tokens": 128, "optimizer": replace(OPTIMIZER)} | layout))
+        return CriticConfig(**_DEFAULTS | (self.critic or self.role), optimizer=replace(OPTIMIZER))
 
 
 def tp(n: int, sp: bool = False) -> dict[str, object]:
@@ -70,7 +73,12 @@ CASES = [
     Case("Llama 3", family="llama"),
     Case("Qwen3-MoE", family="qwen3_moe"),
     Case("tied embeddings", family="tied"),
+    Case("fused log-probs", fused=True),
+    Case("fused log-probs, tied", family="tied", fused=True),
     Case("TP2", 2, role=tp(2)),
+    Case("TP2, fused log-probs", 2, role=tp(2), fused=True),
+    Case("TP2 + SP, fused log-probs, tied", 2, "tied", role=tp(2, sp=True), fused=True),
+    Case("PP2, fused log-probs, tied", 2, "tied", role=pp(2), fused=True),
     Case("TP2 + SP", 2, role=tp(2, sp=True)),
     Case("TP2 + SP, full recompute", 2, role=tp(2, sp=True) | {"recompute": "full"}),
     Case("TP2 + SP, Qwen3", 2, "qwen3", role=tp(2, sp=True)),

@@ -102,7 +102,9 @@ class PlainLoop:
     def update_critic(self, batch: Padded, order: list[Tensor], step: int) -> list[float]:
         """One optimizer step on each minibatch of `order`; `step` (from 1) counts the first. Losses."""
         return [
-            self._step(self.critic, critic_loss(self.critic, batch.select(rows)), self.recipe.critic.optimizer, step + i)
+            self._step(
+                self.critic, critic_loss(self.critic, batch.select(rows)), self.recipe.critic.optimizer, step + i
+            )
             for i, rows in enumerate(order)
         ]
 

@@ -80,9 +80,7 @@ class Ours:
         self.critic.set_head(random=False, seed=recipe.seed)
         for model in (self.actor, self.critic):
             load_hf(model, folder)
-        self.engine = TransformersEngine(
-            folder, [2], 0, recipe.rollout.batch_size, torch.float32, torch.device("cpu")
-        )
+        self.engine = TransformersEngine(folder, [2], 0, recipe.rollout.batch_size, torch.float32, torch.device("cpu"))
 
     def rollout(self, prompts: list[tuple[int, ...]], repeat: int) -> list[Tensor]:
         requests = [Request(prompt, seed=repeat * len(prompts) + i) for i, prompt in enumerate(prompts)]

@@ -67,6 +67,15 @@ class RoleConfig:
 
 
 @dataclass
+class ActorConfig(RoleConfig):
+    """The policy."""
+
+    fused_logprobs: bool = False
+    """Compute log-probs and entropy from hidden states in chunks, so that the logits of a micro-batch never exist as a
+    whole: less memory, about 1.3 times the time of the output layer."""
+
+
+@dataclass
 class CriticConfig(RoleConfig):
     """The critic: a copy of the actor's body with a scalar head."""
 
@@ -239,7 +248,7 @@ class Recipe:
     epochs: int = 1
     """Policy passes over each rollout batch."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    actor: RoleConfig = field(default_factory=RoleConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     value_pretraining: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)

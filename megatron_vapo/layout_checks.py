@@ -51,7 +51,9 @@ def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None
     elif role.expert_parallel > 1 or role.expert_tensor_parallel > 1:
         raise LayoutError(f"{name}.expert_parallel: {a.family} has no experts, set the expert layout to 1")
     if a.experts and tp > 1 and not role.sequence_parallel:
-        raise LayoutError(f"{name}.tensor_parallel={tp}: models with experts need {name}.sequence_parallel=true with it")
+        raise LayoutError(
+            f"{name}.tensor_parallel={tp}: models with experts need {name}.sequence_parallel=true with it"
+        )
     for key, size, what, number in divisions:
         if number % size:
             raise LayoutError(f"{name}.{key}={size} does not divide the model's {number} {what}")

@@ -28,19 +28,19 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: unreadable file, unknown key (with the nearest known one), wrong type, missing or impossible value.
     """
     merged = OmegaConf.structured(Recipe)
-    for source, content in [*_read_with_bases(Path(path), ()), ("the command line", _parse_overrides(overrides))]:
-        _refuse_unknown_keys(OmegaConf.to_container(content), Recipe, "", source)
+    for source, content in [*_read_with_bases(Path(path), ()), *map(_parse_override, overrides)]:
+        _refuse_unknown_keys(content, Recipe, "", source)
         try:
             merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
-            raise RecipeError(f"{source}: {_first_line(error)} (key {error.full_key})") from error
+            raise RecipeError(f"{source}: {_one_line(error)} (key {error.full_key})") from error
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise RecipeError(f"{path}: set {', '.join(missing)}")
         recipe: Recipe = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: {_first_line(error)} (key {error.full_key})") from error
+        raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
     return recipe
 
@@ -50,40 +50,45 @@ def to_yaml(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, Any]]:
-    """This recipe's content after that of its bases, each with its file's name."""
+Source = tuple[str, dict[str, Any]]
+"""Where settings come from (a file, an override), for messages, and the settings."""
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> list[Source]:
+    """This recipe's content after that of its bases."""
     path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path.name}: recipes build on each other in a circle: {[p.name for p in [*seen, path]]}")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe" + (f" (a base of {seen[-1]})" if seen else ""))
     content = _read_yaml(path)
     bases = content.pop("base", None) or []
-    sources: list[tuple[str, Any]] = []
-    for base in [bases] if isinstance(bases, str) else bases:
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"{path}: base={bases}: write the path of a recipe, or a list of paths")
+    sources: list[Source] = []
+    for base in bases:
         sources += _read_with_bases(path.parent / base, (*seen, path))
     return [*sources, (str(path), content)]
 
 
-def _read_yaml(path: Path) -> Any:
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe")
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(content):
+        raise RecipeError(f"{path}: not readable as YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     return content
 
 
-def _parse_overrides(overrides: Iterable[str]) -> Any:
-    overrides = list(overrides)
-    for override in overrides:
-        if "=" not in override or override.startswith(("=", "-")):
-            raise RecipeError(f"{override!r}: write overrides as key=value, for example steps=10")
+def _parse_override(override: str) -> Source:
+    if "=" not in override or override.startswith(("=", "-")):
+        raise RecipeError(f"{override!r}: write overrides as key=value, for example steps=10")
     try:
-        return OmegaConf.from_dotlist(overrides)
+        return override, OmegaConf.to_container(OmegaConf.from_dotlist([override]))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise RecipeError(f"the command line: {_first_line(error)}") from error
+        raise RecipeError(f"{override}: {_one_line(error)}") from error
 
 
 def _refuse_unknown_keys(content: Any, schema: type, prefix: str, source: str) -> None:
@@ -109,9 +114,11 @@ def _nearest(key: str, prefix: str) -> str:
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if close:
         return f" (did you mean {siblings[close[0]]}?)"
-    elsewhere = {k.rsplit(".", 1)[-1]: k for k in every}
+    elsewhere = {k.rsplit(".", 1)[-1]: k for k in reversed(every)}
     close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
-    return f" (did you mean {elsewhere[close[0]]}?)" if close else f" (known here: {', '.join(siblings)})"
+    if close:
+        return f" (did you mean {elsewhere[close[0]]}?)"
+    return f" (known here: {', '.join(name for name in siblings if '.' not in name)})"
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:
@@ -123,5 +130,6 @@ def _all_keys(schema: type, prefix: str) -> list[str]:
     return keys
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: Exception) -> str:
+    """The message without the trailer `full_key: ...` of OmegaConf."""
+    return " ".join(str(error).partition("\n    full_key:")[0].split()) or type(error).__name__

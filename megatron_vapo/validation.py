@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -19,14 +20,11 @@ def validate(recipe: Recipe) -> None:
     for key, value in _leaves(recipe, ""):
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"{key}={value}: must be a finite number")
-    for key, lowest in _lower_bounds():
-        value = _lookup(recipe, key)
-        if value is not None and value < lowest:
-            raise RecipeError(f"{key}={value}: must be at least {lowest}")
-    for key in _FRACTIONS.split():
-        value = _lookup(recipe, key)
-        if not 0.0 <= value <= 1.0:
-            raise RecipeError(f"{key}={value}: must be between 0 and 1")
+    for words, holds, keys in _BOUNDS:
+        for key in _of_both_roles(keys.split()):
+            value = _lookup(recipe, key)
+            if value is not None and not holds(value):
+                raise RecipeError(f"{key}={value}: must be {words}")
     _validate_batches(recipe)
     _validate_algorithm(recipe)
     _validate_role("actor", recipe.actor)
@@ -41,27 +39,48 @@ def _leaves(group: Any, prefix: str) -> list[tuple[str, Any]]:
     ]
 
 
-_ROLE_AT_LEAST_ONE = """tensor_parallel pipeline_parallel virtual_pipeline context_parallel expert_parallel
-    expert_tensor_parallel first_stage_layers last_stage_layers micro_batch_tokens"""
-_ROLE_AT_LEAST_ZERO = """moe_aux_loss optimizer.learning_rate optimizer.warmup_steps optimizer.weight_decay
-    optimizer.epsilon optimizer.clip_grad"""
-_AT_LEAST_ONE = """minibatch_size epochs rollout.prompts_per_step rollout.samples_per_prompt
-    rollout.max_response_tokens rollout.batch_size rollout.dynamic_sampling_rounds critic.epochs
-    value_pretraining.epochs value_pretraining.max_steps data.max_prompt_tokens evaluation.samples evaluation.problems
-    checkpoint.keep"""
-_AT_LEAST_ZERO = """steps seed evaluation.every checkpoint.every reward.workers reward.overlong.cache_tokens
-    algorithm.clip_low algorithm.clip_high algorithm.value_clip algorithm.positive_lm_coefficient
-    observe.samples_per_step"""
-_FRACTIONS = """algorithm.gamma algorithm.lambda_policy algorithm.lambda_critic actor.optimizer.beta1
-    actor.optimizer.beta2 critic.optimizer.beta1 critic.optimizer.beta2 rollout.sampling.top_p
-    evaluation.sampling.top_p"""
+_BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        """minibatch_size epochs rollout.prompts_per_step rollout.samples_per_prompt rollout.max_response_tokens
+        rollout.batch_size rollout.dynamic_sampling_rounds critic.epochs value_pretraining.epochs
+        value_pretraining.max_steps data.max_prompt_tokens evaluation.samples evaluation.problems checkpoint.keep
+        ROLE.tensor_parallel ROLE.pipeline_parallel ROLE.virtual_pipeline ROLE.context_parallel ROLE.expert_parallel
+        ROLE.expert_tensor_parallel ROLE.first_stage_layers ROLE.last_stage_layers ROLE.micro_batch_tokens""",
+    ),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        """steps evaluation.every checkpoint.every reward.workers reward.overlong.cache_tokens observe.samples_per_step
+        algorithm.clip_high algorithm.value_clip algorithm.positive_lm_coefficient ROLE.moe_aux_loss
+        ROLE.optimizer.learning_rate ROLE.optimizer.warmup_steps ROLE.optimizer.weight_decay ROLE.optimizer.epsilon
+        ROLE.optimizer.clip_grad""",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "algorithm.alpha reward.timeout_seconds rollout.sampling.temperature evaluation.sampling.temperature",
+    ),
+    ("above 0, at most 1", lambda value: 0 < value <= 1, "rollout.sampling.top_p evaluation.sampling.top_p"),
+    ("above 1, or null", lambda value: value > 1, "algorithm.dual_clip"),
+    (
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        "algorithm.gamma algorithm.lambda_policy algorithm.lambda_critic",
+    ),
+    (
+        "at least 0 and below 1",
+        lambda value: 0 <= value < 1,
+        "algorithm.clip_low ROLE.optimizer.beta1 ROLE.optimizer.beta2",
+    ),
+    ("at least 0 and below 2**63", lambda value: 0 <= value < 2**63, "seed"),
+)
+"""What a setting must be, and the settings that must; ROLE stands for actor and critic. Null is always allowed here."""
 
 
-def _lower_bounds() -> list[tuple[str, int]]:
-    roles = ("actor", "critic")
-    at_least_one = _AT_LEAST_ONE.split() + [f"{r}.{key}" for r in roles for key in _ROLE_AT_LEAST_ONE.split()]
-    at_least_zero = _AT_LEAST_ZERO.split() + [f"{r}.{key}" for r in roles for key in _ROLE_AT_LEAST_ZERO.split()]
-    return [(key, 1) for key in at_least_one] + [(key, 0) for key in at_least_zero]
+def _of_both_roles(keys: list[str]) -> list[str]:
+    return list(dict.fromkeys(key.replace("ROLE", role) for key in keys for role in ("actor", "critic")))
 
 
 def _lookup(recipe: Recipe, key: str) -> Any:
@@ -78,23 +97,15 @@ def _validate_batches(recipe: Recipe) -> None:
             f"minibatch_size={recipe.minibatch_size} does not divide the {responses} responses of a step "
             f"(rollout.prompts_per_step x rollout.samples_per_prompt): change one of the three"
         )
-    for name, sampling in (("rollout", recipe.rollout.sampling), ("evaluation", recipe.evaluation.sampling)):
-        if sampling.temperature <= 0:
-            raise RecipeError(f"{name}.sampling.temperature={sampling.temperature}: must be above 0")
-        if sampling.top_p == 0:
-            raise RecipeError(f"{name}.sampling.top_p=0: must be above 0 (1 turns it off)")
-    if recipe.reward.overlong.cache_tokens > recipe.rollout.max_response_tokens:
-        raise RecipeError("reward.overlong.cache_tokens must not exceed rollout.max_response_tokens")
+    cache, longest = recipe.reward.overlong.cache_tokens, recipe.rollout.max_response_tokens
+    if cache > longest:
+        raise RecipeError(
+            f"reward.overlong.cache_tokens={cache}: must not exceed rollout.max_response_tokens={longest}"
+        )
 
 
 def _validate_algorithm(recipe: Recipe) -> None:
-    algorithm, critic = recipe.algorithm, recipe.critic
-    if algorithm.alpha <= 0:
-        raise RecipeError(f"algorithm.alpha={algorithm.alpha}: must be above 0 (the paper uses 0.05)")
-    if algorithm.dual_clip is not None and algorithm.dual_clip <= 1:
-        raise RecipeError(f"algorithm.dual_clip={algorithm.dual_clip}: must be above 1, or null")
-    if algorithm.clip_low >= 1:
-        raise RecipeError(f"algorithm.clip_low={algorithm.clip_low}: must be below 1")
+    critic = recipe.critic
     if not recipe.uses_critic and recipe.rollout.samples_per_prompt < 2:
         raise RecipeError(
             "algorithm.advantage=group compares the samples of one prompt: set rollout.samples_per_prompt to 2 or more"
@@ -115,8 +126,18 @@ def _validate_algorithm(recipe: Recipe) -> None:
 def _validate_role(name: str, role: RoleConfig) -> None:
     if role.sequence_parallel and role.tensor_parallel == 1:
         raise RecipeError(f"{name}.sequence_parallel needs {name}.tensor_parallel above 1: set it to false")
-    if role.virtual_pipeline and role.pipeline_parallel == 1:
-        raise RecipeError(f"{name}.virtual_pipeline needs {name}.pipeline_parallel above 1: set it to null")
+    if role.virtual_pipeline and (role.virtual_pipeline == 1 or role.pipeline_parallel == 1):
+        raise RecipeError(
+            f"{name}.virtual_pipeline={role.virtual_pipeline} needs two model chunks or more and "
+            f"{name}.pipeline_parallel above 1: set it to null"
+        )
     for key in ("first_stage_layers", "last_stage_layers"):
         if getattr(role, key) and role.pipeline_parallel == 1:
             raise RecipeError(f"{name}.{key} needs {name}.pipeline_parallel above 1: set it to null")
+    context = 2 * role.context_parallel if role.context_parallel > 1 else 1
+    unit = context * (role.tensor_parallel if role.sequence_parallel else 1)
+    if role.virtual_pipeline and role.micro_batch_tokens % unit:
+        raise RecipeError(
+            f"{name}.micro_batch_tokens={role.micro_batch_tokens}: every micro-batch has this length under "
+            f"{name}.virtual_pipeline, and this layout splits it into {unit} parts: write a multiple of {unit}"
+        )

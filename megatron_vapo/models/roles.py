@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vapo.config import RoleConfig
+from megatron_vapo.config import ActorConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.trainable import Outputs, Trainable
-from megatron_vapo.models.vocab_parallel import logprob_and_entropy
+from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.weights.architecture import Architecture
 
 
@@ -21,7 +25,7 @@ class Actor(Trainable):
 
     def __init__(
         self,
-        role: RoleConfig,
+        role: ActorConfig,
         architecture: Architecture,
         dtype: torch.dtype,
         layout: ParallelLayout,
@@ -31,17 +35,33 @@ class Actor(Trainable):
         self.temperature = temperature
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
-        return GPTModel(config=config, **stage)
+        model = GPTModel(config=config, **stage)
+        if self.role.fused_logprobs and model.post_process:
+            # The layer keeps its weight, its name and its place in checkpoints; only what it returns differs.
+            model.output_layer.__class__ = HiddenStatesOutput
+        return model
 
     def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
-        logits = output[0].index_select(0, micro.predictors.to(self.device))
-        return logprob_and_entropy(
-            logits,
-            micro.targets.to(self.device),
-            vocab=self.architecture.vocab,
-            temperature=self.temperature,
-            group=self.layout.tp_group,
-        )
+        rows = output[0].index_select(0, micro.predictors.to(self.device))
+        targets = micro.targets.to(self.device)
+        rest = (targets, self.architecture.vocab, self.temperature, self.layout.tp_group)
+        if self.role.fused_logprobs:
+            return fused_logprob_and_entropy(rows, self.modules[-1].output_layer.used_weight, *rest)
+        return logprob_and_entropy(rows, *rest)
+
+
+class HiddenStatesOutput(ColumnParallelLinear):
+    """Megatron's output layer, except that it returns the hidden states that it would multiply with its weight."""
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """hidden [S, 1, H] (a part of S under sequence parallelism) -> hidden [S, 1, H], whole; its gradient, partial
+        on each rank, is summed on the way back."""
+        self.used_weight = self.weight if weight is None else weight
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_, group=self.tp_group), None
+        return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
 class Critic(Trainable):

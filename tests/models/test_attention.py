@@ -8,23 +8,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vapo.config import RoleConfig
 from megatron_vapo.models.attention import PackedSequences, SDPACoreAttention, pack_sequences, plan_attention
+from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.weights.architecture import Architecture
 
 HEADS, GROUPS, HEAD_SIZE = 6, 2, 5
 
 
 @pytest.fixture(scope="module")
 def attention() -> SDPACoreAttention:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * HEAD_SIZE,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        kv_channels=HEAD_SIZE,
+    architecture = Architecture(
+        family="llama",
+        layers=1,
+        hidden=24,
+        ffn=32,
+        heads=HEADS,
+        kv_heads=GROUPS,
+        head_dim=HEAD_SIZE,
+        vocab=16,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=False,
+        norm_epsilon=1e-6,
+        max_positions=64,
+        rope_base=1e4,
     )
+    config = transformer_config(architecture, RoleConfig(), torch.float64)
     return SDPACoreAttention(config, layer_number=1, attn_mask_type=None, attention_type="self")
 
 

@@ -1,0 +1,49 @@
+"""Actors and critics of one process, loaded from tiny checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vapo.config import RoleConfig
+
+
+@pytest.fixture(scope="session")
+def layout(world: None):
+    """Process groups of one process, which all models of these tests share."""
+    from megatron_vapo.models.layout import ParallelLayout
+
+    return ParallelLayout(RoleConfig(), seed=0)
+
+
+@pytest.fixture(scope="session")
+def make_actor(layout) -> Callable[..., object]:
+    """`make_actor(folder, role, dtype=torch.float32, temperature=1.0)` -> Actor with the folder's weights."""
+    from megatron_vapo.models.parameters import load_hf
+    from megatron_vapo.models.roles import Actor
+    from megatron_vapo.weights.architecture import read_architecture
+
+    def make(folder: Path, role: RoleConfig, dtype: torch.dtype = torch.float32, temperature: float = 1.0):
+        actor = Actor(role, read_architecture(folder), dtype, layout, temperature)
+        load_hf(actor, folder)
+        return actor
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_critic(layout) -> Callable[..., object]:
+    """`make_critic(folder, role, dtype=torch.float32)` -> Critic with the weights of a sequence classifier."""
+    from megatron_vapo.models.parameters import load_hf
+    from megatron_vapo.models.roles import Critic
+    from megatron_vapo.weights.architecture import read_architecture
+
+    def make(folder: Path, role: RoleConfig, dtype: torch.dtype = torch.float32):
+        critic = Critic(role, read_architecture(folder), dtype, layout)
+        load_hf(critic, folder)
+        return critic
+
+    return make
