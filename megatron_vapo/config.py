@@ -63,6 +63,8 @@ class RoleConfig:
     """Weight of the router's load-balancing loss (mixture-of-experts models); 0 turns it off."""
     micro_batch_tokens: int = 16384
     """Tokens (prompt and response) that one packed micro-batch holds at most, per data-parallel rank."""
+    balance: Literal["tokens", "flops"] = "tokens"
+    """What micro-batches and data-parallel ranks share equally: tokens, or computation including attention's square."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -163,7 +165,11 @@ class RolloutConfig:
     dynamic_sampling: bool = False
     """Draw new prompts for groups whose rewards are all equal (DAPO)."""
     dynamic_sampling_rounds: int = 10
-    """Rounds of new prompts at most; then the step trains on the groups it has."""
+    """Rounds of new prompts at most; then groups with equal rewards fill the batch."""
+    save: bool = False
+    """Keep every step's experience in RUN/rollouts."""
+    replay: str | None = None
+    """Folder of experience that another run saved: used instead of sampling, for comparisons."""
 
 
 @dataclass
@@ -247,6 +253,8 @@ class Recipe:
     """Responses per optimizer step."""
     epochs: int = 1
     """Policy passes over each rollout batch."""
+    max_skipped_updates: int = 5
+    """Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
     model: ModelConfig = field(default_factory=ModelConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)

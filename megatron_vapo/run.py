@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from megatron_vapo import checkpoint, objectives
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import PromptOrder
+from megatron_vapo.errors import TrainingError
 from megatron_vapo.evaluation import evaluate
 from megatron_vapo.metrics import evaluation_rows, rollout_metrics, sample_rows, token_metrics
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainable import Loss, Trainable
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
 from megatron_vapo.observe.progress import Phase, Progress
 from megatron_vapo.observe.report import write_samples
@@ -42,6 +44,7 @@ class Run:
         self.folder = Path(recipe.run_dir)
         self.first_rank = dist.get_rank() == 0
         self.timer = PhaseTimer()
+        self._skipped: Counter[str] = Counter()
         self.models = build_models(recipe, inputs)
         self.scorer = RewardScorer(
             inputs.reward, workers=recipe.reward.workers, timeout_s=recipe.reward.timeout_seconds
@@ -65,10 +68,16 @@ class Run:
     def rollout(self, purpose: Kind, step: int) -> Experience:
         """Group-sample the next prompts with the present policy and score the responses."""
         self._show("rollout")
+        name = f"{purpose}_{step:06d}.safetensors"
+        if self.recipe.rollout.replay:
+            return Experience.load(Path(self.recipe.rollout.replay) / name)
         with self.timer("rollout"):
             batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
         if self.first_rank and purpose == "train":
             write_samples(self.folder, step, sample_rows(rows), self.recipe.observe.samples_per_step)
+        if self.first_rank and self.recipe.rollout.save:
+            (self.folder / "rollouts").mkdir(exist_ok=True)
+            batch.save(self.folder / "rollouts" / name)
         return batch
 
     def values(self, batch: Experience) -> Experience:
@@ -89,21 +98,13 @@ class Run:
         """Minibatch updates towards the value targets; metrics are means over them."""
         self._show("critic update")
         with self.timer("critic_update"):
-            updates = [
-                self.critic.update(minibatch, objectives.value_objective(minibatch, self.recipe.algorithm))
-                for minibatch in self._minibatches(batch, epochs, step)
-            ]
-        return _means("critic", updates)
+            return self._update(self.critic, objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
         """Minibatch updates of the policy; metrics are means over them."""
         self._show("actor update")
         with self.timer("actor_update"):
-            updates = [
-                self.actor.update(minibatch, objectives.policy_objective(minibatch, self.recipe.algorithm))
-                for minibatch in self._minibatches(batch, self.recipe.epochs, step)
-            ]
-        return _means("actor", updates)
+            return self._update(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
@@ -188,6 +189,25 @@ class Run:
         self.scorer.close()
         self.engine.close()
 
+    def _update(
+        self, model: Trainable, objective: Callable[..., Loss], batch: Experience, epochs: int, step: int
+    ) -> dict[str, float]:
+        updates = []
+        for minibatch in self._minibatches(batch, epochs, step):
+            update = model.update(minibatch, objective(minibatch, self.recipe.algorithm))
+            self._count_skipped(model.name, bool(update["skipped"]))
+            updates.append({f"{model.name}/{key}": value for key, value in update.items()})
+        return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
+
+    def _count_skipped(self, name: str, skipped: bool) -> None:
+        self._skipped[name] = self._skipped[name] + 1 if skipped else 0
+        if self._skipped[name] >= self.recipe.max_skipped_updates:
+            raise TrainingError(
+                f"the {name}'s loss or gradient was not finite in {self._skipped[name]} updates in a row "
+                f"(max_skipped_updates): the run stops; its last checkpoint is in {self.folder / 'checkpoints'}. Lower "
+                f"{name}.optimizer.learning_rate or look at the last metrics"
+            )
+
     def _minibatches(self, batch: Experience, epochs: int, step: int) -> Iterator[Experience]:
         """Each epoch visits every response once, in an order drawn for (step, epoch)."""
         for seed in seeds(self.recipe.seed, "minibatches", step, epochs):
@@ -253,7 +273,3 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device) -> Rollou
         dtype=torch_dtype(recipe.model.dtype),
         device=device,
     )
-
-
-def _means(role: str, updates: list[dict[str, float]]) -> dict[str, float]:
-    return {f"{role}/{name}": sum(u[name] for u in updates) / len(updates) for name in updates[0]}

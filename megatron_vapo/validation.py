@@ -43,7 +43,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda value: value >= 1,
-        """minibatch_size epochs rollout.prompts_per_step rollout.samples_per_prompt rollout.max_response_tokens
+        """minibatch_size epochs max_skipped_updates rollout.prompts_per_step rollout.samples_per_prompt rollout.max_response_tokens
         rollout.batch_size rollout.dynamic_sampling_rounds critic.epochs value_pretraining.epochs
         value_pretraining.max_steps data.max_prompt_tokens evaluation.samples evaluation.problems checkpoint.keep
         ROLE.tensor_parallel ROLE.pipeline_parallel ROLE.virtual_pipeline ROLE.context_parallel ROLE.expert_parallel

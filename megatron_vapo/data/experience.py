@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -75,6 +77,17 @@ class Experience:
         }
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
+
+    def save(self, path: Path) -> None:
+        """Write all tensors that are set to a safetensors file; it has its name only once complete."""
+        part = path.with_suffix(".part")
+        save_file({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}, part)
+        part.rename(path)
+
+    @staticmethod
+    def load(path: Path) -> Experience:
+        """Read what `save` wrote."""
+        return Experience(**load_file(path))
 
     @staticmethod
     def concatenate(parts: list[Experience]) -> Experience:

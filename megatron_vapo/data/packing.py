@@ -74,6 +74,8 @@ class PackingRule:
     """Pad every micro-batch to the budget (interleaved pipeline schedules need equal lengths)."""
     count_multiple: int = 1
     """Micro-batches a rank come in multiples of this (interleaved pipeline schedules)."""
+    quadratic_cost: float = 0.0
+    """A sequence of l tokens weighs l + quadratic_cost * l^2 when loads are balanced; 0 balances tokens."""
 
     @property
     def unit(self) -> int:
@@ -92,22 +94,22 @@ def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list
     count = -(-sum(min(length, budget) for length in padded) // (budget * dp_size))
     while True:
         count = -(-count // rule.count_multiple) * rule.count_multiple
-        bins = _lightest_first(padded, count * dp_size)
+        bins = _lightest_first([n + rule.quadratic_cost * n * n for n in padded], count * dp_size)
         if all(len(members) == 1 or sum(padded[i] for i in members) <= budget for members in bins):
             return [bins[rank::dp_size] for rank in range(dp_size)]
         count += 1
 
 
-def _lightest_first(lengths: list[int], count: int) -> list[list[int]]:
-    heap = [(0, b) for b in range(count)]
+def _lightest_first(costs: list[float], count: int) -> list[list[int]]:
+    heap = [(0.0, b) for b in range(count)]
     bins: list[list[int]] = [[] for _ in range(count)]
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         load, b = heapq.heappop(heap)
         bins[b].append(i)
-        heapq.heappush(heap, (load + lengths[i], b))
+        heapq.heappush(heap, (load + costs[i], b))
     # Heavier micro-batches first, so that the ranks' n-th ones are alike.
     bins = [sorted(members) for members in bins]
-    return sorted(bins, key=lambda members: -sum(lengths[i] for i in members))
+    return sorted(bins, key=lambda members: -sum(costs[i] for i in members))
 
 
 def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch:

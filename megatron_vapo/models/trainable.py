@@ -134,6 +134,8 @@ class Trainable(ABC):
             total_multiple=role.tensor_parallel if role.sequence_parallel else 1,
             fixed_total=role.virtual_pipeline is not None,
             count_multiple=role.pipeline_parallel if role.virtual_pipeline else 1,
+            # Per token, a layer's matrices cost about 24 hidden^2 operations and causal attention 2 hidden * length.
+            quadratic_cost=1 / (12 * self.architecture.hidden) if role.balance == "flops" else 0.0,
         )
 
     def _micro_batches(self, batch: Experience) -> list[MicroBatch]:

@@ -21,6 +21,9 @@ FAMILIES = {
 }
 """Hugging Face architecture -> family, whose tensor names `megatron_vapo.weights.table` lists."""
 
+_SIZES = """num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size
+    max_position_embeddings""".split()
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -61,41 +64,56 @@ def read_architecture(folder: str | Path) -> Architecture:
     Raises:
         CheckpointError: no such folder, no or broken config.json, an architecture or option that is not supported.
     """
-    folder = Path(folder)
-    raw = _read_json(folder)
-    name = (raw.get("architectures") or ["(none)"])[0]
+    path = Path(folder) / "config.json"
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: not a Hugging Face checkpoint, config.json is missing")
+    raw = read_json(path)
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "(none)"
     if name not in FAMILIES:
         raise CheckpointError(
-            f"{folder}/config.json: architecture {name} is not supported; supported are {', '.join(FAMILIES)} "
+            f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)} "
             f"(docs/add_a_model.md says how to add one)"
         )
-    # The library's configuration classes know each family's defaults; config.json may leave them out.
-    from transformers import CONFIG_MAPPING
-
-    try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json: {type(error).__name__}: {error}") from error
-    if name.endswith("SequenceClassification") and config.num_labels != 1:
-        raise CheckpointError(f"{folder}/config.json: a reward model has one label, this one {config.num_labels}")
-    architecture = _from_config(FAMILIES[name], config, classifier=name.endswith("SequenceClassification"))
-    _refuse_unsupported(folder, architecture, config)
+    config = _library_config(path, raw)
+    classifier = name.endswith("SequenceClassification")
+    if classifier and config.num_labels != 1:
+        raise CheckpointError(f"{path}: a reward model has one label, this one {config.num_labels}")
+    architecture = _from_config(FAMILIES[name], config, classifier)
+    _refuse_unsupported(path, architecture, config)
     return architecture
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder}: not a Hugging Face checkpoint, config.json is missing")
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, as all configurations in a checkpoint folder are.
+
+    Raises:
+        CheckpointError: damaged, or something else.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: a model configuration is a JSON object")
+        raise CheckpointError(f"{path}: not a JSON object")
     return raw
+
+
+def _library_config(path: Path, raw: dict[str, Any]) -> Any:
+    """The library's configuration classes know each family's defaults; config.json may leave them out."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (StrictDataclassError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    for key in _SIZES:
+        if getattr(config, key) < 1:
+            raise CheckpointError(f"{path}: {key}={getattr(config, key)}, must be at least 1")
+    return config
 
 
 def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
@@ -125,8 +143,7 @@ def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
     )
 
 
-def _refuse_unsupported(folder: Path, architecture: Architecture, config: Any) -> None:
-    path = f"{folder}/config.json"
+def _refuse_unsupported(path: Path, architecture: Architecture, config: Any) -> None:
     if config.hidden_act != "silu":
         raise CheckpointError(f"{path}: hidden_act={config.hidden_act}, only silu is supported")
     if architecture.heads % architecture.kv_heads:
