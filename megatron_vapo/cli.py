@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, for a file may be missing on one node only
             print(f"megatron-vapo: {error}", file=sys.stderr)
         return error.exit_code
 

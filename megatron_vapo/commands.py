@@ -6,14 +6,18 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_vapo.config import Recipe
-from megatron_vapo.errors import RecipeError
+from megatron_vapo.errors import CheckpointError, RecipeError, UserError
+from megatron_vapo.layout_checks import check_model, check_world
 from megatron_vapo.observe.progress import Progress
 from megatron_vapo.observe.report import plot_curves, write_summary
-from megatron_vapo.preflight import Inputs, checked_architecture, read_inputs, world_size
+from megatron_vapo.preflight import Inputs, read_evaluation_inputs, read_inputs, world_size
 from megatron_vapo.recipe import load_recipe
 from megatron_vapo.run_folder import open_run_folder
 from megatron_vapo.weights.hf_folder import HFFolder
@@ -40,15 +44,21 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
     if dry_run:
         console.print(_description(recipe, inputs), highlight=False)
         return True
-    summary = open_run_folder(recipe, restart) if _first_process() else None
+    return _work(recipe, inputs, restart, console, body)
+
+
+@record  # leaves the first failure of any process where torchrun reports it
+def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body: Callable) -> bool:
+    from megatron_vapo.interrupt import Interrupt
+    from megatron_vapo.models.layout import init_world
+    from megatron_vapo.run import Run
+
+    init_world()
+    summary = _open_together(recipe, restart)
     if summary is not None:
         console.print(f"{recipe.run_dir} is finished; --restart trains anew", highlight=False)
         _print_accuracy(console, summary["accuracy_before"], summary["accuracy_after"])
         return True
-    # Only now the slow imports and the process group.
-    from megatron_vapo.interrupt import Interrupt
-    from megatron_vapo.run import Run
-
     with Progress(console, quiet=not _first_process()) as display, Interrupt() as interrupt:
         run = Run(recipe, inputs, display)
         try:
@@ -58,6 +68,20 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
     if finished:
         _print_accuracy(console, run.progress.accuracy_before, run.progress.accuracy_after)
     return finished
+
+
+def _open_together(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
+    """The first process opens the run folder; all learn what it found."""
+    outcome: list[Any] = [None]
+    if _first_process():
+        try:
+            outcome = [open_run_folder(recipe, restart)]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _train(run, interrupt) -> bool:
@@ -91,7 +115,11 @@ def evaluate_checkpoint(
 ) -> None:
     """`megatron-vapo evaluate`: print avg@k and pass@k of a Hugging Face folder or a run's checkpoint."""
     checkpoint = Path(path)
-    is_hf = (checkpoint / "config.json").is_file() or not (checkpoint / "state.json").is_file()
+    is_hf = (checkpoint / "config.json").is_file()
+    if not is_hf and not (checkpoint / "state.json").is_file():
+        raise CheckpointError(
+            f"{path}: no checkpoint; name a Hugging Face folder (RUN/export) or RUN/checkpoints/step_..."
+        )
     recipe_path = recipe_path or _recipe_of(checkpoint, is_hf)
     overrides = [*overrides, *([f"evaluation.data={data}"] if data else [])]
     overrides += [f"evaluation.samples={samples}"] if samples else []
@@ -99,9 +127,10 @@ def evaluate_checkpoint(
     recipe = load_recipe(recipe_path, overrides)
     if recipe.evaluation.data is None:
         raise RecipeError("evaluation.data is not set: name a prompt set with --data")
-    if is_hf:
-        checked_architecture(path)
-    inputs = read_inputs(recipe)
+    inputs = read_evaluation_inputs(recipe)
+    if not is_hf:
+        check_world("actor", recipe.actor, world_size())
+        check_model("actor", recipe.actor, inputs.architecture)
 
     import torch
 

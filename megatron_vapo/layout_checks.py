@@ -61,8 +61,8 @@ def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None
         raise LayoutError(f"{name}.pipeline_parallel: {stages} stages are more than the model's {a.layers} layers")
     if even_stages == 0 and layers:
         raise LayoutError(
-            f"{name}.first_stage_layers={role.first_stage_layers} and {name}.last_stage_layers={role.last_stage_layers} "
-            f"are all stages but hold only {a.layers - layers} of the model's {a.layers} layers: unset one of the two"
+            f"{name}.first_stage_layers={role.first_stage_layers}, {name}.last_stage_layers={role.last_stage_layers}: "
+            f"there is no stage between them for {layers} of the model's {a.layers} layers: unset one of the two"
         )
     if even_stages and (layers % even_stages or layers == 0):
         raise LayoutError(

@@ -12,7 +12,7 @@ from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, toke
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.layout_checks import check_model, check_world
 from megatron_vapo.rewards import Reward, get_reward
-from megatron_vapo.weights.architecture import Architecture, read_architecture
+from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.table import hf_shapes
 
@@ -33,30 +33,53 @@ class Inputs:
     reward: Reward
 
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files, one of which a tokenizer needs: without, transformers makes an empty one of tokenizer_config.json alone."""
+
+
 def world_size() -> int:
     """Processes that the launcher says there are."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
-    """Read model configuration, tokenizer and data, and refuse what cannot work together.
+    """Read what training starts from, and refuse what cannot work together.
 
     Raises:
         UserError: of the kind that says where the mistake is (recipe, data, checkpoint, layout).
     """
+    inputs = read_evaluation_inputs(recipe)
+    roles: dict[str, tuple[RoleConfig, Architecture]] = {"actor": (recipe.actor, inputs.architecture)}
+    critic = None
+    if recipe.uses_critic:
+        critic = _critic_architecture(recipe.critic, inputs.architecture)
+        roles["critic"] = (recipe.critic, critic)
+        _check_pretrained_critic(recipe.value_pretraining.checkpoint)
+    for name, (role, architecture) in roles.items():
+        check_world(name, role, world_size())
+        check_model(name, role, architecture)
+    prompts = load_prompts(recipe, recipe.data.train, inputs.tokenizer)
+    longest = _longest_sequence(recipe, prompts + inputs.held_out)
+    for name, (role, architecture) in roles.items():
+        _check_positions(recipe, name, architecture, longest)
+        _check_budget(name, role, longest)
+    return replace(inputs, critic_architecture=critic, prompts=prompts)
+
+
+def read_evaluation_inputs(recipe: Recipe) -> Inputs:
+    """What evaluation needs of `read_inputs`: no training data, no critic, no parallel layout."""
     architecture = checked_architecture(recipe.model.path)
+    if architecture.classifier:
+        raise CheckpointError(f"{recipe.model.path}: a sequence classifier; model.path must be a language model")
     tokenizer = load_tokenizer(recipe.model.path, architecture)
-    critic = _critic_architecture(recipe.critic, architecture) if recipe.uses_critic else None
-    _check_layouts(recipe, architecture)
-    prompts = load_prompts(recipe, recipe.data.train, tokenizer)
     held_out = load_prompts(recipe, recipe.evaluation.data, tokenizer, recipe.evaluation.problems)
-    _check_lengths(recipe, architecture, prompts + held_out)
+    _check_positions(recipe, "actor", architecture, _longest_sequence(recipe, held_out))
     return Inputs(
         architecture=architecture,
-        critic_architecture=critic,
+        critic_architecture=None,
         tokenizer=tokenizer,
         end_ids=end_tokens(recipe.model.path, tokenizer),
-        prompts=prompts,
+        prompts=[],
         held_out=held_out,
         reward=get_reward(recipe.reward.name),
     )
@@ -70,11 +93,17 @@ def checked_architecture(folder: str) -> Architecture:
 
 
 def load_tokenizer(folder: str, architecture: Architecture) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer, which must not know more tokens than the model."""
+    """The folder's tokenizer, which must not know more tokens than the model.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
     from transformers import AutoTokenizer
 
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json is missing)")
+    if not any((Path(folder) / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(f"{folder}: no tokenizer, none of {', '.join(_VOCABULARIES)} is there")
+    for path in Path(folder).glob("tokenizer*.json"):
+        read_json(path)  # transformers fails on damaged ones in many ways
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if len(tokenizer) > architecture.vocab:
         raise CheckpointError(
@@ -89,7 +118,9 @@ def end_tokens(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
     from transformers import GenerationConfig
 
     ends = {tokenizer.eos_token_id}
-    if (Path(folder) / "generation_config.json").is_file():
+    generation = Path(folder) / "generation_config.json"
+    if generation.is_file():
+        read_json(generation)
         listed = GenerationConfig.from_pretrained(folder).eos_token_id
         ends |= set(listed if isinstance(listed, list) else [listed])
     ends.discard(None)
@@ -127,26 +158,29 @@ def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architect
     return architecture
 
 
-def _check_layouts(recipe: Recipe, architecture: Architecture) -> None:
-    roles: dict[str, RoleConfig] = {"actor": recipe.actor}
-    if recipe.uses_critic:
-        roles["critic"] = recipe.critic
-    for name, role in roles.items():
-        check_world(name, role, world_size())
-        check_model(name, role, architecture)
+def _check_pretrained_critic(folder: str | None) -> None:
+    if folder is not None and not (Path(folder) / "metadata.json").is_file():
+        raise CheckpointError(
+            f"value_pretraining.checkpoint={folder}: no pretrained critic there; name RUN/critic_pretrained of an "
+            f"earlier run, or write null to pretrain anew"
+        )
 
 
-def _check_lengths(recipe: Recipe, architecture: Architecture, prompts: list[Prompt]) -> None:
-    longest = max(len(prompt.token_ids) for prompt in prompts) + recipe.rollout.max_response_tokens
+def _longest_sequence(recipe: Recipe, prompts: list[Prompt]) -> int:
+    return max((len(prompt.token_ids) for prompt in prompts), default=0) + recipe.rollout.max_response_tokens
+
+
+def _check_positions(recipe: Recipe, name: str, architecture: Architecture, longest: int) -> None:
     if longest > architecture.max_positions:
         raise RecipeError(
             f"rollout.max_response_tokens={recipe.rollout.max_response_tokens}: with the longest prompt that makes "
-            f"{longest} tokens, the model has only {architecture.max_positions} positions"
+            f"{longest} tokens, the {name}'s model has only {architecture.max_positions} positions"
         )
-    for name in ("actor", "critic") if recipe.uses_critic else ("actor",):
-        budget = getattr(recipe, name).micro_batch_tokens
-        if budget < longest:
-            raise RecipeError(
-                f"{name}.micro_batch_tokens={budget}: smaller than the longest sequence, {longest} tokens (longest "
-                f"prompt and rollout.max_response_tokens): raise it"
-            )
+
+
+def _check_budget(name: str, role: RoleConfig, longest: int) -> None:
+    if role.micro_batch_tokens < longest:
+        raise RecipeError(
+            f"{name}.micro_batch_tokens={role.micro_batch_tokens}: smaller than the longest sequence, {longest} tokens "
+            f"(longest prompt and rollout.max_response_tokens): raise it"
+        )

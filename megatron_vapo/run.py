@@ -15,7 +15,7 @@ from megatron_vapo import checkpoint, objectives
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import PromptOrder
-from megatron_vapo.errors import TrainingError
+from megatron_vapo.errors import DataError, TrainingError
 from megatron_vapo.evaluation import evaluate
 from megatron_vapo.metrics import evaluation_rows, rollout_metrics, sample_rows, token_metrics
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
@@ -70,7 +70,7 @@ class Run:
         self._show("rollout")
         name = f"{purpose}_{step:06d}.safetensors"
         if self.recipe.rollout.replay:
-            return Experience.load(Path(self.recipe.rollout.replay) / name)
+            return _replayed(Path(self.recipe.rollout.replay) / name)
         with self.timer("rollout"):
             batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
         if self.first_rank and purpose == "train":
@@ -273,3 +273,9 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device) -> Rollou
         dtype=torch_dtype(recipe.model.dtype),
         device=device,
     )
+
+
+def _replayed(path: Path) -> Experience:
+    if not path.is_file():
+        raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
+    return Experience.load(path)

@@ -11,13 +11,17 @@ from omegaconf import OmegaConf
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
+from megatron_vapo.observe.files import replace_text
 from megatron_vapo.recipe import to_yaml
 
-HARMLESS = ("steps", "evaluation", "checkpoint", "observe", "rollout.batch_size", "reward.workers",
-            "reward.timeout_seconds", "name", "run_dir")  # fmt: skip
-"""Settings that may change when a run is resumed; any other would make it another run."""
+HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "observe",
+            "rollout.batch_size", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
+"""Settings, or groups of them, that may change when a run is resumed; any other would make it another run, or compare
+accuracies of different tests."""
 
 _RECIPE, _SUMMARY = "recipe.yaml", "summary.json"
+_MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
+"""First line of a run's recipe; tells a run's folder from one that holds a recipe of the user's own."""
 
 
 def open_run_folder(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
@@ -27,26 +31,25 @@ def open_run_folder(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
         The summary, where the run that is there has already finished.
 
     Raises:
-        RecipeError: the run that is there was made by another recipe (the keys are named).
+        RecipeError: the run that is there was made by another recipe (the keys are named), or no folder can be there.
         CheckpointError: the folder holds something other than a run.
     """
     folder = Path(recipe.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"run_dir={folder}: not a folder that can be made or used: {error.strerror}") from error
+    before = _read_recipe(folder)
+    if before is None and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: not empty and no run folder: choose another run_dir")
     if restart:
-        _refuse_foreign(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    if (folder / _RECIPE).is_file():
-        changed = changed_keys((folder / _RECIPE).read_text(encoding="utf-8"), to_yaml(recipe))
-        harmful = {key: change for key, change in changed.items() if not key.startswith(HARMLESS)}
-        if harmful:
-            lines = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in harmful.items())
-            raise RecipeError(f"{folder} holds a run of another recipe: {lines}. Set run_dir, or start over: --restart")
+        _empty(folder)
+    elif before is not None:
+        _refuse_another_recipe(folder, before, to_yaml(recipe))
         summary = _read_summary(folder)
         if summary is not None and summary["steps"] >= recipe.steps:
             return summary
-    else:
-        _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
+    replace_text(folder / _RECIPE, _MARK + to_yaml(recipe))
     return None
 
 
@@ -63,11 +66,33 @@ def _flat(group: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def _refuse_foreign(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _RECIPE).is_file():
-        raise CheckpointError(f"{folder}: not empty and no run folder (no {_RECIPE}): choose another run_dir")
+def _read_recipe(folder: Path) -> str | None:
+    """The recipe of the run in a folder, None where there is no run."""
+    path = folder / _RECIPE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text if text.startswith(_MARK) else None
+
+
+def _refuse_another_recipe(folder: Path, before: str, after: str) -> None:
+    harmful = {key: change for key, change in changed_keys(before, after).items() if not _is_harmless(key)}
+    if harmful:
+        lines = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in harmful.items())
+        raise RecipeError(f"{folder} holds a run of another recipe: {lines}. Set run_dir, or start over: --restart")
+
+
+def _is_harmless(key: str) -> bool:
+    return any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
 
 
 def _read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / _SUMMARY
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in the folder, not the folder itself, which may be a link to another disk."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -78,9 +78,9 @@ def test_tokenizer_round_trips_demonstrations(tokenizer):
         assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_tokenizer_refuses_other_characters(tokenizer):
-    with pytest.raises(Exception, match="UNK"):
-        tokenizer("^1a+2 b+3=")
+def test_tokenizer_has_no_token_that_the_model_lacks(tokenizer):
+    assert tokenizer.get_vocab() == {symbol: index for index, symbol in enumerate(VOCABULARY)}
+    assert (tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token) == ("_", "^", "$")
 
 
 def test_problem_files_are_disjoint_and_answered_rightly(rows):

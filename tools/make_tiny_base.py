@@ -33,8 +33,7 @@ from _tiny import (
     progress,
     sample,
 )
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from megatron_vapo.data.chained_arithmetic import (
     BOS,
@@ -130,17 +129,25 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of `VOCABULARY`, ids in its order; any other character is an error."""
-    tokenizer = Tokenizer(models.WordLevel({symbol: index for index, symbol in enumerate(VOCABULARY)}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, model_max_length=MAX_POSITIONS
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token per character of `VOCABULARY`, ids in its order.
+
+    For a Qwen2 model `AutoTokenizer` builds this class from the vocabulary and the merges alone, whatever class the
+    folder names. Without merges, it splits into characters; it ignores characters that it does not know.
+    """
+    vocabulary = {symbol: index for index, symbol in enumerate(VOCABULARY)}
+    return Qwen2Tokenizer(
+        vocabulary,
+        merges=[],
+        unk_token=None,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=MAX_POSITIONS,
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """Random weights from torch's global generator."""
     special_ids = {
         "pad_token_id": tokenizer.pad_token_id,
@@ -166,7 +173,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
 
 def train_model(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     problems: Sequence[Problem],
     curriculum: Sequence[Stage],
     rng: random.Random,
@@ -184,7 +191,7 @@ def train_model(
 
 
 def demonstration_batches(
-    stage: Stage, tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], rng: random.Random
+    stage: Stage, tokenizer: Qwen2Tokenizer, problems: Sequence[Problem], rng: random.Random
 ) -> Iterator[list[Example]]:
     """One batch of fresh demonstrations for each step of the stage."""
     for _ in range(stage.steps):
@@ -213,7 +220,7 @@ def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
     return total / response_tokens
 
 
-def evaluate(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, str]]) -> str:
+def evaluate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[dict[str, str]]) -> str:
     """A line on one response at temperature 1 to each row."""
     samples = sample(model.eval(), tokenizer, rows)
     lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.float32)

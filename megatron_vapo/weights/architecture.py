@@ -21,8 +21,15 @@ FAMILIES = {
 }
 """Hugging Face architecture -> family, whose tensor names `megatron_vapo.weights.table` lists."""
 
-_SIZES = """num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size
-    max_position_embeddings""".split()
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)

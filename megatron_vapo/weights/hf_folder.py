@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError
+from megatron_vapo.weights.architecture import read_json
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 2**30
@@ -45,19 +46,21 @@ class HFFolder:
         return set(self._files)
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a folder that lacks tensors, has extra ones, or holds one of another shape.
+        """Refuse a folder that lacks tensors, has extra ones, or holds some of another shape.
 
         Raises:
-            CheckpointError: names all of them.
+            CheckpointError: names the first of each kind and how many there are.
         """
-        missing, extra = sorted(expected.keys() - self.names), sorted(self.names - expected.keys() - {_HEAD})
-        if missing:
-            raise CheckpointError(f"{self.folder}: tensors are missing: {_some(missing)}")
-        if extra:
-            raise CheckpointError(f"{self.folder}: tensors that this architecture does not have: {_some(extra)}")
-        wrong = [f"{n} {self.shape(n)} instead of {s}" for n, s in expected.items() if self.shape(n) != tuple(s)]
-        if wrong:
-            raise CheckpointError(f"{self.folder}: wrong shapes: {_some(wrong)}")
+        shapes = {name: self.shape(name) for name in expected if name in self.names}
+        wrong = [f"{n} {shape} instead of {expected[n]}" for n, shape in shapes.items() if shape != expected[n]]
+        problems = {
+            "tensors are missing": sorted(expected.keys() - self.names),
+            "tensors that this architecture does not have": sorted(self.names - expected.keys() - {_HEAD}),
+            "wrong shapes": wrong,
+        }
+        found = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
+        if found:
+            raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
 
     def without(self, name: str) -> HFFolder:
         """The same folder with one tensor left out."""
@@ -82,10 +85,9 @@ class HFFolder:
             pickled = [p.name for p in self.folder.glob("*.bin")]
             hint = f"; {_some(pickled)} is pickled and not read: convert it to safetensors" if pickled else ""
             raise CheckpointError(f"{self.folder}: weights are missing, neither {_WEIGHTS} nor {_INDEX} is there{hint}")
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {type(error).__name__}: {error}") from error
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise CheckpointError(f"{index}: not a safetensors index: weight_map must give the file of each tensor")
         shards: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             shards.setdefault(self.folder / file, set()).add(name)
