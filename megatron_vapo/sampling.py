@@ -127,7 +127,7 @@ class Sampler:
             truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
             rollout_logprobs=torch.cat([r.logprobs for r in responses]),
             outcomes=outcomes,
-            rewards=outcomes,
+            rewards=outcomes.clone(),  # safetensors refuses tensors that share memory
         )
         cache = self._reward.overlong.cache_tokens
         if cache:

@@ -75,6 +75,12 @@ def build_model(family: str, classifier: bool = False, seed: int = 0, **changes:
 
 
 @pytest.fixture(scope="session")
+def make_model() -> Callable[..., torch.nn.Module]:
+    """`build_model` above: the model whose checkpoint `make_checkpoint` writes for the same arguments."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_checkpoint("qwen2", classifier=False, **config changes)` -> folder with model and tokenizer."""
 
@@ -100,14 +106,15 @@ def make_experience() -> Callable[..., object]:
         random = torch.randn(6, total, generator=generator)
         logprobs = 0.5 * random[:2] - torch.tensor(float(VOCAB)).log()
         made = {
-            "tokens": torch.randint(0, VOCAB, (sum(prompts) + total,), generator=generator),
+            # Never 0, the padding token, whose embedding transformers does not train.
+            "tokens": torch.randint(1, VOCAB, (sum(prompts) + total,), generator=generator),
             "prompt_lengths": torch.tensor(prompts),
             "response_lengths": torch.tensor(responses),
             "groups": torch.arange(count) // samples,
             "truncated": torch.zeros(count, dtype=torch.bool),
             "rollout_logprobs": logprobs[0],
             "outcomes": outcomes,
-            "rewards": outcomes,
+            "rewards": outcomes.clone(),
             "logprobs": logprobs[1],
             "entropy": random[2].abs(),
             "values": random[3],

@@ -24,9 +24,9 @@ def run(*command: object) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """What `make_tiny_base.py` writes after 20 steps of each stage."""
+    """What `make_tiny_base.py` writes after 5 steps of each stage."""
     out = tmp_path_factory.mktemp("tiny") / "tiny"
-    run(*MAKE_BASE, "--out", out, "--steps", 20)
+    run(*MAKE_BASE, "--out", out, "--steps", 5)
     return out
 
 
@@ -106,7 +106,7 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
 
     out = tmp_path / "again"
     (out / "base").mkdir(parents=True)
-    run(*MAKE_BASE, "--out", out, "--steps", 20, "--force")
+    run(*MAKE_BASE, "--out", out, "--steps", 5, "--force")
     first, second = (load_file(folder / "base" / "model.safetensors") for folder in (made, out))
     assert all(first[name].equal(second[name]) for name in first)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,11 +46,10 @@ def pack_slowly(rows: list[dict]) -> Experience:
 
 
 def assert_same(ours: Experience, expected: Experience) -> None:
-    for name, tensor in vars(expected).items():
-        if tensor is None:
-            assert getattr(ours, name) is None, name
-        else:
-            torch.testing.assert_close(getattr(ours, name), tensor, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for name in (field.name for field in fields(Experience)):
+        mine, theirs = getattr(ours, name), getattr(expected, name)
+        assert (mine is None) == (theirs is None), name
+        assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), name
 
 
 @given(st.data(), st.lists(responses(), min_size=1, max_size=6))
@@ -66,6 +68,14 @@ def test_fields_that_are_not_there_yet_stay_absent(rows):
 def test_concatenate_puts_batches_one_after_the_other(parts):
     joined = Experience.concatenate([pack_slowly(rows) for rows in parts])
     assert_same(joined, pack_slowly([row for rows in parts for row in rows]))
+
+
+@pytest.mark.parametrize("present", [PER_TOKEN, ("rollout_logprobs",)])
+def test_a_saved_batch_comes_back(make_experience, tmp_path, present):
+    batch = replace(make_experience([2, 3, 1], [4, 1, 5]), **{n: None for n in PER_TOKEN if n not in present})
+    batch.save(tmp_path / "1.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
+    assert_same(Experience.load(tmp_path / "1.safetensors"), batch)
 
 
 @given(st.lists(responses(), min_size=1, max_size=6))

@@ -21,6 +21,7 @@ rules = st.builds(
     sequence_multiple=st.sampled_from([1, 2, 4, 8]),
     total_multiple=st.sampled_from([1, 2, 4]),
     count_multiple=st.sampled_from([1, 2, 4]),
+    quadratic_cost=st.sampled_from([0.0, 0.01, 1.0]),
 )
 dp_sizes = st.sampled_from([1, 2, 3, 8])
 
@@ -146,15 +147,28 @@ def test_realistic_batches_are_balanced_and_nearly_free_of_padding(seed, budget)
 
     tokens = [sum(int(sequences[i]) for members in micros for i in members) for micros in plan]
     assert max(tokens) / (sum(tokens) / 8) <= 1.03
+    # No rank could do with fewer micro-batches.
+    assert len(plan[0]) == -(-sum(tokens) // (8 * budget))
 
-    one_prompt_token = torch.ones_like(sequences)
+    one = torch.ones_like(sequences)
     batch = Experience(
         tokens=torch.zeros(int(sequences.sum()), dtype=torch.int64),
-        prompt_lengths=one_prompt_token,
+        prompt_lengths=one,
         response_lengths=sequences - 1,
-        **dict.fromkeys(("groups", "truncated", "rollout_logprobs", "outcomes", "rewards"), one_prompt_token),
+        **dict.fromkeys(("groups", "truncated", "rollout_logprobs", "outcomes", "rewards"), one),
     )
     computed = sum(len(pack(batch, members, rule).tokens) for micros in plan for members in micros)
     assert sum(tokens) / computed >= 0.98
-    # No rank could do with fewer micro-batches.
-    assert len(plan[0]) == -(-sum(tokens) // (8 * budget))
+
+
+def test_balance_by_computation():
+    """Attention's share included: a few long sequences weigh as much as many short ones."""
+    sequences, quadratic = log_normal_lengths(0), 1e-3
+    costs = sequences + quadratic * sequences.double() ** 2
+
+    def imbalance(rule: PackingRule) -> float:
+        plan = plan_micro_batches(sequences, 8, rule)
+        ranks = [float(costs[[i for members in micros for i in members]].sum()) for micros in plan]
+        return max(ranks) / (sum(ranks) / 8)
+
+    assert imbalance(PackingRule(16384, quadratic_cost=quadratic)) <= 1.03 < imbalance(PackingRule(16384))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_vapo.config import OptimizerConfig, RoleConfig
+from megatron_vapo.config import ActorConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
@@ -38,7 +39,7 @@ FAMILIES = {
     "qwen3_moe, weights not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
 }
 PROMPTS, RESPONSES = [3, 1, 5, 2, 4, 2], [6, 9, 1, 14, 2, 40]
-ROLE = RoleConfig(micro_batch_tokens=50, optimizer=OptimizerConfig(learning_rate=0.0, clip_grad=0.0))
+ROLE = ActorConfig(micro_batch_tokens=50, optimizer=OptimizerConfig(learning_rate=0.0, clip_grad=0.0))
 """Three micro-batches, updates that leave parameters and gradients as they are."""
 
 
@@ -78,32 +79,24 @@ def values_by_transformers(model: torch.nn.Module, batch: Experience) -> Tensor:
     )
 
 
-def language_model(folder: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_and_entropy(make_checkpoint, make_actor, batch, family, temperature):
+def test_log_probs_and_entropy(make_checkpoint, make_model, make_actor, batch, family, temperature):
     folder = make_checkpoint(family[0], **family[1])
     logprobs, entropy = make_actor(folder, ROLE, temperature=temperature).forward(batch)
     with torch.no_grad():
-        expected = policy_by_transformers(language_model(folder), batch, temperature)
+        expected = policy_by_transformers(make_model(family[0], **family[1]), batch, temperature)
     torch.testing.assert_close((logprobs, entropy), expected, rtol=1e-5, atol=2e-5)
 
 
-def test_values(make_checkpoint, make_critic, make_experience, family):
-    from transformers import AutoModelForSequenceClassification
-
+def test_values(make_checkpoint, make_model, make_critic, make_experience, family):
     batch = make_experience([3, 1, 4], [5, 8, 1])
     folder = make_checkpoint(family[0], classifier=True, **family[1])
     (values,) = make_critic(folder, ROLE).forward(batch)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="eager").eval()
+    model = make_model(family[0], classifier=True, **family[1])
     torch.testing.assert_close(values, values_by_transformers(model, batch), rtol=1e-5, atol=2e-5)
 
 
-def test_gradients(make_checkpoint, make_actor, batch, family, tmp_path):
+def test_gradients(make_checkpoint, make_model, make_actor, batch, family, tmp_path):
     """Of a random sum over log-probs and entropies, for every tensor of the checkpoint."""
     folder = make_checkpoint(family[0], **family[1])
     weights = torch.randn(2, sum(RESPONSES), generator=torch.Generator().manual_seed(1))
@@ -118,17 +111,19 @@ def test_gradients(make_checkpoint, make_actor, batch, family, tmp_path):
         parameter.data.copy_(parameter.main_grad)
     ours = dict(hf_tensors(actor))
 
-    model = language_model(folder)
+    model = make_model(family[0], **family[1])
     expected_loss = (weights * torch.stack(policy_by_transformers(model, batch, 1.0))).sum()
     expected_loss.backward()
     expected = saved_gradients(model, tmp_path)
-    assert statistics["loss"] == pytest.approx(float(expected_loss), rel=1e-5)
+    assert statistics["loss"] == pytest.approx(expected_loss.item(), rel=1e-5)
     norm = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
     assert statistics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
     assert ours.keys() == expected.keys()
     for name in expected:
         tolerance = 2e-5 * float(expected[name].abs().max())
-        torch.testing.assert_close(ours[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def saved_gradients(model: torch.nn.Module, folder: Path) -> dict[str, Tensor]:
@@ -155,8 +150,6 @@ def test_loading_fills_every_parameter_and_gives_every_tensor_back(make_checkpoi
 
 
 def test_a_critic_from_a_language_model_keeps_its_own_head(make_checkpoint, layout):
-    from dataclasses import replace
-
     folder = make_checkpoint("qwen2")
     critic = Critic(ROLE, replace(read_architecture(folder), classifier=True), torch.float32, layout)
     critic.set_head(random=True, seed=3)
@@ -165,3 +158,12 @@ def test_a_critic_from_a_language_model_keeps_its_own_head(make_checkpoint, layo
     saved = HFFolder(folder)
     for name, tensor in hf_tensors(critic):
         assert torch.equal(tensor, head if name == "score.weight" else saved.read(name)), name
+
+
+@pytest.mark.xfail(strict=True, reason="cpu_backend replaces functions that torch.device contexts know by identity")
+def test_transformers_loads_models_correctly_in_the_same_process(make_checkpoint, make_model):
+    """It builds them under `with torch.device("meta")`, which must act on the CPU backend's functions too."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(make_checkpoint("qwen2"))
+    torch.testing.assert_close(dict(loaded.named_buffers()), dict(make_model("qwen2").named_buffers()))

@@ -1,6 +1,9 @@
-"""Log-probs and entropy of one process against float64 log_softmax and finite differences."""
+"""Log-probs and entropy of one process, from logits and from hidden states, against float64 log_softmax and finite
+differences. Several tensor-parallel ranks are in benchmarks/layouts.py."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,53 +11,88 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_vapo.models.vocab_parallel import _LogProbEntropy, logprob_and_entropy
+from megatron_vapo.models import vocab_parallel
+from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 
-TOKENS, VOCAB, PADDED = 6, 11, 16
+TOKENS, HIDDEN, VOCAB, PADDED = 7, 5, 11, 16
+
+Outputs = Callable[..., tuple[Tensor, Tensor]]
 
 
-def random_case(seed: int, columns: int, dtype: torch.dtype, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [t, columns], targets [t] below VOCAB, and weights [2, t] of log-probs and entropies in some loss."""
+@pytest.fixture(autouse=True, params=[None, 3], ids=["one chunk", "chunks of 3 rows"])
+def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param:
+        monkeypatch.setattr(vocab_parallel, "CHUNK_BYTES", 4 * PADDED * request.param)
+
+
+def random_case(seed: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [t, H], output layer [columns, H], targets [t], and weights [2, t] of both outputs in some loss."""
     generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(TOKENS, columns, generator=generator, dtype=torch.float64)
+    hidden, weight, weights = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((TOKENS, HIDDEN), (columns, HIDDEN), (2, TOKENS))
+    )
     targets = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
-    weights = torch.randn(2, TOKENS, generator=generator, dtype=torch.float64)
-    return logits.to(dtype).requires_grad_(), targets, weights
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, weights
 
 
-def by_log_softmax(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_p = (logits.double()[:, :VOCAB] / temperature).log_softmax(-1)
+def by_log_softmax(logits: Tensor, targets: Tensor, vocab: int, temperature: float) -> tuple[Tensor, Tensor]:
+    log_p = (logits.double()[:, :vocab] / temperature).log_softmax(-1)
     return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def from_hidden(outputs: Outputs, hidden: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    if outputs is fused_logprob_and_entropy:
+        return outputs(hidden, weight, *rest)
+    return outputs(hidden @ weight.t(), *rest)
+
+
+both = pytest.mark.parametrize("outputs", [logprob_and_entropy, fused_logprob_and_entropy])
+
+
+@both
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("columns", [VOCAB, PADDED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_values_and_gradients(dtype, columns, temperature):
-    """The gradient of bfloat16 logits is rounded to bfloat16, everything else is float32."""
-    logits, targets, weights = random_case(columns, columns, dtype)
-    expected = by_log_softmax(logits, targets, temperature)
-    (expected_gradient,) = torch.autograd.grad((weights * torch.stack(expected)).sum(), logits)
-    ours = logprob_and_entropy(logits, targets, VOCAB, temperature)
+@pytest.mark.parametrize("used", ["both", "log-prob", "entropy"])
+def test_values_and_gradients(outputs, columns, temperature, used):
+    hidden, weight, targets, weights = random_case(columns, columns, torch.float32)
+    if used != "both":
+        weights[1 if used == "log-prob" else 0] = 0
+    rest = (targets, VOCAB, temperature)
+    expected = by_log_softmax(hidden.double() @ weight.double().t(), *rest)
+    expected_gradients = torch.autograd.grad((weights * torch.stack(expected)).sum(), (hidden, weight))
+    ours = from_hidden(outputs, hidden, weight, *rest)
     assert all(tensor.dtype == torch.float32 for tensor in ours)
     torch.testing.assert_close(torch.stack(ours).double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
-    (gradient,) = torch.autograd.grad((weights * torch.stack(ours)).sum(), logits)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
-    assert not gradient[:, VOCAB:].any()
+    loss = sum((w * tensor).sum() for w, tensor in zip(weights, ours) if w.any())  # an unused output has no gradient
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+    assert not gradients[1][VOCAB:].any()
 
 
-@pytest.mark.parametrize("output", [0, 1])
-def test_gradient_of_either_output_alone(output):
-    logits, targets, weights = random_case(1, VOCAB, torch.float32)
-    (expected,) = torch.autograd.grad((weights[0] * by_log_softmax(logits, targets, 1.0)[output]).sum(), logits)
-    (ours,) = torch.autograd.grad((weights[0] * logprob_and_entropy(logits, targets, VOCAB)[output]).sum(), logits)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+@both
+def test_bfloat16_is_rounded_only_where_it_enters_and_leaves(outputs):
+    hidden, weight, targets, weights = random_case(5, VOCAB, torch.bfloat16)
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    expected = by_log_softmax(logits, targets, VOCAB, 1.0)
+    ours = from_hidden(outputs, hidden, weight, targets, VOCAB)
+    torch.testing.assert_close(torch.stack(ours).double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    (upstream,) = torch.autograd.grad((weights * torch.stack(expected)).sum(), logits)
+    gradients = torch.autograd.grad((weights * torch.stack(ours)).sum(), (hidden, weight))
+    expected_gradients = (upstream @ weight, upstream.t() @ hidden)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=2e-2, atol=2e-2)
 
 
-def test_finite_differences():
-    """The closed forms themselves, in float64 (the public function computes in float32, too coarse for differences)."""
-    logits, targets, _ = random_case(2, VOCAB, torch.float64)
-    assert torch.autograd.gradcheck(lambda z: _LogProbEntropy.apply(z, targets, 0, None), logits)
+@both
+def test_finite_differences(outputs):
+    """Float64 in and out, but computed in float32: hence wide steps and a wide tolerance."""
+    hidden, weight, targets, _ = random_case(2, PADDED, torch.float64)
+
+    def function(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logprob, entropy = from_hidden(outputs, hidden, weight, targets, VOCAB, 0.8)
+        return logprob.double(), entropy.double()
+
+    assert torch.autograd.gradcheck(function, (hidden, weight), eps=1e-2, atol=3e-3, rtol=3e-3)
 
 
 @given(st.lists(st.sampled_from([-1e30, -1e4, -80.0, 0.0, 80.0, 1e4, 1e30]), min_size=VOCAB, max_size=VOCAB))
@@ -62,25 +100,26 @@ def test_extreme_logits_stay_finite(row):
     logits = torch.tensor([row] * VOCAB, requires_grad=True)
     targets = torch.arange(VOCAB)
     logprob, entropy = logprob_and_entropy(logits, targets, VOCAB)
-    expected = by_log_softmax(logits, targets, 1.0)
+    expected = by_log_softmax(logits, targets, VOCAB, 1.0)
     torch.testing.assert_close(logprob.double(), expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), expected[1].nan_to_num(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(logprob.sum() + entropy.sum(), logits)
     assert gradient.isfinite().all()
 
 
 def test_padding_takes_no_part_whatever_it_holds():
     """An untrained row of the padded head may give the largest logit of all."""
-    logits, targets, _ = random_case(3, PADDED, torch.float32)
-    garbage = logits.detach().clone()
-    garbage[:, VOCAB:] = torch.tensor([1e30, float("inf"), float("nan"), -1e30, 50.0])
-    ours = logprob_and_entropy(garbage, targets, VOCAB)
-    torch.testing.assert_close(ours, logprob_and_entropy(logits.detach()[:, :VOCAB], targets, VOCAB))
+    hidden, weight, targets, _ = random_case(3, PADDED, torch.float32)
+    logits = (hidden @ weight.t()).detach()
+    expected = logprob_and_entropy(logits[:, :VOCAB], targets, VOCAB)
+    logits[:, VOCAB:] = torch.tensor([1e30, float("inf"), float("nan"), -1e30, 50.0])
+    torch.testing.assert_close(logprob_and_entropy(logits, targets, VOCAB), expected)
 
 
-def test_a_micro_batch_without_responses():
-    logits = torch.zeros(0, VOCAB, requires_grad=True)
-    logprob, entropy = logprob_and_entropy(logits, torch.zeros(0, dtype=torch.int64), VOCAB)
+@both
+def test_a_micro_batch_without_responses(outputs):
+    hidden, weight, targets, _ = random_case(4, VOCAB, torch.float32)
+    logprob, entropy = from_hidden(outputs, hidden[:0], weight, targets[:0], VOCAB)
     assert logprob.shape == entropy.shape == (0,)
     (logprob.sum() + entropy.sum()).backward()
-    assert logits.grad.shape == logits.shape
+    assert not weight.grad.any()
