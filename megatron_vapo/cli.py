@@ -10,8 +10,12 @@ import argparse
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
 
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, UserError
+
+if TYPE_CHECKING:
+    from megatron_vapo.config import Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,26 +78,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Each command imports what it needs, so that `--help` and a wrong recipe answer at once.
+# Each command imports what it needs, when it needs it: `--help` and a wrong recipe answer at once.
 
 
 def _train(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
     from megatron_vapo.commands import run_recipe
 
-    return _run(run_recipe, options)
+    return _exit_code(run_recipe(recipe, options.restart, options.dry_run))
 
 
 def _pretrain_critic(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
     from megatron_vapo.commands import pretrain
 
-    return _run(pretrain, options)
+    return _exit_code(pretrain(recipe, options.restart, options.dry_run))
 
 
-def _run(command, options: argparse.Namespace) -> int:
+def _recipe(options: argparse.Namespace) -> Recipe:
     from megatron_vapo.recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    finished = command(recipe, restart=options.restart, dry_run=options.dry_run)
+    return load_recipe(options.recipe, options.overrides)
+
+
+def _exit_code(finished: bool) -> int:
     return 0 if finished else INTERRUPTED_EXIT_CODE
 
 

@@ -7,6 +7,7 @@ A recipe may build on others through `base: FILE` (a path relative to the recipe
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse_override(override: str) -> Source:
-    if "=" not in override or override.startswith(("=", "-")):
+    if not re.match(r"[\w.]+=", override):
         raise RecipeError(f"{override!r}: write overrides as key=value, for example steps=10")
     try:
         return override, OmegaConf.to_container(OmegaConf.from_dotlist([override]))

@@ -210,7 +210,9 @@ def _replace_optimizer() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = distrib_optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    # The distributed optimizer then looks for `step` where Apex keeps it.
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
 def _replace_moe_helpers() -> None:

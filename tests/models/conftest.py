@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vapo.config import RoleConfig
+from megatron_vapo.config import ActorConfig, RoleConfig
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +26,7 @@ def make_actor(layout) -> Callable[..., object]:
     from megatron_vapo.models.roles import Actor
     from megatron_vapo.weights.architecture import read_architecture
 
-    def make(folder: Path, role: RoleConfig, dtype: torch.dtype = torch.float32, temperature: float = 1.0):
+    def make(folder: Path, role: ActorConfig, dtype: torch.dtype = torch.float32, temperature: float = 1.0):
         actor = Actor(role, read_architecture(folder), dtype, layout, temperature)
         load_hf(actor, folder)
         return actor

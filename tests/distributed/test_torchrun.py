@@ -1,0 +1,87 @@
+"""The product under torchrun: the same run on one and several processes, and the end of a run whose rank dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
+         "rollout.max_response_tokens=24", "value_pretraining.max_steps=1", "evaluation.problems=8",
+         "actor.optimizer.warmup_steps=3", "checkpoint.every=0"]  # fmt: skip
+
+
+def _command(world: int, run_dir: Path, checkpoint: Path, problems: Path, *overrides: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    paths = [f"run_dir={run_dir}", f"model.path={checkpoint}", f"data.train={problems}", f"evaluation.data={problems}"]
+    return [*launcher, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", *paths, *SMALL, *overrides]
+
+
+def _metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    return make_checkpoint("qwen2")
+
+
+def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
+    tmp_path: Path, checkpoint: Path, tiny_problems: Path
+) -> None:
+    layouts = {
+        1: ["rollout.save=true"],
+        2: ["actor.tensor_parallel=2", "actor.sequence_parallel=true", "critic.distributed_optimizer=true"],
+        4: ["actor.tensor_parallel=2", "actor.pipeline_parallel=2", "critic.context_parallel=2"],
+    }
+    for world, overrides in layouts.items():
+        replay = [] if world == 1 else [f"rollout.replay={tmp_path / '1' / 'rollouts'}"]
+        command = _command(world, tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *overrides, *replay)
+        subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    alone = _metrics(tmp_path / "1")
+    for world in (2, 4):
+        together = _metrics(tmp_path / str(world))
+        assert [(r["kind"], r["step"]) for r in alone] == [(r["kind"], r["step"]) for r in together]
+        for one, several in zip(alone, together):
+            for key in ("actor/policy_loss", "actor/lm_loss", "actor/entropy", "critic/loss", "critic/grad_norm"):
+                if key in one:
+                    assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (world, one["step"], key)
+
+
+def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = _command(2, run_dir, checkpoint, tiny_problems, "steps=100000", "value_pretraining.enabled=false")
+    launcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        _wait_for_a_step(run_dir, launcher)
+        ranks = [p for p in psutil.Process(launcher.pid).children() if "megatron_vapo.cli" in " ".join(p.cmdline())]
+        ranks[-1].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        output = launcher.communicate(timeout=120)[0]
+    finally:
+        launcher.kill()
+    assert time.monotonic() - killed < 60
+    assert launcher.returncode != 0
+    assert "Signal 9 (SIGKILL)" in output
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def _wait_for_a_step(run_dir: Path, launcher: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert launcher.poll() is None, launcher.communicate()[0]
+        if (run_dir / "metrics.jsonl").is_file() and any(r["kind"] == "train" for r in _metrics(run_dir)):
+            return
+        time.sleep(0.2)
+    raise AssertionError("no step within 200 s")
