@@ -62,6 +62,7 @@ class PlainLoop:
             model: make_optimizer(model, role.optimizer)
             for model, role in ((self.actor, recipe.actor), (self.critic, recipe.critic))
         }
+        self.updates = dict.fromkeys(self.optimizers, 0)
 
     @torch.inference_mode()
     def rollout(self, prompts: list[tuple[int, ...]]) -> list[Tensor]:
@@ -99,23 +100,16 @@ class PlainLoop:
             entropies.append(-(all_logprobs.exp() * all_logprobs).sum(-1)[part.predicts])
         return replace(batch, logprobs=torch.cat(logprobs)), torch.cat(entropies)
 
-    def update_critic(self, batch: Padded, order: list[Tensor], step: int) -> list[float]:
-        """One optimizer step on each minibatch of `order`; `step` (from 1) counts the first. Losses."""
-        return [
-            self._step(
-                self.critic, critic_loss(self.critic, batch.select(rows)), self.recipe.critic.optimizer, step + i
-            )
-            for i, rows in enumerate(order)
-        ]
+    def update_critic(self, batch: Padded, order: list[Tensor]) -> list[float]:
+        """One optimizer step on each minibatch of `order`; losses."""
+        settings = self.recipe.critic.optimizer
+        return [self._step(self.critic, critic_loss(self.critic, batch.select(rows)), settings) for rows in order]
 
-    def update_actor(self, batch: Padded, order: list[Tensor], step: int) -> list[float]:
-        """See `update_critic`."""
-        algorithm = self.recipe.algorithm
+    def update_actor(self, batch: Padded, order: list[Tensor]) -> list[float]:
+        """One optimizer step on each minibatch of `order`; losses."""
+        settings, algorithm = self.recipe.actor.optimizer, self.recipe.algorithm
         return [
-            self._step(
-                self.actor, actor_loss(self.actor, batch.select(rows), algorithm), self.recipe.actor.optimizer, step + i
-            )
-            for i, rows in enumerate(order)
+            self._step(self.actor, actor_loss(self.actor, batch.select(rows), algorithm), settings) for rows in order
         ]
 
     def sync_weights(self) -> None:
@@ -125,15 +119,16 @@ class PlainLoop:
     def _parts(self, batch: Padded) -> list[Padded]:
         return [batch.select(rows) for rows in torch.arange(len(batch.tokens)).split(self.minibatch_size)]
 
-    def _step(self, model: torch.nn.Module, loss: Tensor, settings: object, step: int) -> float:
+    def _step(self, model: torch.nn.Module, loss: Tensor, settings: object) -> float:
         optimizer = self.optimizers[model]
+        self.updates[model] += 1
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, step / max(settings.warmup_steps, 1))
+            group["lr"] = settings.learning_rate * min(1.0, self.updates[model] / max(settings.warmup_steps, 1))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
 
 def make_optimizer(model: torch.nn.Module, settings: object) -> torch.optim.Optimizer:

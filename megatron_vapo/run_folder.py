@@ -74,13 +74,13 @@ def _read_recipe(folder: Path) -> str | None:
 
 
 def _refuse_another_recipe(folder: Path, before: str, after: str) -> None:
-    harmful = {key: change for key, change in changed_keys(before, after).items() if not _is_harmless(key)}
+    harmful = {key: change for key, change in changed_keys(before, after).items() if not is_harmless(key)}
     if harmful:
         lines = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in harmful.items())
         raise RecipeError(f"{folder} holds a run of another recipe: {lines}. Set run_dir, or start over: --restart")
 
 
-def _is_harmless(key: str) -> bool:
+def is_harmless(key: str) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
 
 

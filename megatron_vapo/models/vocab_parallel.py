@@ -1,10 +1,11 @@
 """Log-probs and entropy over a vocabulary that is split over tensor-parallel ranks; full logits are never gathered.
 
-Two ways to the same numbers: from logits, and from hidden states ("fused": logits of a few rows at a time exist only
-inside, forward and again backward). Both go through the rows in chunks, so that temporaries stay small, and keep one
-number a row for the backward pass.
+Two ways to the same numbers: from logits, and from hidden states ("fused": logits of a few columns at a time exist only
+inside, forward and again backward). Both go through the vocabulary in blocks of columns with running sums, so that
+temporaries stay small and each row of the output layer's weight is touched once; three numbers a token are kept for the
+backward pass.
 
-Legend: t tokens, v this rank's part of the vocabulary, H hidden size.
+Legend: t tokens, v this rank's part of the vocabulary, w columns of a block, H hidden size.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_BYTES = 16 * 2**20
-"""Size of a chunk of float32 logits; about four of them exist at a time."""
+BLOCK_BYTES = 8 * 2**20
+"""Size of a block of float32 logits; about four of them exist at a time."""
+
+_LOWEST = -1e30
+"""Peak before any logit was seen; finite, so that it never makes NaN with a zero sum."""
 
 
 @dataclass(frozen=True)
@@ -25,33 +29,37 @@ class Vocabulary:
     """This rank's columns of the vocabulary.
 
     Args:
-        first: the first token id of this rank's columns.
-        size: the whole vocabulary; columns beyond it are padding and take no part.
+        first: token id of this rank's first column.
+        columns: this rank's columns without padding.
         temperature: logits are divided by it.
         group: the tensor-parallel group; None for one rank.
     """
 
     first: int
-    size: int
+    columns: int
     temperature: float
     group: dist.ProcessGroup | None
 
     @staticmethod
     def of_rank(columns: int, size: int, temperature: float, group: dist.ProcessGroup | None) -> Vocabulary:
-        return Vocabulary(columns * (group.rank() if group is not None else 0), size, temperature, group)
+        """Columns of this rank out of a vocabulary of `size`, beyond which columns are padding."""
+        first = columns * (group.rank() if group is not None else 0)
+        return Vocabulary(first, min(max(size - first, 0), columns), temperature, group)
+
+    def blocks(self, tokens: int) -> Iterator[slice]:
+        """Columns, a block at a time."""
+        width = max(64, BLOCK_BYTES // (4 * max(tokens, 1)))
+        return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """Float32 copy [rows, v], divided by the temperature, padding at -inf."""
-        z = logits.to(torch.float32, copy=True).div_(self.temperature)
-        real = min(max(self.size - self.first, 0), z.shape[-1])
-        z[:, real:] = float("-inf")
-        return z
+        """Float32 copy, divided by the temperature."""
+        return logits.to(torch.float32, copy=True).div_(self.temperature)
 
-    def local(self, targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Column of each target on this rank (0 where it is elsewhere), and whether it is here."""
-        local = targets - self.first
-        mine = (local >= 0) & (local < columns)
-        return local.masked_fill(~mine, 0), mine
+    def rows_in(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Tokens whose target is in a block, and its column there."""
+        column = targets - self.first - block.start
+        rows = ((column >= 0) & (column < block.stop - block.start)).nonzero().squeeze(-1)
+        return rows, column[rows]
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp) -> Tensor:
         if self.group is not None and self.group.size() > 1:
@@ -59,48 +67,82 @@ class Vocabulary:
         return tensor
 
 
-def _forward_rows(z: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Scaled logits [r, v] -> log-prob, entropy and log of the normaliser [3, r]. Overwrites z."""
-    peak = vocabulary.reduce(z.max(dim=-1).values, dist.ReduceOp.MAX)
-    z -= peak[:, None]
-    local, mine = vocabulary.local(targets, z.shape[-1])
-    target = z.gather(-1, local[:, None]).squeeze(-1).masked_fill(~mine, 0.0)
-    p = z.exp()
-    # Padding at -inf has probability 0 and must add 0, not NaN, to the sum of p * z.
-    mean = p.mul(z.clamp_(min=torch.finfo(z.dtype).min)).sum(dim=-1)
-    normalizer, mean, target = vocabulary.reduce(torch.stack([p.sum(dim=-1), mean, target]), dist.ReduceOp.SUM)
-    log_normalizer = normalizer.log()
-    return torch.stack([target - log_normalizer, log_normalizer - mean / normalizer, log_normalizer + peak])
+class _Sums:
+    """Running sums of the softmax of each token, relative to the largest logit so far."""
+
+    def __init__(self, targets: Tensor, vocabulary: Vocabulary) -> None:
+        self._targets, self._vocabulary = targets, vocabulary
+        self._peak = torch.full(targets.shape, _LOWEST, device=targets.device)
+        self._total, self._weighted, self._target = (torch.zeros_like(self._peak) for _ in range(3))
+
+    def absorb(self, z: Tensor, block: slice) -> None:
+        """Take in a block of scaled logits [t, w]; overwrites it."""
+        rows, columns = self._vocabulary.rows_in(self._targets, block)
+        self._target[rows] = z[rows, columns]
+        self._move_peak(torch.maximum(self._peak, z.max(dim=-1).values))
+        z -= self._peak[:, None]
+        p = z.exp()
+        self._total += p.sum(dim=-1)
+        self._weighted += p.mul_(z).sum(dim=-1)
+
+    def finish(self) -> Tensor:
+        """Log-prob, entropy and log of the normaliser [3, t], over all ranks."""
+        peak = self._vocabulary.reduce(self._peak.clone(), dist.ReduceOp.MAX)
+        self._move_peak(peak)
+        sums = torch.stack([self._total, self._weighted, self._target])
+        total, weighted, target = self._vocabulary.reduce(sums, dist.ReduceOp.SUM)
+        log_total = total.log()
+        log_normalizer = log_total + peak
+        return torch.stack([target - log_normalizer, log_total - weighted / total, log_normalizer])
+
+    def _move_peak(self, peak: Tensor) -> None:
+        shift = self._peak - peak
+        scale = shift.exp()
+        self._weighted = scale * (self._weighted + self._total * shift)
+        self._total = scale * self._total
+        self._peak = peak
 
 
-def _backward_rows(
-    z: Tensor, targets: Tensor, vocabulary: Vocabulary, kept: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None
-) -> Tensor:
-    """Gradient with respect to the unscaled logits [r, v], from closed forms: d log p(y) / dz = onehot(y) - p and
-    d H / dz = -p (log p + H). Overwrites z."""
-    _, entropy, log_normalizer = kept
-    log_p = z.sub_(log_normalizer[:, None])
-    p = log_p.exp()
-    grad = p * -grad_logprob[:, None]
-    if grad_entropy is not None:
-        log_p.clamp_(min=torch.finfo(z.dtype).min).add_(entropy[:, None])
-        grad -= p.mul_(log_p).mul_(grad_entropy[:, None])
-    local, mine = vocabulary.local(targets, z.shape[-1])
-    grad.scatter_add_(-1, local[:, None], (grad_logprob * mine)[:, None])
-    return grad.div_(vocabulary.temperature)
+@dataclass(frozen=True)
+class _Gradient:
+    """Closed forms, with p = softmax(z): d log p(y) / dz = onehot(y) - p and d H / dz = -p (log p + H)."""
+
+    targets: Tensor
+    vocabulary: Vocabulary
+    kept: Tensor
+    """[3, t] of `_Sums.finish`."""
+    logprob: Tensor
+    """[t], gradient of the log-probs."""
+    entropy: Tensor | None
+    """[t], gradient of the entropies; None where they are not used."""
+
+    def of_block(self, z: Tensor, block: slice) -> Tensor:
+        """Gradient with respect to the unscaled logits of a block [t, w]; overwrites z."""
+        log_p = z.sub_(self.kept[2][:, None])
+        p = log_p.exp()
+        if self.entropy is None:
+            grad = p.mul_(-self.logprob[:, None])
+        else:
+            # -p (g + e (log p + H)), g and e the gradients of log-prob and entropy
+            weight = log_p.add_(self.kept[1][:, None]).mul_(self.entropy[:, None]).add_(self.logprob[:, None])
+            grad = p.mul_(weight).neg_()
+        rows, columns = self.vocabulary.rows_in(self.targets, block)
+        grad[rows, columns] += self.logprob[rows]
+        return grad.div_(self.vocabulary.temperature)
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK_BYTES // (4 * columns))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _gradient(ctx, targets: Tensor, kept: Tensor, logprob: Tensor | None, entropy: Tensor | None) -> _Gradient:
+    logprob = torch.zeros_like(kept[0]) if logprob is None else logprob
+    return _Gradient(targets, ctx.vocabulary, kept, logprob, entropy)
 
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        kept = torch.empty(3, len(logits), device=logits.device)
-        for rows in _chunks(*logits.shape):
-            kept[:, rows] = _forward_rows(vocabulary.scaled(logits[rows]), targets[rows], vocabulary)
+        sums = _Sums(targets, vocabulary)
+        for block in vocabulary.blocks(len(logits)):
+            sums.absorb(vocabulary.scaled(logits[:, block]), block)
+        kept = sums.finish()
         ctx.save_for_backward(logits, targets, kept)
         ctx.vocabulary = vocabulary
         ctx.set_materialize_grads(False)
@@ -109,24 +151,21 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, None, None]:
         logits, targets, kept = ctx.saved_tensors
-        grad_logprob = kept.new_zeros(len(logits)) if grad_logprob is None else grad_logprob
+        gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
         grad = torch.empty_like(logits)
-        for rows in _chunks(*logits.shape):
-            z = ctx.vocabulary.scaled(logits[rows])
-            entropy_rows = None if grad_entropy is None else grad_entropy[rows]
-            grad[rows] = _backward_rows(
-                z, targets[rows], ctx.vocabulary, kept[:, rows], grad_logprob[rows], entropy_rows
-            )
+        grad[:, ctx.vocabulary.columns :] = 0  # padding
+        for block in ctx.vocabulary.blocks(len(logits)):
+            grad[:, block] = gradient.of_block(ctx.vocabulary.scaled(logits[:, block]), block)
         return grad, None, None
 
 
 class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        kept = torch.empty(3, len(hidden), device=hidden.device)
-        for rows in _chunks(len(hidden), len(weight)):
-            z = vocabulary.scaled(hidden[rows] @ weight.t())
-            kept[:, rows] = _forward_rows(z, targets[rows], vocabulary)
+        sums = _Sums(targets, vocabulary)
+        for block in vocabulary.blocks(len(hidden)):
+            sums.absorb(vocabulary.scaled(hidden @ weight[block].t()), block)
+        kept = sums.finish()
         ctx.save_for_backward(hidden, weight, targets, kept)
         ctx.vocabulary = vocabulary
         ctx.set_materialize_grads(False)
@@ -135,17 +174,16 @@ class _FromHidden(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, kept = ctx.saved_tensors
-        grad_logprob = kept.new_zeros(len(hidden)) if grad_logprob is None else grad_logprob
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(len(hidden), len(weight)):
-            z = ctx.vocabulary.scaled(hidden[rows] @ weight.t())
-            entropy_rows = None if grad_entropy is None else grad_entropy[rows]
-            grad = _backward_rows(z, targets[rows], ctx.vocabulary, kept[:, rows], grad_logprob[rows], entropy_rows)
-            grad = grad.to(weight.dtype)
-            grad_hidden[rows] = grad @ weight
-            grad_weight += grad.t() @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.vocabulary.columns :] = 0  # padding
+        for block in ctx.vocabulary.blocks(len(hidden)):
+            z = ctx.vocabulary.scaled(hidden @ weight[block].t())
+            grad = gradient.of_block(z, block).to(weight.dtype)
+            grad_hidden += grad @ weight[block]
+            torch.mm(grad.t(), hidden, out=grad_weight[block])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
 def logprob_and_entropy(

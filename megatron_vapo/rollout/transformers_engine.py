@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,16 @@ from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.rollout import Request, Response
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
+_COMPACT_AT = 0.75
+"""Finished responses leave the batch once no more than this share goes on: each time copies all keys and values, which
+costs more than a few rows decoded for nothing."""
+
 
 class TransformersEngine:
-    """Decodes `batch_size` responses at a time; finished ones leave the batch.
+    """Decodes `batch_size` responses at a time; finished ones leave the batch, a quarter of it at a time.
 
     Args:
         model_path: Hugging Face folder whose configuration is used; weights come through `load_weights`.
@@ -91,37 +99,58 @@ class TransformersEngine:
         uniforms = torch.stack([_uniforms(r.seed, max_tokens) for r in requests]).to(self._device)
         tokens = torch.zeros(count, max_tokens, dtype=torch.int64, device=self._device)
         logprobs = torch.zeros(count, max_tokens, device=self._device)
-        lengths = torch.full((count,), max_tokens)
-        stopped = torch.zeros(count, dtype=torch.bool)
 
+        logits, cache, mask = self._read([r.prompt_ids for r in requests])
         active = torch.arange(count, device=self._device)
-        ids, mask = self._left_pad([r.prompt_ids for r in requests])
-        cache = None
+        going = torch.ones_like(active, dtype=torch.bool)
+        unfinished = count
         for step in range(max_tokens):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            output = self._model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache = output.past_key_values
-            drawn, drawn_logprobs = draw(output.logits[:, -1], uniforms[active, step], sampling)
+            drawn, drawn_logprobs = draw(logits, uniforms[active, step], sampling)
             tokens[active, step], logprobs[active, step] = drawn, drawn_logprobs
-            on_tokens(len(active))
-            going = ~torch.isin(drawn, self._end_ids)
-            finished = active[~going].cpu()
-            lengths[finished], stopped[finished] = step + 1, True
-            if not going.any():
+            on_tokens(unfinished)
+            going &= ~torch.isin(drawn, self._end_ids)
+            unfinished = int(going.sum())
+            if unfinished == 0 or step + 1 == max_tokens:
                 break
-            if len(finished):
+            if unfinished <= _COMPACT_AT * len(active):
                 active, drawn, mask = active[going], drawn[going], mask[going]
                 cache.batch_select_indices(going)
-            ids = drawn[:, None]
+                going = going[going]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        tokens, logprobs = tokens.cpu(), logprobs.cpu()
+            logits = self._logits(drawn[:, None], mask, cache)
+        return self._responses(tokens.cpu(), logprobs.cpu())
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Cache, Tensor]:
+        """Logits after each prompt [count, V], keys and values, attention mask [count, longest]. A prompt that several
+        requests share is read once."""
+        from transformers import DynamicCache
+
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([number[prompt] for prompt in prompts], device=self._device)
+        ids, mask = self._left_pad(list(number))
+        cache = DynamicCache(config=self._model.config)
+        logits = self._logits(ids, mask, cache)
+        cache.batch_select_indices(rows)
+        return logits[rows], cache, mask[rows]
+
+    def _logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
+        """Logits [b, V] after the last of `ids [b, n]`, which continue what the cache holds; `mask` covers both."""
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+    def _responses(self, tokens: Tensor, logprobs: Tensor) -> list[Response]:
+        """Rows [count, max_tokens] cut after their first end token."""
+        ends = torch.isin(tokens, self._end_ids.cpu())
+        stopped = ends.any(dim=1)
+        lengths = torch.where(stopped, ends.int().argmax(dim=1) + 1, tokens.shape[1])
         return [
             Response(tokens[i, :n].clone(), logprobs[i, :n].clone(), "stop" if stopped[i] else "length", self._version)
             for i, n in enumerate(lengths.tolist())
