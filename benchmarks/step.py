@@ -283,9 +283,9 @@ def document(rows: str, difference: float, folder: Path, repeats: int) -> str:
 
 Each phase of a VAPO step by this package and by `benchmarks/plain_loop.py`, the same work in plain PyTorch and
 transformers: minibatches padded to their longest, attention mask, scaled_dot_product_attention, fused AdamW, rollouts
-by `generate`, weights copied by `load_state_dict`. {RESPONSES} responses, minibatches of 32, float32, one thread,
-{model}. CPU time of the process, median of {repeats} repeats, turn about; tokens are those of responses. The aim is at
-most {TARGET} times the plain loop's time; what misses it is bold.
+by `generate`, weights copied by `load_state_dict`. {RESPONSES} responses in minibatches of 32, float32, one thread,
+{model}. CPU time of the process, median of {repeats} repeats, turn about; tokens are
+those of responses. The aim is at most {TARGET} times the plain loop's time; what misses it is bold.
 
 {rows}
 

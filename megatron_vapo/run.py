@@ -19,7 +19,7 @@ from megatron_vapo.errors import DataError, TrainingError
 from megatron_vapo.evaluation import evaluate
 from megatron_vapo.metrics import evaluation_rows, rollout_metrics, sample_rows, token_metrics
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-from megatron_vapo.models.layout import ParallelLayout, init_world
+from megatron_vapo.models.layout import ParallelLayout, init_world, layout_sizes
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Loss, Trainable
@@ -254,7 +254,8 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
     load_hf(actor, recipe.model.path)
     models: dict[str, Trainable] = {"actor": actor}
     if inputs.critic_architecture is not None:
-        layout = ParallelLayout(recipe.critic, recipe.seed)
+        if layout_sizes(recipe.critic) != layout_sizes(recipe.actor):
+            layout = ParallelLayout(recipe.critic, recipe.seed)
         critic = Critic(recipe.critic, inputs.critic_architecture, dtype, layout)
         critic.set_head(recipe.critic.init == "fresh_head", recipe.seed)
         load_hf(critic, recipe.critic.reward_model or recipe.model.path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ SETTINGS = {
     "steps": 4,
     "minibatch_size": 6,
     "epochs": 2,
-    "actor": {"micro_batch_tokens": 64, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5}},
+    "actor": {"micro_batch_tokens": 64, "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5}},
     "critic": {"init": "reward_model", "epochs": 2, "micro_batch_tokens": 64, "optimizer": {"learning_rate": 1e-2}},
     "value_pretraining": {"max_steps": 2, "target_explained_variance": 1.0},
     "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": 16},
@@ -33,7 +34,6 @@ SETTINGS = {
     "evaluation": {"problems": 5, "samples": 2, "every": 2},
     "checkpoint": {"every": 2},
 }
-"""18 prompts a run of 40: with 7 rollout steps of 3, none comes twice; pretraining and training each draw their own."""
 
 
 def has_even_length(response: str, answer: str) -> float:
@@ -41,38 +41,49 @@ def has_even_length(response: str, answer: str) -> float:
     return 1.0 if len(response) % 2 == 0 else -1.0
 
 
-class StopAfter:
+class StopIn:
     """An interrupt that comes in the given step of this start, counted from 1."""
 
-    def __init__(self, step: int | None) -> None:
-        self._left = step
+    def __init__(self, step: float) -> None:
+        self._steps_left = step
 
     def requested(self) -> bool:
-        if self._left is not None:
-            self._left -= 1
-        return self._left == 0
+        self._steps_left -= 1
+        return self._steps_left <= 0
+
+
+class CrashIn:
+    """A process that dies in the given step of this start, after its metrics and before its checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self._stop = StopIn(step)
+
+    def requested(self) -> bool:
+        if self._stop.requested():
+            raise RuntimeError("crash")
+        return False
 
 
 @pytest.fixture(scope="module")
 def start(
     tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path], tiny_problems: Path
 ) -> Callable[..., bool]:
-    """`start(run_dir, *overrides, stop_after=None)` trains until the end or until stopped; True at the end."""
+    """`start(run_dir, *overrides, interrupt=...)` trains until the end or until stopped; True at the end."""
     recipe_file = tmp_path_factory.mktemp("resume") / "resume.yaml"
     data = {"data": {"train": str(tiny_problems)}, "model": {"path": str(make_checkpoint("qwen2"))}}
     recipe_file.write_text(yaml.safe_dump(SETTINGS | data))
     reward_model = make_checkpoint("qwen2", classifier=True, seed=1)
     always = [f"critic.reward_model={reward_model}", f"evaluation.data={tiny_problems}"]
 
-    def start(run_dir: Path, *overrides: str, stop_after: int | None = None) -> bool:
+    def start(run_dir: Path, *overrides: str, interrupt: StopIn | CrashIn | None = None) -> bool:
         recipe = load_recipe(recipe_file, [*always, f"run_dir={run_dir}", *overrides])
         inputs = read_inputs(recipe)
         assert open_run_folder(recipe, restart=False) is None
-        torch.manual_seed(len(str(run_dir)) + (stop_after or 0))  # nothing may depend on the global generator
+        torch.manual_seed(len(str(run_dir)))  # nothing may depend on the global generator
         with Progress(Console(quiet=True), quiet=True) as display:
             run = Run(recipe, inputs, display)
             try:
-                finished = train(run, StopAfter(stop_after))
+                finished = train(run, interrupt or StopIn(math.inf))
                 if finished:
                     run.export()
             finally:
@@ -107,14 +118,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
 
-def run_to_its_end(start: Callable[..., bool], folder: Path, overrides: Iterable[str], stop_after: int) -> int:
-    """Start again and again, stopping each time; the number of starts."""
-    starts = 1
-    while not start(folder, *overrides, stop_after=stop_after):
-        starts += 1
-    return starts
-
-
 def test_the_run_learns_something_to_lose(start: Callable[..., bool], tmp_path: Path) -> None:
     """Without changing weights and rewards of both signs, equality would prove nothing."""
     start(tmp_path / "run")
@@ -132,6 +135,7 @@ def test_the_run_learns_something_to_lose(start: Callable[..., bool], tmp_path: 
     [
         (),
         ("value_pretraining.enabled=false",),
+        ("value_pretraining.target_explained_variance=-100",),  # reached in the first step
         ("value_pretraining.reset_optimizer=true", "rollout.dynamic_sampling=true"),
         ("model.dtype=bfloat16", "actor.distributed_optimizer=true", "critic.distributed_optimizer=true"),
         ("algorithm.advantage=group", "model.dtype=bfloat16"),
@@ -140,7 +144,9 @@ def test_the_run_learns_something_to_lose(start: Callable[..., bool], tmp_path: 
 )
 def test_stopped_after_every_step(start: Callable[..., bool], tmp_path: Path, overrides: tuple[str, ...]) -> None:
     start(tmp_path / "whole", *overrides)
-    starts = run_to_its_end(start, tmp_path / "pieces", overrides, stop_after=1)
+    starts = 1
+    while not start(tmp_path / "pieces", *overrides, interrupt=StopIn(1)):
+        starts += 1
     assert starts > 4
     assert_same_run(tmp_path / "pieces", tmp_path / "whole")
 
@@ -149,4 +155,14 @@ def test_more_steps_for_a_run_that_had_ended(start: Callable[..., bool], tmp_pat
     start(tmp_path / "whole")
     assert start(tmp_path / "pieces", "steps=2")
     assert start(tmp_path / "pieces", "steps=4")
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+def test_what_a_crash_left_beyond_the_last_checkpoint_is_done_again(start: Callable[..., bool], tmp_path: Path) -> None:
+    start(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        start(tmp_path / "pieces", interrupt=CrashIn(5))  # 2 steps of value pretraining, then 3 of training
+    assert [r["step"] for r in records(tmp_path / "pieces") if r["kind"] == "train"] == [1, 2, 3]
+    assert last_state(tmp_path / "pieces")["steps"] == 2
+    assert start(tmp_path / "pieces")
     assert_same_run(tmp_path / "pieces", tmp_path / "whole")

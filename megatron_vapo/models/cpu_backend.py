@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 SUPPORTED = ("0.16.1",)
 """Versions of megatron-core whose use of CUDA these stand-ins cover."""
@@ -117,6 +118,7 @@ def _on_cpu(factory: Any) -> Any:
 
 def _replace_factories() -> None:
     """Pipeline schedules, optimizer and router name device="cuda" or pinned memory when they allocate."""
+    _device._device_constructors()  # cached: `with torch.device(...)` must keep to the functions that are wrapped here
     allocate = ["empty", "zeros", "ones", "full", "rand", "randn", "randint"]
     names = [*allocate, *(f"{name}_like" for name in allocate), "tensor", "as_tensor", "empty_strided", "arange"]
     for name in names:

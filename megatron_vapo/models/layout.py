@@ -35,6 +35,18 @@ def init_world() -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
+def layout_sizes(role: RoleConfig) -> dict[str, int | None]:
+    """What the process groups depend on; roles that agree in these share a `ParallelLayout`."""
+    return {
+        "tensor_model_parallel_size": role.tensor_parallel,
+        "pipeline_model_parallel_size": role.pipeline_parallel,
+        "virtual_pipeline_model_parallel_size": role.virtual_pipeline,
+        "context_parallel_size": role.context_parallel,
+        "expert_model_parallel_size": role.expert_parallel,
+        "expert_tensor_parallel_size": role.expert_tensor_parallel,
+    }
+
+
 class ParallelLayout:
     """Process groups of one layout over all processes."""
 
@@ -42,12 +54,9 @@ class ParallelLayout:
         self._state = _fresh_state()
         with self.active():
             parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=role.tensor_parallel,
-                pipeline_model_parallel_size=role.pipeline_parallel,
-                virtual_pipeline_model_parallel_size=role.virtual_pipeline,
-                context_parallel_size=role.context_parallel,
-                expert_model_parallel_size=role.expert_parallel,
-                expert_tensor_parallel_size=role.expert_tensor_parallel,
+                **layout_sizes(role),
+                # Copies of groups on gloo beside NCCL; every gloo group costs threads that poll.
+                create_gloo_process_groups=False,
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
             self.tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -78,18 +87,16 @@ class ParallelLayout:
             _write_state(outer)
 
 
-def _state_names() -> list[str]:
-    return [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+_NAMES = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
 
 
 def _read_state() -> dict[str, Any]:
-    state = {name: getattr(parallel_state, name) for name in _state_names()}
+    state = {name: getattr(parallel_state, name) for name in _NAMES}
     return state | {"tracker": megatron_random._CUDA_RNG_STATE_TRACKER}
 
 
 def _write_state(state: dict[str, Any]) -> None:
-    for name in _state_names():
-        setattr(parallel_state, name, state[name])
+    vars(parallel_state).update((name, state[name]) for name in _NAMES)
     megatron_random._CUDA_RNG_STATE_TRACKER = state["tracker"]
 
 

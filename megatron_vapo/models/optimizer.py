@@ -35,7 +35,12 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=role.distributed_optimizer,
     )
-    return get_megatron_optimizer(megatron, chunks, config_overrides=get_standard_config_overrides(megatron))
+    return get_megatron_optimizer(
+        megatron,
+        chunks,
+        config_overrides=get_standard_config_overrides(megatron),
+        use_gloo_process_groups=False,
+    )
 
 
 def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -49,14 +49,13 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
     with model.layout.active():
         held = _held_parameters(model)
         owners = _owners(held)
+        groups = [_tensor_parallel_group(entry) for entry in entries(model.architecture)]
     shapes = hf_shapes(model.architecture)
-    for entry in entries(model.architecture):
-        with model.layout.active():
-            tensors = _gather_tensor_parallel(model, entry, held)
-            if tensors is None:
-                tensors = {
-                    n: torch.empty(shapes[n], dtype=model.config.params_dtype, device=model.device) for n in entry.hf
-                }
+    for entry, group in zip(entries(model.architecture), groups):
+        tensors = _gather_tensor_parallel(model, entry, held, group)
+        if tensors is None:
+            dtype, device = model.config.params_dtype, model.device
+            tensors = {n: torch.empty(shapes[n], dtype=dtype, device=device) for n in entry.hf}
         if dist.get_world_size() > 1:
             for name in entry.hf:
                 tensors[name] = tensors[name].contiguous()
@@ -101,13 +100,12 @@ def _local_shard(model: Trainable, entry: Entry, tensors: list[Tensor]) -> Tenso
 
 
 def _gather_tensor_parallel(
-    model: Trainable, entry: Entry, held: dict[str, list[torch.nn.Parameter]]
+    model: Trainable, entry: Entry, held: dict[str, list[torch.nn.Parameter]], group: dist.ProcessGroup
 ) -> dict[str, Tensor] | None:
     """The entry's Hugging Face tensors, on the ranks that hold a shard of it; None elsewhere."""
     if entry.megatron not in held:
         return None
     parameter = held[entry.megatron][0].data
-    group = _tensor_parallel_group(entry)
     if group.size() == 1 or entry.layout.dim is None:
         return unshard(entry, [parameter], model.architecture)
     shards = [torch.empty_like(parameter) for _ in range(group.size())]

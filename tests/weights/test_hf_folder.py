@@ -3,6 +3,7 @@ nothing."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -153,6 +154,9 @@ def test_shards_and_their_index(base, tensors, tmp_path):
     held = {file: load_file(tmp_path / "export" / file) for file in files}
     assert index["weight_map"] == {name: file for file in files for name in held[file]}
     sizes = [sum(t.nbytes for t in shard.values()) for shard in held.values()]
+    shard_of = [files.index(index["weight_map"][name]) for name in tensors]
+    assert shard_of == sorted(shard_of)
+    assert all(a + b > 20_000 for a, b in itertools.pairwise(sizes))  # full before the next one begins
     assert index["metadata"]["total_size"] == sum(sizes) == sum(t.nbytes for t in tensors.values())
     assert max(sizes) <= 20_000
 
