@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of the `megatron-vapo` command; returns its exit code."""
     options = _parse(arguments)
     warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+    warnings.filterwarnings("ignore", module=r"(torch|megatron)\.", category=FutureWarning)
     try:
         return options.command(options)
     except UserError as error:

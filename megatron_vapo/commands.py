@@ -121,9 +121,8 @@ def evaluate_checkpoint(
             f"{path}: no checkpoint; name a Hugging Face folder (RUN/export) or RUN/checkpoints/step_..."
         )
     recipe_path = recipe_path or _recipe_of(checkpoint, is_hf)
-    overrides = [*overrides, *([f"evaluation.data={data}"] if data else [])]
-    overrides += [f"evaluation.samples={samples}"] if samples else []
-    overrides += [f"model.path={path}"] if is_hf else []
+    given = {"evaluation.data": data, "evaluation.samples": samples, "model.path": path if is_hf else None}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
     recipe = load_recipe(recipe_path, overrides)
     if recipe.evaluation.data is None:
         raise RecipeError("evaluation.data is not set: name a prompt set with --data")

@@ -9,8 +9,8 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
 
 @pytest.fixture(scope="module")
 def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """`start("train", "recipe.yaml", ...)` -> the running command."""
+    """`start("train", "recipe.yaml", ...)` -> the command, running as a process of its own."""
     started = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
         command = [sys.executable, "-m", "megatron_vapo.cli", *arguments]
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True))
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, **streams))
         return started[-1]
 
     yield start
@@ -66,11 +66,37 @@ def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a command printed, which must end with this code and without a traceback."""
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == code, output + errors
-    assert "Traceback" not in output + errors and "Warning" not in output + errors, errors
-    return output if code == 0 else output + errors
+    """What a process still prints until it ends, with this exit code and without warnings or a traceback."""
+    output = process.stdout.read()
+    assert process.wait() == code, output
+    assert "Traceback" not in output and "Warning" not in output, output
+    return output
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    output: str
+    errors: str
+
+
+@pytest.fixture
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """`command("train", "recipe.yaml", ...)` -> its answer; in this process, which has imported everything."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+
+    def command(*arguments: object) -> Answer:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Answer(code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> Path:
+    return Path(yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"])
 
 
 def records(run: Path, kind: str) -> list[dict[str, float]]:
@@ -82,10 +108,9 @@ def records(run: Path, kind: str) -> list[dict[str, float]]:
 
 
 def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -> None:
-    overview, train = start("--help"), start("train", "--help")
-    text = finish(overview)
+    text = finish(start("--help"))
     assert all(command in text for command in ("train", "pretrain-critic", "evaluate", "report", "doctor"))
-    text = finish(train)
+    text = finish(start("train", "--help"))
     assert all(word in text for word in ("recipe", "key=value", "--restart", "--dry-run"))
 
 
@@ -116,9 +141,11 @@ def test_arguments_that_are_not_known(capsys: pytest.CaptureFixture[str], argume
         (["train", "nowhere.yaml"], 2, "nowhere.yaml: no such recipe"),
         (["train", "recipe.yaml", "steps=soon"], 2, "steps=soon"),
         (["train", "recipe.yaml", "--dry-run", "stepz=3"], 2, "did you mean steps?"),
-        (["train", "recipe.yaml", "--dry-run", "data.train=nowhere.jsonl"], 3, "nowhere.jsonl does not exist"),
-        (["train", "recipe.yaml", "--dry-run", "model.path=nowhere"], 4, "nowhere: no such checkpoint folder"),
-        (["train", "recipe.yaml", "--dry-run", "actor.tensor_parallel=2"], 5, "does not divide the 1 processes"),
+        (["train", "recipe.yaml", "data.train=nowhere.jsonl"], 3, "nowhere.jsonl does not exist"),
+        (["train", "recipe.yaml", "model.path=nowhere"], 4, "nowhere: no such checkpoint folder"),
+        (["train", "recipe.yaml", "actor.tensor_parallel=2"], 5, "does not divide the 1 processes"),
+        (["train", "recipe.yaml", "run_dir=."], 4, "no run folder"),
+        (["train", "recipe.yaml", "run_dir=.", "--restart"], 4, "no run folder"),
         (["train", "actor.tensor_parallel=2", "recipe.yaml"], 2, "actor.tensor_parallel=2: no such recipe"),
         (["pretrain-critic", "recipe.yaml", "value_pretraining.enabled=false"], 2, "value_pretraining.enabled=true"),
         (["evaluate", "nowhere"], 4, "nowhere: no checkpoint"),
@@ -132,26 +159,19 @@ def test_arguments_that_are_not_known(capsys: pytest.CaptureFixture[str], argume
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_have_one_line_and_the_exit_code_of_their_kind(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    code: int,
-    words: str,
+    command: Callable[..., Answer], folder: Path, base: Path, arguments: list[str], code: int, words: str
 ) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    before = sorted(folder.iterdir())
-    base = yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"]
-    assert main([base if word == "BASE" else word for word in arguments]) == code
-    text = capsys.readouterr().err
-    assert text.startswith("megatron-vapo: ") and text.count("\n") == 1 and words in text
-    assert sorted(folder.iterdir()) == before
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts}
+    answer = command(*(base if word == "BASE" else word for word in arguments))
+    assert answer.code == code
+    assert answer.errors.startswith("megatron-vapo: ") and answer.errors.count("\n") == 1 and words in answer.errors
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts} == before
 
 
 def test_a_dry_run_builds_and_writes_nothing(folder: Path) -> None:
     code = (
-        "import sys; from megatron_vapo.cli import main; code = main(['train', 'recipe.yaml', '--dry-run', 'steps=7']); "
+        "import sys; from megatron_vapo.cli import main; "
+        "code = main(['train', 'recipe.yaml', '--dry-run', 'steps=7']); "
         "print(code, [name for name in sys.modules if name == 'megatron' or name.startswith('megatron.')])"
     )
     before = sorted(folder.iterdir())
@@ -201,7 +221,7 @@ def test_a_run_leaves_its_record(trained: tuple[Path, str]) -> None:
     assert settings["steps"] == 2 and settings["algorithm"]["alpha"] == 0.05  # resolved, defaults included
 
 
-def test_the_export_is_a_plain_hugging_face_model(trained: tuple[Path, str], folder: Path) -> None:
+def test_the_export_is_a_plain_hugging_face_model(trained: tuple[Path, str], base: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run, _ = trained
@@ -211,50 +231,78 @@ def test_the_export_is_a_plain_hugging_face_model(trained: tuple[Path, str], fol
     loaded = model.state_dict()
     assert exported.keys() == loaded.keys()
     assert all(torch.equal(exported[name], loaded[name]) for name in exported)
-    base = load_file(Path(yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"]) / "model.safetensors")
-    assert exported.keys() == base.keys()
-    assert any(not torch.equal(exported[name], base[name]) for name in base)
+    before = load_file(base / "model.safetensors")
+    assert exported.keys() == before.keys()
+    assert any(not torch.equal(exported[name], before[name]) for name in before)
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     assert tokenizer.decode(tokenizer("^1a+2=|")["input_ids"]) == "^1a+2=|"
 
 
-def test_a_finished_run_says_so_again(trained: tuple[Path, str], start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_finished_run_says_so_again(trained: tuple[Path, str], command: Callable[..., Answer]) -> None:
     run, output = trained
     before = (run / "metrics.jsonl").read_bytes()
-    again, other = start("train", "recipe.yaml", "run_dir=run"), start("train", "recipe.yaml", "run_dir=run", "seed=1")
-    lines = finish(again).splitlines()
-    assert lines[-2:] == ["run is finished; --restart trains anew", output.splitlines()[-1]]
-    assert "seed was 0, is 1" in finish(other, code=2)
+    answer = command("train", "recipe.yaml", "run_dir=run")
+    assert answer.code == 0
+    assert answer.output.splitlines() == ["run is finished; --restart trains anew", output.splitlines()[-1]]
+    answer = command("train", "recipe.yaml", "run_dir=run", "seed=1")
+    assert answer.code == 2 and "seed was 0, is 1" in answer.errors
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_export_and_checkpoint_evaluate_alike(
-    trained: tuple[Path, str], start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_export_and_checkpoint_evaluate_alike(trained: tuple[Path, str], command: Callable[..., Answer]) -> None:
     run, _ = trained
-    processes = [start("evaluate", str(run / part)) for part in ("export", "checkpoints/step_000002")]
-    export, checkpoint = (finish(process).splitlines()[-1] for process in processes)
-    assert export == checkpoint
+    export, checkpoint = (command("evaluate", run / part) for part in ("export", "checkpoints/step_000002"))
+    assert export.code == checkpoint.code == 0
+    assert export.output == checkpoint.output
     accuracy = json.loads((run / "summary.json").read_text())["accuracy_after"]
-    assert export.startswith(f"avg@4 {accuracy:.4f} +- ") and "(6 problems" in export
+    assert export.output.startswith(f"avg@4 {accuracy:.4f} +- ") and "(6 problems" in export.output
+    more = command("evaluate", run / "export", "--samples", "5", "evaluation.problems=7")
+    assert more.output.startswith("avg@5") and "(7 problems" in more.output
 
 
 def test_a_second_run_starts_from_the_pretrained_critic(
-    trained: tuple[Path, str], start: Callable[..., subprocess.Popen[str]], folder: Path
+    trained: tuple[Path, str], command: Callable[..., Answer], folder: Path
 ) -> None:
     """With a critic that is not trained further, what it started from is what it ends with."""
     run, _ = trained
     pretrained = f"value_pretraining.checkpoint={run / 'critic_pretrained'}"
     still = ["critic.optimizer.learning_rate=0", "evaluation.data=null", "steps=1"]
-    finish(start("train", "recipe.yaml", "run_dir=second", pretrained, *still))
+    assert command("train", "recipe.yaml", "run_dir=second", pretrained, *still).code == 0
     second = folder / "second"
     assert not records(second, "pretrain") and len(records(second, "train")) == 1
     ours = model_tensors(second / "checkpoints" / "step_000001" / "critic")
     theirs = model_tensors(run / "critic_pretrained")
-    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert ours.keys() == theirs.keys() >= {"decoder.final_layernorm.weight", "output_layer.weight"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     trained_further = model_tensors(run / "checkpoints" / "step_000002" / "critic")
     assert any(not torch.equal(trained_further[name], theirs[name]) for name in theirs)
+
+
+def test_a_restart_trains_anew(trained: tuple[Path, str], command: Callable[..., Answer], folder: Path) -> None:
+    arguments = ("train", "recipe.yaml", "run_dir=again", "steps=1", "evaluation.data=null")
+    assert command(*arguments).code == 0
+    first = load_file(folder / "again" / "export" / "model.safetensors")
+    assert command(*arguments, "--restart", "seed=1").code == 0
+    assert [record["step"] for record in records(folder / "again", "train")] == [1]
+    second = load_file(folder / "again" / "export" / "model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_value_pretraining_alone(command: Callable[..., Answer], folder: Path) -> None:
+    arguments = ("pretrain-critic", "recipe.yaml", "run_dir=critic")
+    answer = command(*arguments)
+    assert answer.code == 0 and "critic: critic/critic_pretrained" in answer.output
+    assert len(records(folder / "critic", "pretrain")) == 1 and not records(folder / "critic", "train")
+    pretrained = model_tensors(folder / "critic" / "critic_pretrained")
+    assert command(*arguments).code == 0  # nothing left to do
+    again = model_tensors(folder / "critic" / "critic_pretrained")
+    assert all(torch.equal(again[name], pretrained[name]) for name in pretrained)
+
+
+def test_curves_of_several_runs(trained: tuple[Path, str], command: Callable[..., Answer], folder: Path) -> None:
+    answer = command("report", "run", "run", "--out", "both.png")
+    assert (answer.code, answer.output) == (0, "both.png\n")
+    assert (folder / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -272,31 +320,34 @@ def model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 # Signals.
 
 
-def wait_for_steps(run: Path, kind: str, count: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
-        if (run / "metrics.jsonl").is_file() and len(records(run, kind)) >= count:
+def read_until(process: subprocess.Popen[str], start: str) -> None:
+    """Read the process's lines up to one that begins like this."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(start):
             return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise AssertionError(f"no {kind} step within five minutes")
+    raise AssertionError("".join(lines))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
-    start: Callable[..., subprocess.Popen[str]], folder: Path, number: signal.Signals
+    start: Callable[..., subprocess.Popen[str]], folder: Path
 ) -> None:
-    run, arguments = folder / number.name, ("train", "recipe.yaml", f"run_dir={number.name}", "checkpoint.every=0")
-    process = start(*arguments, "steps=100000", "evaluation.every=0")
-    wait_for_steps(run, "train", 2, process)
-    process.send_signal(number)
-    output = finish(process, code=75)
-    assert number.name in output
-    done = len(records(run, "train"))
-    assert f"checkpoint saved: {number.name}/checkpoints/step_{done:06d}" in output
-    assert not list(run.rglob("*.part"))
+    run, done = folder / "stopped", 0
+    arguments = ("train", "recipe.yaml", "run_dir=stopped", "checkpoint.every=0", "evaluation.every=0")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(*arguments, "steps=100000")
+        read_until(process, f"train {done + 2:>6}/100000")
+        process.send_signal(number)
+        output = finish(process, code=75)
+        done = len(records(run, "train"))
+        assert f"{number.name}: stopping" in output
+        assert f"checkpoint saved: stopped/checkpoints/step_{done:06d}" in output
+        assert not list(run.rglob("*.part"))
 
-    output = finish(start(*arguments, f"steps={done + 1}", "evaluation.every=0"))
-    assert f"resumed from {number.name}/checkpoints/step_{done:06d}" in output
+    output = finish(start(*arguments, f"steps={done + 1}"))
+    assert f"resumed from stopped/checkpoints/step_{done:06d}" in output
     assert [record["step"] for record in records(run, "train")] == list(range(1, done + 2))
     assert [record["step"] for record in records(run, "pretrain")] == [1]
+    assert [record["step"] for record in records(run, "evaluate")] == [0, done + 1]
     assert re.fullmatch(r"accuracy 0\.\d{4} -> 0\.\d{4}", output.splitlines()[-1])

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from _tiny import (
-    BATCH_SIZE,
     MAX_RESPONSE,
     learning_rate_at,
     make_optimizer,
@@ -67,11 +66,16 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(Mixture(p_short=0.1, p_sloppy=0.1), steps=600, learning_rate=3e-3),
-    Stage(Mixture(p_sloppy=0.25), steps=450, learning_rate=2e-3),
-    Stage(Mixture(), steps=220, learning_rate=1.5e-3),
+    Stage(Mixture(p_short=0.1, p_sloppy=0.1), steps=1000, learning_rate=3e-3),
+    Stage(Mixture(p_sloppy=0.25), steps=600, learning_rate=2e-3),
+    Stage(Mixture(), steps=500, learning_rate=1.5e-3),
 )
-"""Careful work first: on the last mixture alone, the arithmetic would be learned much later."""
+"""Careful work first, long enough that 99 of 100 careful steps are right: what the base cannot do at all when it works
+carefully, reinforcement finds much later."""
+
+BATCH_SIZE = 32
+INITIALIZER_RANGE = 0.08
+"""Standard deviation of initial weights: a model this narrow learns to copy operands sooner than with 0.02."""
 
 
 def main() -> None:
@@ -164,6 +168,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         tie_word_embeddings=False,
+        initializer_range=INITIALIZER_RANGE,
         **special_ids,
     )
     model = Qwen2ForCausalLM(config)
