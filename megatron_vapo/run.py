@@ -55,6 +55,7 @@ class Run:
         self.progress = self._restore()
         self.writer = self._open_records() if self.first_rank else None
         self.phase: Phase | None = None
+        self.sampler.on_tokens = lambda count: self.phase.add(count * dist.get_world_size())
         self.sync_weights()
 
     @property
@@ -67,7 +68,7 @@ class Run:
 
     def rollout(self, purpose: Kind, step: int) -> Experience:
         """Group-sample the next prompts with the present policy and score the responses."""
-        self._show("rollout")
+        self._show("rollout (tokens)")
         name = f"{purpose}_{step:06d}.safetensors"
         if self.recipe.rollout.replay:
             return _replayed(Path(self.recipe.rollout.replay) / name)
@@ -115,12 +116,14 @@ class Run:
     def evaluate(self) -> float:
         """Held-out accuracy of the present policy, recorded."""
         settings = self.recipe.evaluation
-        with self.display.phase("evaluate", total=1) as phase:
-            phase.activity("evaluation")
+        training_phase = self.phase
+        with self.display.phase("evaluate", total=1) as self.phase:
+            self._show("evaluation (tokens)")
             with self.timer("evaluation"):
                 result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
             self._write("evaluate", self.progress.steps, result.metrics)
-            phase.advance(result.metrics)
+            self.phase.advance(result.metrics)
+        self.phase = training_phase
         if self.first_rank:
             rows = evaluation_rows(self.inputs.held_out, result.responses, settings.samples)
             write_samples(self.folder / "evaluation", self.progress.steps, rows, 64)

@@ -61,13 +61,13 @@ class Phase:
         self._activity: Activity | None = None
 
     def activity(self, name: str, total: float | None = None) -> None:
-        """Names what the step does now; `total`, where known, gives it a bar that `update` moves."""
+        """Names what the step does now; `total`, where known, gives it a bar that `add` moves."""
         self._activity = Activity(name, total, started=monotonic())
 
-    def update(self, done: float) -> None:
-        """How much of the current activity is done, in the unit of its total."""
-        assert self._activity is not None, "update() before activity()"
-        self._activity.done = done
+    def add(self, done: float) -> None:
+        """So much more of the current activity is done, in the unit of its total."""
+        assert self._activity is not None, "add() before activity()"
+        self._activity.done += done
 
     def advance(self, metrics: Mapping[str, float]) -> None:
         """Ends a step. `metrics` as written to metrics.jsonl; those in `SHOWN` are shown."""
@@ -107,7 +107,8 @@ class Phase:
         activity = self._activity
         if activity is not None:
             bar = ProgressBar(total=activity.total, completed=activity.done, pulse=activity.total is None)
-            count = "" if activity.total is None else f"{short(activity.done)}/{short(activity.total)}"
+            count = short(activity.done) if activity.done else ""
+            count += "" if activity.total is None else f"/{short(activity.total)}"
             grid.add_row(f"  {activity.name}", bar, count, clock_time(monotonic() - activity.started))
 
     def metrics_columns(self) -> Columns:
@@ -121,7 +122,7 @@ class Progress:
 
         with Progress() as progress, progress.phase("train", total=steps) as phase:
             phase.activity("rollout", total=tokens)
-            phase.update(tokens_so_far)
+            phase.add(tokens)
             phase.advance(metrics)
 
     On a terminal: bars, redrawn in place; each phase leaves one line behind. Elsewhere: one line per step.

@@ -49,7 +49,7 @@ def test_a_log_file_gets_one_line_per_step_and_one_per_phase_change(clock):
     with Progress(console) as progress, progress.phase("train", total=10, start=7) as phase:
         for seconds in (60, 120):
             phase.activity("rollout", total=100)
-            phase.update(50)
+            phase.add(50)
             clock[0] += seconds
             phase.advance(METRICS)
     lines = console.file.getvalue().splitlines()
@@ -106,7 +106,7 @@ def test_bars_fit_the_terminal_and_keep_every_metric_whole(clock, width):
     with Progress(terminal_console(width)) as progress, progress.phase("value pretraining", total=50) as phase:
         phase.advance(METRICS)
         phase.activity("rollout", total=131072)
-        phase.update(65536)
+        phase.add(65536)
         lines = screen(progress, width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
