@@ -9,7 +9,7 @@ Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens i
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,6 +98,14 @@ def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list
         if all(len(members) == 1 or sum(padded[i] for i in members) <= budget for members in bins):
             return [bins[rank::dp_size] for rank in range(dp_size)]
         count += 1
+
+
+def tightened(rule: PackingRule, lengths: Tensor, plan: list[list[list[int]]]) -> PackingRule:
+    """The rule with its budget lowered to the fullest micro-batch of a plan, so that fixed lengths pad no more than they
+    must."""
+    free = replace(rule, fixed_total=False)
+    fullest = max(int(_padded_lengths(lengths[members], free).sum()) for rank in plan for members in rank)
+    return replace(rule, token_budget=fullest)
 
 
 def _lightest_first(costs: list[float], count: int) -> list[list[int]]:

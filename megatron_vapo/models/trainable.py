@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches
+from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
 from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks
 from megatron_vapo.models.layout import ParallelLayout
@@ -140,8 +140,11 @@ class Trainable(ABC):
 
     def _micro_batches(self, batch: Experience) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches."""
-        plan = plan_micro_batches(batch.sequence_lengths, self.layout.dp_size, self.packing)
-        return [pack(batch, members, self.packing) for members in plan[self.layout.dp_rank]]
+        rule, lengths = self.packing, batch.sequence_lengths
+        plan = plan_micro_batches(lengths, self.layout.dp_size, rule)
+        if rule.fixed_total:
+            rule = tightened(rule, lengths, plan)
+        return [pack(batch, members, rule) for members in plan[self.layout.dp_rank]]
 
     def _run(self, micros: list[MicroBatch], finish: Callable, forward_only: bool) -> list:
         """Megatron's schedule over the micro-batches; what `finish` made of each, on the last pipeline stage."""
@@ -151,7 +154,7 @@ class Trainable(ABC):
                 data_iterator=[iter(micros) for _ in self.chunks],
                 model=self.chunks,
                 num_microbatches=len(micros),
-                seq_length=self.role.micro_batch_tokens,
+                seq_length=len(micros[0].tokens),  # read only where all micro-batches have one length
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
