@@ -122,7 +122,7 @@ CASES = [
 
 
 def take_updates(case: Case, folder: Path) -> dict:
-    """Forward both models over the batch, update critic and actor `UPDATES` times; what came out, parameters included."""
+    """Forward both models over the batch, update each `UPDATES` times; what came out, parameters included."""
     from megatron_vapo import objectives
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.parameters import hf_tensors, load_hf

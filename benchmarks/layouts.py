@@ -258,7 +258,8 @@ def table(rows: list[Row]) -> str:
     """Markdown."""
     lines = [
         "| layout | ranks | model | batch | policy loss | value loss | LM loss | entropy "
-        "| gradient norm (actor, critic) | vs one process: losses, parameters | vs plain PyTorch: losses, parameters | |",
+        "| gradient norm (actor, critic) | vs one process: losses, parameters "
+        "| vs plain PyTorch: losses, parameters | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

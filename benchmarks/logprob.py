@@ -2,9 +2,9 @@
 
     python -m benchmarks.logprob [--tokens 512] [--hidden 896] [--vocab 152064] [--dtype float32]
 
-Each way runs in a process of its own (peak memory is the process's), forward and backward from hidden states. Memory is
-counted above what exists before the call (hidden states, weight) and beside the weight's gradient, which every way needs;
-"logits" is one copy of the logits in the chosen type.
+Each way runs in a process of its own (peak memory is the process's), forward and backward from hidden states. Memory
+is counted above what exists before the call (hidden states, weight) and beside the weight's gradient, which every way
+needs; "logits" is one copy of the logits in the chosen type.
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list
 
 
 def tightened(rule: PackingRule, lengths: Tensor, plan: list[list[list[int]]]) -> PackingRule:
-    """The rule with its budget lowered to the fullest micro-batch of a plan, so that fixed lengths pad no more than they
-    must."""
+    """The rule with its budget lowered to a plan's fullest micro-batch: fixed lengths pad no more than they must."""
     free = replace(rule, fixed_total=False)
     fullest = max(int(_padded_lengths(lengths[members], free).sum()) for rank in plan for members in rank)
     return replace(rule, token_budget=fullest)
