@@ -172,17 +172,21 @@ class _FromHidden(torch.autograd.Function):
         return kept[0].clone(), kept[1].clone()
 
     @staticmethod
-    def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    def backward(
+        ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, None, None]:
         hidden, weight, targets, kept = ctx.saved_tensors
         gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        grad_weight = torch.empty_like(weight)
-        grad_weight[ctx.vocabulary.columns :] = 0  # padding
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[ctx.vocabulary.columns :] = 0  # padding
         for block in ctx.vocabulary.blocks(len(hidden)):
             z = ctx.vocabulary.scaled(hidden @ weight[block].t())
             grad = gradient.of_block(z, block).to(weight.dtype)
             grad_hidden += grad @ weight[block]
-            torch.mm(grad.t(), hidden, out=grad_weight[block])
+            if grad_weight is not None:
+                torch.mm(grad.t(), hidden, out=grad_weight[block])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None
 
 
