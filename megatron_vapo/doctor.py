@@ -133,6 +133,8 @@ def installed_version(distribution: str) -> str | None:
 def find_gpus() -> list[Gpu]:
     import torch
 
+    if not torch.cuda.is_available():
+        return []
     properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [Gpu(found.name, found.total_memory / 2**30, (found.major, found.minor)) for found in properties]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models.trainable import Trainable
@@ -15,14 +16,14 @@ from megatron_vapo.models.trainable import Trainable
 def save_trainable(model: Trainable, folder: Path) -> None:
     """Write the role into an empty folder; all ranks together."""
     with model.layout.active():
-        dist_checkpointing.save(_state(model, loading=False), str(folder), validate_access_integrity=True)
+        dist_checkpointing.save(_parameters(model) | _optimizer(model, loading=False), str(folder))
 
 
 def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) -> None:
     """Read what `save_trainable` wrote, under whatever layout; all ranks together.
 
     Args:
-        with_optimizer: also take optimizer states and schedule; else keep fresh ones on the loaded parameters.
+        with_optimizer: also take optimizer states and schedule; else start with fresh ones.
 
     Raises:
         CheckpointError: no such checkpoint, or one of another model.
@@ -30,12 +31,12 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
     with model.layout.active():
-        wanted = _state(model, loading=True)
-        if not with_optimizer:
-            wanted = {name: part for name, part in wanted.items() if name.startswith("model")}
+        wanted = _parameters(model)
+        if with_optimizer:
+            wanted |= _optimizer(model, loading=True)
         try:
             state = dist_checkpointing.load(wanted, str(folder))
-        except dist_checkpointing.core.CheckpointingException as error:
+        except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
             raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {error}") from error
         for i, module in enumerate(model.modules):
             module.load_state_dict(state[f"model{i}"])
@@ -43,19 +44,26 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
             model.optimizer.load_state_dict(state["optimizer"])
             model.scheduler.load_state_dict(state["scheduler"])
     if not with_optimizer:
-        model.reload_parameters()
+        model.reset_optimizer()
 
 
-def _state(model: Trainable, loading: bool) -> dict[str, Any]:
-    metadata = {
+def _parameters(model: Trainable) -> dict[str, Any]:
+    chunks = enumerate(model.modules)
+    return {f"model{i}": module.sharded_state_dict(metadata=_metadata()) for i, module in chunks}
+
+
+def _optimizer(model: Trainable, loading: bool) -> dict[str, Any]:
+    parameters = _parameters(model)
+    weights = parameters["model0"] if len(parameters) == 1 else parameters
+    return {
+        "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_metadata()),
+        "scheduler": model.scheduler.state_dict(),
+    }
+
+
+def _metadata() -> dict[str, Any]:
+    return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         # The default of 0.16.1, fully_sharded_model_space, is broken.
         "distrib_optim_sharding_type": "fully_reshardable",
     }
-    state: dict[str, Any] = {
-        f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(model.modules)
-    }
-    weights = state["model0"] if len(model.modules) == 1 else dict(state)
-    state["optimizer"] = model.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-    state["scheduler"] = model.scheduler.state_dict()
-    return state

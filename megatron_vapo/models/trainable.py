@@ -33,8 +33,8 @@ Outputs = tuple[Tensor, ...]
 """What a model says of each response token, tensors [t]: (log-prob, entropy) of an actor, (value,) of a critic."""
 
 Loss = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics. Shares add
-up over micro-batches and ranks, because their denominators are those of the whole minibatch."""
+"""(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics, one of them
+`loss`. Shares add up over micro-batches and ranks, because their denominators are those of the whole minibatch."""
 
 
 class Trainable(ABC):
@@ -103,14 +103,14 @@ class Trainable(ABC):
         # Megatron averages over micro-batches and data-parallel ranks; shares of a loss must be summed.
         scale = len(micros) * self.layout.dp_size
         parts = self._run(micros, partial(_scaled_loss, loss, scale), forward_only=False)
+        totals = self._total(parts)
         with self.layout.active():
-            step = self._step()
-        return self._total(parts) | step
+            return totals | self._step(totals["loss"])
 
-    def _step(self) -> dict[str, float]:
+    def _step(self, loss: float) -> dict[str, float]:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        finite = math.isfinite(norm)
+        finite = math.isfinite(norm) and math.isfinite(loss)  # both are known to all ranks
         if finite:
             self._clip(norm)
             self.scheduler.step(1)  # before the update, so that the first one of a warm-up is not at rate 0

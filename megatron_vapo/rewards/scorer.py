@@ -163,7 +163,7 @@ def _serve(reward: Reward, connection: Connection) -> None:
     while True:
         try:
             response, answer = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         connection.send(_outcome(reward, response, answer))
 

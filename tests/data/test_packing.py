@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches
+from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
 
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=24)
 """(prompt, response) tokens of each response."""
@@ -68,21 +68,29 @@ def test_micro_batches_keep_the_rule(make_experience, pairs, rule, dp_size):
         micro = pack(batch, members, rule)
         total = int(micro.cu_seqlens[-1])
         assert total == len(micro.tokens) == len(micro.positions)
-        assert total % (rule.sequence_multiple * rule.total_multiple) == 0
+        assert total % rule.unit == total % (rule.sequence_multiple * rule.total_multiple) == 0
         assert all(n % rule.sequence_multiple == 0 for n in micro.cu_seqlens.diff().tolist())
-        assert total <= rule.token_budget or len(members) <= 1
+        assert total <= max(rule.token_budget, rule.unit) or len(members) == 1
 
 
 @given(lengths, rules, dp_sizes)
-def test_fixed_total_pads_every_micro_batch_to_the_budget(make_experience, pairs, rule, dp_size):
-    unit = rule.sequence_multiple * rule.total_multiple
+def test_fixed_total_gives_every_micro_batch_one_length(make_experience, pairs, rule, dp_size):
+    """The budget's, or the fullest micro-batch's where the rule is tightened to the plan."""
     longest = max(prompt + response for prompt, response in pairs)
-    budget = -(-max(rule.token_budget, longest) // unit) * unit
+    budget = -(-max(rule.token_budget, longest) // rule.unit) * rule.unit
     rule = replace(rule, token_budget=budget, fixed_total=True)
     batch = make_experience(*map(list, zip(*pairs)))
-    for micro in (micro for rank in packed(batch, dp_size, rule) for micro in rank):
-        assert len(micro.tokens) == budget
-        assert_predicts_its_tokens(batch, micro)
+    plan = plan_micro_batches(batch.sequence_lengths, dp_size, rule)
+    needed = max(
+        len(pack(batch, members, replace(rule, fixed_total=False)).tokens) for micros in plan for members in micros
+    )
+    tight = tightened(rule, batch.sequence_lengths, plan)
+    assert tight == replace(rule, token_budget=needed)
+    for members in (members for micros in plan for members in micros):
+        for used in (rule, tight):
+            micro = pack(batch, members, used)
+            assert len(micro.tokens) == used.token_budget <= budget
+            assert_predicts_its_tokens(batch, micro)
 
 
 @given(lengths, st.sampled_from([2, 4]), st.sampled_from([1, 2]))

@@ -161,7 +161,6 @@ def test_a_critic_from_a_language_model_keeps_its_own_head(make_checkpoint, layo
         assert torch.equal(tensor, head if name == "score.weight" else saved.read(name)), name
 
 
-@pytest.mark.xfail(strict=True, reason="cpu_backend replaces functions that torch.device contexts know by identity")
 def test_transformers_loads_models_correctly_in_the_same_process(make_checkpoint, make_model):
     """It builds them under `with torch.device("meta")`, which must act on the CPU backend's functions too."""
     from transformers import AutoModelForCausalLM

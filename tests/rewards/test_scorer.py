@@ -46,9 +46,10 @@ def unruly(response, answer):
 def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reward]:
     (tmp_path / "unruly_rewards.py").write_text(UNRULY)
     monkeypatch.syspath_prepend(tmp_path)
+    others = multiprocessing.active_children()  # other tests' libraries may keep some, such as a checkpoint writer's
     yield get_reward("unruly_rewards:unruly")
     del sys.modules["unruly_rewards"]
-    assert multiprocessing.active_children() == []
+    assert multiprocessing.active_children() == others
 
 
 NUMBERS = [str(number) for number in range(40)]
