@@ -42,14 +42,18 @@ def unruly(response, answer):
 """
 
 
+def workers() -> set[multiprocessing.process.BaseProcess]:
+    """The scorer's processes; other tests' libraries may keep some too, such as a checkpoint writer's."""
+    return {process for process in multiprocessing.active_children() if process.name == "reward"}
+
+
 @pytest.fixture
 def unruly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reward]:
     (tmp_path / "unruly_rewards.py").write_text(UNRULY)
     monkeypatch.syspath_prepend(tmp_path)
-    others = multiprocessing.active_children()  # other tests' libraries may keep some, such as a checkpoint writer's
     yield get_reward("unruly_rewards:unruly")
     del sys.modules["unruly_rewards"]
-    assert multiprocessing.active_children() == others
+    assert not workers()
 
 
 NUMBERS = [str(number) for number in range(40)]
@@ -103,10 +107,10 @@ def test_a_reward_that_hangs_is_killed_and_replaced(
     unruly: Reward, caplog: pytest.LogCaptureFixture, response: str
 ) -> None:
     with RewardScorer(unruly, workers=2, timeout_s=2.0) as scorer:
-        before = set(multiprocessing.active_children())
+        before = workers()
         assert scorer.score(["1", response, "2", "raise"], [""] * 4) == [1.0, -1.0, 2.0, -1.0]
         assert (scorer.failures, scorer.timeouts) == (1, 1)
-        after = set(multiprocessing.active_children())
+        after = workers()
         assert len(after) == 2 and len(before & after) == 1
         assert scorer.score(NUMBERS, [""] * len(NUMBERS)) == [float(number) for number in NUMBERS]
     assert "the reward took more than 2 s" in caplog.text
@@ -137,12 +141,12 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_score(
 
 def test_closing_ends_all_workers_and_may_be_repeated(unruly: Reward) -> None:
     scorer = RewardScorer(unruly, workers=2)
-    workers = [psutil.Process(process.pid) for process in multiprocessing.active_children()]
-    assert len(workers) == 2
+    processes = [psutil.Process(process.pid) for process in workers()]
+    assert len(processes) == 2
     scorer.score(["1"], [""])
     scorer.close()
     scorer.close()
-    assert not any(worker.is_running() for worker in workers)
+    assert not any(worker.is_running() for worker in processes)
 
 
 def test_an_error_inside_the_context_still_ends_all_workers(unruly: Reward) -> None:
@@ -170,7 +174,7 @@ def start(folder: Path, use: str) -> subprocess.Popen[str]:
 
 def test_killing_the_parent_leaves_no_hanging_worker_behind(tmp_path: Path) -> None:
     with start(tmp_path, 'scorer.score(["say", "say"], ["", ""])') as parent:
-        workers = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
+        processes = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
         parent.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []
