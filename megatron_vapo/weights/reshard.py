@@ -177,35 +177,37 @@ class _Scheduler:
         self.itemsize, self.bucket = itemsize, bucket_bytes
         self.local: list[Piece] = []
         self.rounds: list[list[Piece]] = []
-        self._sent: Counter[int] = Counter()
+        self._sent: dict[int, int] = defaultdict(int)
         # (round, bytes in it) of the last piece that each rank sends, and of the last that it receives
-        self._sending: dict[int, tuple[int, int]] = {}
-        self._receiving: dict[int, tuple[int, int]] = {}
+        self._sending: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        self._receiving: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     def add(self, shard: RolloutShard, parameter: Parameter, row: int, wanted: Box, holders: Holders) -> None:
         """All pieces of a wanted box, for every host of the shard."""
         found = 0
         for held, places in holders.items():
             common = wanted.intersection(held)
-            if common is None:
-                continue
-            found += common.size
-            sources = {p.rank: _shifted(p, common, held) for p in places}
-            target = _shifted(Place(-1, parameter.name, row, 0), common, wanted)
-            for host in shard.hosts:
-                self._add_piece(common, sources, target._replace(rank=host))
+            if common is not None:
+                found += common.size
+                self._serve(shard.hosts, common, held, places, Place(-1, parameter.name, row, 0), wanted)
         if found != wanted.size:
             raise LayoutError(f"weight sync: no training rank holds all of {wanted}")
 
-    def _add_piece(self, box: Box, sources: dict[int, Place], target: Place) -> None:
-        if target.rank in sources:
-            self.local.append(Piece(box, sources[target.rank], target))
-            return
-        for part in self._cut(box):
-            source = sources[min(sources, key=lambda rank: (self._sent[rank], rank))]
-            piece = Piece(part, _shifted(source, part, box), _shifted(target, part, box))
-            self._sent[source.rank] += part.size * self.itemsize
-            self._place(piece, part.size * self.itemsize)
+    def _serve(
+        self, hosts: tuple[int, ...], common: Box, held: Box, places: list[Place], target: Place, wanted: Box
+    ) -> None:
+        """Give a box to every host; only those that hold it do not receive it."""
+        place_on = {place.rank: place for place in places}
+        parts = list(self._cut(common))
+        for host in hosts:
+            if host in place_on:
+                local = _shifted(host, target, common, wanted)
+                self.local.append(Piece(common, _shifted(host, place_on[host], common, held), local))
+                continue
+            for part in parts:
+                rank = min(place_on, key=self._sent.__getitem__)
+                source = _shifted(rank, place_on[rank], part, held)
+                self._place(Piece(part, source, _shifted(host, target, part, wanted)))
 
     def _cut(self, box: Box) -> Iterator[Box]:
         """In parts of at most one bucket, of whole rows."""
@@ -215,21 +217,22 @@ class _Scheduler:
         for top in range(box.top, box.bottom, rows):
             yield box._replace(top=top, bottom=min(top + rows, box.bottom))
 
-    def _place(self, piece: Piece, size: int) -> None:
+    def _place(self, piece: Piece) -> None:
         """Into the first round, not before the last of its two ranks, where it fits into both ranks' buckets."""
-        sending = self._sending.get(piece.source.rank, (0, 0))
-        receiving = self._receiving.get(piece.target.rank, (0, 0))
+        source, target, size = piece.source.rank, piece.target.rank, piece.box.size * self.itemsize
+        self._sent[source] += size
+        sending, receiving = self._sending[source], self._receiving[target]
         number = max(sending[0], receiving[0])
         filled = [used if at == number else 0 for at, used in (sending, receiving)]
         if max(filled) + size > self.bucket:
             number, filled = number + 1, [0, 0]
-        self._sending[piece.source.rank] = (number, filled[0] + size)
-        self._receiving[piece.target.rank] = (number, filled[1] + size)
+        self._sending[source] = (number, filled[0] + size)
+        self._receiving[target] = (number, filled[1] + size)
         if number == len(self.rounds):
             self.rounds.append([])
         self.rounds[number].append(piece)
 
 
-def _shifted(place: Place, part: Box, box: Box) -> Place:
-    """Where a part of a box lies, given where the box does."""
-    return place._replace(row=place.row + part.top - box.top, column=place.column + part.left - box.left)
+def _shifted(rank: int, place: Place, part: Box, box: Box) -> Place:
+    """Where a part of a box lies on a rank, given where the box lies."""
+    return Place(rank, place.parameter, place.row + part.top - box.top, place.column + part.left - box.left)
