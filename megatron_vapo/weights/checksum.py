@@ -8,7 +8,6 @@ wrong place changes them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
