@@ -142,8 +142,9 @@ Rounds are of 512 MiB. Planning is single-threaded CPU time, once a run.
 
 4 processes over gloo (TCP on loopback), models of {{sizes}} parameters, buckets of {REAL_BUCKET // 2**20} MiB,
 median of 5, slowest rank. The time is that of writing the whole engine shard, copies on the spot included; memcpy
-copies as many bytes in each process. CPU time is that of the process and bears comparison on a shared machine, where wall time
-depends on what else runs. Peak extra memory is the process's high-water mark during the sync above its size before.
+copies as many bytes in each process. CPU time is that of the process, all threads; it bears comparison on a shared
+machine, where wall time depends on what else runs. Peak extra memory is the process's high-water mark during the sync
+above its size before.
 
 | layout | shard | sync: wall, against memcpy | sync: CPU, against memcpy | memcpy | checksums | peak extra memory |
 |---|---|---|---|---|---|---|
