@@ -149,10 +149,6 @@ above its size before.
 | layout | shard | sync: wall, against memcpy | sync: CPU, against memcpy | memcpy | checksums | peak extra memory |
 |---|---|---|---|---|---|---|
 {{time_rows}}
-
-Where the aim is missed, the cause is gloo's way between processes of one machine, loopback TCP, whose kernel copies in
-both directions come on top of packing and unpacking each byte that travels. A transport by shared memory or CUDA IPC
-takes the place of `weights.transport.TorchTransport`.
 """
 
 
