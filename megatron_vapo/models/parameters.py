@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, unshard
+from megatron_vapo.weights.training_layout import TrainingRank
 
 
 def load_hf(model: Trainable, folder: str | Path) -> None:
@@ -61,6 +62,23 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
                 tensors[name] = tensors[name].contiguous()
                 dist.broadcast(tensors[name], src=owners[entry.megatron])
         yield from tensors.items()
+
+
+def held_tensors(model: Trainable) -> dict[str, Tensor]:
+    """This rank's parameters by name: what a weight sync moves (`weights.transfer`)."""
+    with model.layout.active():
+        return {name: parameters[0].data for name, parameters in _held_parameters(model).items()}
+
+
+def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
+    """What each rank of the world holds; all ranks must call it."""
+    with model.layout.active():
+        experts = parallel_state.get_expert_tensor_parallel_group()
+        names = frozenset(_held_parameters(model))
+    mine = TrainingRank(names, model.layout.tp_rank, model.layout.tp_size, experts.rank(), experts.size())
+    ranks: list[TrainingRank] = [mine] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
+    return ranks
 
 
 def _held_parameters(model: Trainable) -> dict[str, list[torch.nn.Parameter]]:

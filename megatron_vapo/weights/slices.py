@@ -1,0 +1,124 @@
+"""Parameters as stacks of boxes of Hugging Face tensors: the common coordinates of every layout.
+
+Whatever holds weights, a Megatron rank or a rank of the rollout engine, each of its parameters is, seen as a matrix
+[rows, columns], a stack of boxes cut from Hugging Face tensors, one below the other, with zero rows at its end where a
+vocabulary is padded. Two layouts are compared, and weights moved between them, by intersecting boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.table import COLUMNS, GATE_UP, QKV, VOCABULARY, WHOLE, Entry, padded_vocabulary
+
+Shapes = dict[str, tuple[int, ...]]
+"""Of all Hugging Face tensors of a model, as `weights.table.hf_shapes` gives them."""
+
+
+class Box(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of one Hugging Face tensor; a vector [n] counts as [n, 1]."""
+
+    tensor: str
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def intersection(self, other: Box) -> Box | None:
+        """What both hold of one tensor; None where that is nothing."""
+        top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
+        left, right = max(self.left, other.left), min(self.right, other.right)
+        return Box(self.tensor, top, bottom, left, right) if top < bottom and left < right else None
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter as one rank holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+    def stacked(self) -> Iterator[tuple[int, Box]]:
+        """Each box and the row of the parameter that it starts at."""
+        row = 0
+        for box in self.boxes:
+            yield row, box
+            row += box.bottom - box.top
+
+    @property
+    def filled_rows(self) -> int:
+        """Rows that boxes fill; those below are padding."""
+        return sum(box.bottom - box.top for box in self.boxes)
+
+    @property
+    def size(self) -> int:
+        """Numbers in it, padding included."""
+        return math.prod(self.shape)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """View [n] as [n, 1] and [.., rows, columns] as [.. * rows, columns]; the tensor must be contiguous."""
+    return tensor.view(-1, 1) if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
+
+
+def whole(tensor: str, shapes: Shapes) -> Box:
+    """All of a tensor."""
+    shape = shapes[tensor]
+    return Box(tensor, 0, shape[0], 0, shape[1] if len(shape) == 2 else 1)
+
+
+def rows_part(box: Box, part: int, parts: int) -> Box:
+    """The part-th of equal parts of its rows."""
+    height = (box.bottom - box.top) // parts
+    return box._replace(top=box.top + part * height, bottom=box.top + (part + 1) * height)
+
+
+def columns_part(box: Box, part: int, parts: int) -> Box:
+    """The part-th of equal parts of its columns."""
+    width = (box.right - box.left) // parts
+    return box._replace(left=box.left + part * width, right=box.left + (part + 1) * width)
+
+
+def vocabulary_part(box: Box, part: int, parts: int, padded: int) -> Box:
+    """The rows that the part-th of equal parts of a vocabulary of `padded` rows has; empty in pure padding."""
+    height = padded // parts
+    return box._replace(top=min(part * height, box.bottom), bottom=min((part + 1) * height, box.bottom))
+
+
+def megatron_parameter(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Parameter:
+    """What one tensor-parallel rank holds of an entry: the same as `weights.table.shard`, as boxes."""
+    boxes = tuple(_megatron_boxes(entry, a, shapes, tp_rank, tp_size))
+    rows = sum(box.bottom - box.top for box in boxes)
+    if entry.layout is VOCABULARY:
+        rows = padded_vocabulary(a.vocab, tp_size) // tp_size
+    one_dimensional = len(shapes[entry.hf[0]]) == 1
+    return Parameter(entry.megatron, (rows,) if one_dimensional else (rows, boxes[0].right - boxes[0].left), boxes)
+
+
+def _megatron_boxes(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Iterator[Box]:
+    boxes = [whole(tensor, shapes) for tensor in entry.hf]
+    if entry.layout is WHOLE:
+        yield from boxes
+    elif entry.layout is COLUMNS:
+        yield columns_part(boxes[0], tp_rank, tp_size)
+    elif entry.layout is VOCABULARY:
+        yield vocabulary_part(boxes[0], tp_rank, tp_size, padded_vocabulary(a.vocab, tp_size))
+    elif entry.layout is QKV:
+        groups = a.kv_heads // tp_size
+        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+            yield from (rows_part(box, group, a.kv_heads) for box in boxes)
+    else:  # ROWS, and GATE_UP, which stacks its two tensors' parts
+        assert entry.layout is GATE_UP or len(boxes) == 1
+        yield from (rows_part(box, tp_rank, tp_size) for box in boxes)
