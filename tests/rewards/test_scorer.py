@@ -176,7 +176,7 @@ def test_killing_the_parent_leaves_no_hanging_worker_behind(tmp_path: Path) -> N
     with start(tmp_path, 'scorer.score(["say", "say"], ["", ""])') as parent:
         processes = [psutil.Process(int(parent.stdout.readline())) for _ in range(2)]
         parent.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(workers, timeout=60)
+        _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
 
 
