@@ -89,12 +89,6 @@ class Experience:
         """Read what `save` wrote."""
         return Experience(**load_file(path))
 
-    @staticmethod
-    def concatenate(parts: list[Experience]) -> Experience:
-        """One batch after the other; group numbers must already differ between parts."""
-        names = [f.name for f in fields(Experience) if getattr(parts[0], f.name) is not None]
-        return Experience(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
-
 
 _PER_TOKEN = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
 

@@ -30,7 +30,6 @@ def load_hf(model: Trainable, folder: str | Path) -> None:
     headless = VALUE_HEAD.hf[0] in expected and VALUE_HEAD.hf[0] not in source.names
     if headless:
         expected.pop(VALUE_HEAD.hf[0])
-        source = source.without("lm_head.weight")
     source.check(expected)
     with model.layout.active():
         held = _held_parameters(model)

@@ -93,7 +93,8 @@ class _Sums:
         total, weighted, target = self._vocabulary.reduce(sums, dist.ReduceOp.SUM)
         log_total = total.log()
         log_normalizer = log_total + peak
-        return torch.stack([target - log_normalizer, log_total - weighted / total, log_normalizer])
+        # The peak is taken off first: large logits would cost the small difference its digits.
+        return torch.stack([target - peak - log_total, log_total - weighted / total, log_normalizer])
 
     def _move_peak(self, peak: Tensor) -> None:
         shift = self._peak - peak

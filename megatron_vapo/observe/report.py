@@ -66,7 +66,7 @@ PANELS = (
             Series("train", "actor/clip_fraction_low", "low"),
         ),
     ),
-    Panel("Approximate KL to the old policy (nats)", (Series("train", "actor/approx_kl"),)),
+    Panel("Approximate KL to the old policy (nats)", (Series("train", "actor/kl_k3"),)),
 )
 
 

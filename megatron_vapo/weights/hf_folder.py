@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from copy import copy
 from pathlib import Path
 
 import torch
@@ -61,12 +60,6 @@ class HFFolder:
         found = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
         if found:
             raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
-
-    def without(self, name: str) -> HFFolder:
-        """The same folder with one tensor left out."""
-        rest = copy(self)
-        rest._files = {n: path for n, path in self._files.items() if n != name}
-        return rest
 
     def shape(self, name: str) -> tuple[int, ...]:
         with safe_open(self._files[name], framework="pt") as file:

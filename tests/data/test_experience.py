@@ -64,12 +64,6 @@ def test_fields_that_are_not_there_yet_stay_absent(rows):
     assert_same(batch.select(torch.arange(len(rows))), batch)
 
 
-@given(st.lists(st.lists(responses(), min_size=1, max_size=3), min_size=1, max_size=3))
-def test_concatenate_puts_batches_one_after_the_other(parts):
-    joined = Experience.concatenate([pack_slowly(rows) for rows in parts])
-    assert_same(joined, pack_slowly([row for rows in parts for row in rows]))
-
-
 @pytest.mark.parametrize("present", [PER_TOKEN, ("rollout_logprobs",)])
 def test_a_saved_batch_comes_back(make_experience, tmp_path, present):
     batch = replace(make_experience([2, 3, 1], [4, 1, 5]), **{n: None for n in PER_TOKEN if n not in present})
