@@ -62,12 +62,6 @@ def test_reads_sharded_folders(base, make_model, tmp_path, tensors):
     check(tmp_path)
 
 
-def test_without_leaves_one_tensor_out(base):
-    source = HFFolder(base)
-    assert source.without("lm_head.weight").names == source.names - {"lm_head.weight"}
-    assert "lm_head.weight" in source.names
-
-
 def test_missing_extra_and_misshapen_tensors_are_named(copy):
     rewrite(copy, model__norm__weight=None)
     with pytest.raises(CheckpointError, match=r"missing: model\.norm\.weight"):
