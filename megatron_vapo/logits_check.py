@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vapo.weights.architecture import Architecture, read_architecture
-from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
+from megatron_vapo.weights.hf_folder import HFFolder, write_hf_folder
 
 LENGTH = 64
 
@@ -30,7 +34,8 @@ def hf_logits(folder: str | Path, architecture: Architecture, tokens: Tensor) ->
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if architecture.classifier else AutoModelForCausalLM
-    model = auto.from_pretrained(**_weights(folder), dtype=torch.float32).eval()
+    with _plain(folder) as plain:
+        model = auto.from_pretrained(plain, dtype=torch.float32).eval()
     if architecture.classifier:
         return model.score(model.model(tokens[None]).last_hidden_state[0])
     return model(tokens[None]).logits[0]
@@ -65,14 +70,16 @@ def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: 
     return output[0].float().cpu()
 
 
-def _weights(folder: str | Path) -> dict[str, object]:
-    """Arguments of `from_pretrained`. FP8 weights go in as ordinary numbers: computing with them takes a GPU."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "quantization_config", None) is None:
-        return {"pretrained_model_name_or_path": folder}
-    del config.quantization_config
+@contextmanager
+def _plain(folder: str | Path) -> Iterator[Path]:
+    """The folder itself, or a passing copy with FP8 weights as ordinary numbers: computing with them takes a GPU."""
+    config = read_json(Path(folder) / "config.json")
+    if config.pop("quantization_config", None) is None:
+        yield Path(folder)
+        return
     source = HFFolder(folder)
-    tensors = {name: source.read(name) for name in source.names}
-    return {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / "plain"
+        write_hf_folder(copy, ((name, source.read(name)) for name in sorted(source.names)), folder)
+        (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield copy

@@ -21,7 +21,7 @@ READ_AS = torch.bfloat16
 
 
 def is_quantised(name: str) -> bool:
-    """Whether an FP8 export quantises this tensor: linear layers' weights; embeddings, norms, heads and routers stay."""
+    """Whether an FP8 export quantises this tensor: linear layers; embeddings, norms, heads and routers stay."""
     return name.endswith("_proj.weight")
 
 

@@ -1,6 +1,6 @@
 """Where a Megatron parameter stands in a torch_dist checkpoint, as `GPTModel.sharded_state_dict` of Megatron Core
-0.16.1 puts it: layers and experts are stacked into one tensor, and a norm has the name it would have fused with its linear
-layer, so that checkpoints do not depend on the layer implementation."""
+0.16.1 puts it: layers and experts are stacked into one tensor, and a norm has the name it would have fused with its
+linear layer, so that checkpoints do not depend on the layer implementation."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_a_critic_that_started_from_a_language_model_exports_as_a_reward_model(m
 
 
 def test_an_actor_needs_a_language_model_as_base(converted, make_checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="an actor, but .* is a reward model"):
+    with pytest.raises(CheckpointError, match=r"an actor, but .* is a reward model"):
         megatron_to_hf(converted, tmp_path / "out", make_checkpoint("qwen2", classifier=True), quiet)
 
 
