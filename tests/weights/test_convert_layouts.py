@@ -42,7 +42,7 @@ def test_round_trips_through_layouts_are_bitwise(make_model, make_experience, tm
         assert original.names == back.names
         assert all(torch.equal(original.read(tensor), back.read(tensor)) for tensor in original.names), name
         saved = TorchDistReader(folder / "saved")
-        assert any(key.startswith("optimizer") for key in saved.shapes), name
+        assert any("optimizer" in key for key in saved.shapes), name
         rows = saved.shapes["embedding.word_embeddings.weight"][0]
         assert rows == (44 if "tensor_parallel" in cases()[name] else 43), name
 
