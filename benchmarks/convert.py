@@ -2,7 +2,7 @@
 
     python -m benchmarks.convert [--gigabytes 4] [--folder DIR] [--write docs/benchmarks_convert.md]
 
-Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted. Page cache is as
+Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted (VmHWM). Page cache is as
 the machine left it; conversions sync what they write to disk, and so does the copy.
 """
 
@@ -83,18 +83,22 @@ def largest_parameter(folder: Path) -> int:
     return max(2 * math.prod(shape[1:] if key.startswith("decoder.layers.") else shape) for key, shape in shapes)
 
 
-def run(name: str, *command: object) -> Row:
-    """Run a process to its end; its peak resident memory comes from wait4."""
+def run(name: str, script: Path, *arguments: object) -> Row:
+    """Run a script in a process of its own, which tells its peak at the end."""
+    command = [sys.executable, "-c", _MEASURED, str(script), *map(str, arguments)]
     started = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{name}: exit code {process.returncode}")
-    return Row(name, time.monotonic() - started, usage.ru_maxrss * 1024)
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Row(name, time.monotonic() - started, 1024 * int(output.split()[-1]))
 
 
+# Not ru_maxrss, which a process inherits from the one that started it.
+_MEASURED = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
 _COPY = """
 import os, pathlib, shutil, sys
 out = pathlib.Path(sys.argv[2]); out.mkdir()
@@ -109,7 +113,10 @@ def measure(folder: Path) -> list[Row]:
     """Copy and conversions of FOLDER/hf; each output is dropped before the next is written."""
     hf, megatron, back = folder / "hf", folder / "megatron", folder / "back"
     tools = Path(__file__).resolve().parents[1] / "tools"
-    rows = [run("imports only", "-c", _IMPORTS), run("plain copy", "-c", _COPY, hf, folder / "copy")]
+    imports, copy = folder / "imports.py", folder / "copy.py"
+    imports.write_text(_IMPORTS)
+    copy.write_text(_COPY)
+    rows = [run("imports only", imports), run("plain copy", copy, hf, folder / "copy")]
     shutil.rmtree(folder / "copy")
     rows.append(run("Hugging Face -> Megatron", tools / "convert_hf_to_megatron.py", hf, megatron))
     command = [tools / "convert_megatron_to_hf.py", megatron, back, "--base", hf]
@@ -157,7 +164,7 @@ def main() -> None:
 HEADER = """# Conversion: memory and speed
 
 A generated checkpoint (Qwen2.5-1.5B's shapes, untied head), converted both ways by `tools/`, each in a process of its
-own, against a plain copy of the same files. Peak memory is the process's largest resident set; the last column takes
+own, against a plain copy of the same files. Peak memory is the process's largest resident set (VmHWM); the last column takes
 off what the imports alone need: the claim is that it stays below 2, whatever the size of the model. The round trip is
 compared bitwise. Repeat it with `python -m benchmarks.convert`.
 

@@ -30,9 +30,8 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
     with model.layout.active():
-        wanted = _state(model, loading=True)
-        if not with_optimizer:
-            wanted = {name: part for name, part in wanted.items() if name.startswith("model")}
+        # Asking an optimizer for its state to load fills it with dummy values, so only where they are overwritten.
+        wanted = _state(model, loading=True) if with_optimizer else _weights(model, _metadata())
         try:
             state = dist_checkpointing.load(wanted, str(folder))
         except dist_checkpointing.core.CheckpointingException as error:
@@ -46,15 +45,21 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
         model.reload_parameters()
 
 
-def _state(model: Trainable, loading: bool) -> dict[str, Any]:
-    metadata = {
+def _metadata() -> dict[str, Any]:
+    return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         # The default of 0.16.1, fully_sharded_model_space, is broken.
         "distrib_optim_sharding_type": "fully_reshardable",
     }
-    state: dict[str, Any] = {
-        f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(model.modules)
-    }
+
+
+def _weights(model: Trainable, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(model.modules)}
+
+
+def _state(model: Trainable, loading: bool) -> dict[str, Any]:
+    metadata = _metadata()
+    state = _weights(model, metadata)
     weights = state["model0"] if len(model.modules) == 1 else dict(state)
     state["optimizer"] = model.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
     state["scheduler"] = model.scheduler.state_dict()
