@@ -32,6 +32,7 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
     with model.layout.active():
         wanted = _parameters(model)
+        # Asking an optimizer for its state to load fills it with dummy values, so only where they are overwritten.
         if with_optimizer:
             wanted |= _optimizer(model, loading=True)
         try:

@@ -18,6 +18,8 @@ FAMILIES = {
     "Qwen3MoeForSequenceClassification": "qwen3_moe",
     "LlamaForCausalLM": "llama",
     "LlamaForSequenceClassification": "llama",
+    "MistralForCausalLM": "mistral",
+    "MistralForSequenceClassification": "mistral",
 }
 """Hugging Face architecture -> family, whose tensor names `megatron_vapo.weights.table` lists."""
 
@@ -166,6 +168,11 @@ def _refuse_unsupported(path: Path, architecture: Architecture, config: Any) -> 
         raise CheckpointError(f"{path}: llama3 rope scaling other than Llama 3.1's {fixed} is not supported")
     if getattr(config, "use_sliding_window", False):
         raise CheckpointError(f"{path}: use_sliding_window is not supported")
+    if architecture.family == "mistral" and config.sliding_window is not None:
+        raise CheckpointError(
+            f"{path}: sliding_window={config.sliding_window} is not supported; where no sequence is longer than the "
+            f"window it changes nothing, and may be set to null"
+        )
     if architecture.family == "llama" and (config.attention_bias or config.mlp_bias):
         raise CheckpointError(f"{path}: attention_bias and mlp_bias are not supported")
     if architecture.experts and (config.mlp_only_layers or config.decoder_sparse_step != 1):

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError
+from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import read_json
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 5 * 2**30
+_NAMED = 8
+"""Tensors that a message names before it only counts them."""
 _HEAD = "lm_head.weight"
 """May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
 _KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -24,11 +26,13 @@ _KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 class HFFolder:
-    """Tensors of a checkpoint folder by name, read one at a time.
+    """Tensors of a checkpoint folder by name, read one at a time. FP8 weights in blocks are read as bfloat16.
 
     Raises:
         CheckpointError: missing or truncated weights, an index that names absent files or tensors.
     """
+
+    WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -37,18 +41,18 @@ class HFFolder:
             held = self._names_in(path)
             absent = sorted(indexed - held)
             if absent:
-                raise CheckpointError(f"{self.folder}/{_INDEX}: {path.name} does not hold {_some(absent)}")
+                raise CheckpointError(f"{self.folder}/{self.INDEX}: {path.name} does not hold {_some(absent)}")
             self._files |= dict.fromkeys(held, path)
 
     @property
     def names(self) -> set[str]:
-        return set(self._files)
+        return {name for name in self._files if not self._is_scale(name)}
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+    def check(self, expected: dict[str, tuple[int, ...]], limit: int = _NAMED) -> None:
         """Refuse a folder that lacks tensors, has extra ones, or holds some of another shape.
 
         Raises:
-            CheckpointError: names the first of each kind and how many there are.
+            CheckpointError: names the first `limit` of each kind and how many there are.
         """
         shapes = {name: self.shape(name) for name in expected if name in self.names}
         wrong = [f"{n} {shape} instead of {expected[n]}" for n, shape in shapes.items() if shape != expected[n]]
@@ -57,7 +61,7 @@ class HFFolder:
             "tensors that this architecture does not have": sorted(self.names - expected.keys() - {_HEAD}),
             "wrong shapes": wrong,
         }
-        found = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
+        found = [f"{problem}: {_some(names, limit)}" for problem, names in problems.items() if names]
         if found:
             raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
 
@@ -65,19 +69,45 @@ class HFFolder:
         with safe_open(self._files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` returns."""
+        if name + fp8.SCALE_SUFFIX in self._files:
+            return fp8.READ_AS
+        with safe_open(self._files[name], framework="pt") as file:
+            return file.get_slice(name)[:0].dtype
+
     def read(self, name: str) -> Tensor:
+        if name + fp8.SCALE_SUFFIX in self._files:
+            return self._dequantised(name)
+        return self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
+    def _dequantised(self, name: str) -> Tensor:
+        weight, scale = self._stored(name), self._stored(name + fp8.SCALE_SUFFIX)
+        if scale.shape != fp8.scale_shape(weight.shape):
+            raise CheckpointError(
+                f"{self._files[name]}: {name}{fp8.SCALE_SUFFIX} {tuple(scale.shape)}: only FP8 in blocks of "
+                f"{fp8.BLOCK} x {fp8.BLOCK} is supported, which has {fp8.scale_shape(weight.shape)}"
+            )
+        return fp8.dequantise(weight, scale)
+
+    def _is_scale(self, name: str) -> bool:
+        return name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self._files
+
     def _shards(self) -> dict[Path, set[str]]:
         """Each weight file with the tensors that the index says it holds."""
-        index = self.folder / _INDEX
-        if (self.folder / _WEIGHTS).is_file() and not index.is_file():
-            return {self.folder / _WEIGHTS: set()}
+        index = self.folder / self.INDEX
+        if (self.folder / self.WEIGHTS).is_file() and not index.is_file():
+            return {self.folder / self.WEIGHTS: set()}
         if not index.is_file():
             pickled = [p.name for p in self.folder.glob("*.bin")]
             hint = f"; {_some(pickled)} is pickled and not read: convert it to safetensors" if pickled else ""
-            raise CheckpointError(f"{self.folder}: weights are missing, neither {_WEIGHTS} nor {_INDEX} is there{hint}")
+            raise CheckpointError(
+                f"{self.folder}: weights are missing, neither {self.WEIGHTS} nor {self.INDEX} is there{hint}"
+            )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise CheckpointError(f"{index}: not a safetensors index: weight_map must give the file of each tensor")
@@ -111,13 +141,18 @@ def write_hf_folder(
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _write_shards(part, tensors, shard_bytes)
-    for pattern in _KEPT_FILES:
-        for source in sorted(Path(base).glob(pattern)):
-            if source.name != _INDEX:
-                shutil.copyfile(source, part / source.name)
+    keep_files(base, part)
     if folder.is_dir():
         folder.rmdir()
     part.rename(folder)
+
+
+def keep_files(base: str | Path, folder: Path) -> None:
+    """Copy what is not weights: configurations, tokenizer, chat template."""
+    for pattern in _KEPT_FILES:
+        for source in sorted(Path(base).glob(pattern)):
+            if not source.name.endswith(".index.json"):
+                shutil.copyfile(source, folder / source.name)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -147,7 +182,7 @@ def _shards_of(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Itera
 def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None:
     """Give weight files the names that transformers looks for, which tell how many there are."""
     if len(names) == 1:
-        (folder / "shard-0").rename(folder / _WEIGHTS)
+        (folder / "shard-0").rename(folder / HFFolder.WEIGHTS)
         return
     weight_map = {}
     for i, shard in enumerate(names):
@@ -155,7 +190,7 @@ def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None
         (folder / f"shard-{i}").rename(folder / file)
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    (folder / HFFolder.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -163,6 +198,6 @@ def torch_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def _some(names: list[str], limit: int = _NAMED) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

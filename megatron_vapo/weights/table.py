@@ -110,6 +110,7 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
     "qwen3": _BODY + _QK_NORM + _DENSE_MLP,
     "qwen3_moe": _BODY + _QK_NORM + _EXPERTS,
     "llama": _BODY + _DENSE_MLP,
+    "mistral": _BODY + _DENSE_MLP,
 }
 
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), VOCABULARY)

@@ -35,6 +35,7 @@ FAMILIES = {
             },
         },
     ),
+    "mistral": ("mistral", {}),
     "qwen3_moe": ("qwen3_moe", {}),
     "qwen3_moe, weights not normalised": ("qwen3_moe", {"norm_topk_prob": False}),
 }

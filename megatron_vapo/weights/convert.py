@@ -1,0 +1,238 @@
+"""Hugging Face folder <-> Megatron checkpoint (torch_dist), tensor by tensor: no model is built, no device is needed.
+
+The Megatron side is what `megatron_vapo.models.checkpointing` writes and loads under any layout, so a run's
+`checkpoints/step_X/actor` converts back too; its optimizer states are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vapo.errors import CheckpointError
+from megatron_vapo.weights import fp8
+from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
+from megatron_vapo.weights.hf_folder import HFFolder, keep_files
+from megatron_vapo.weights.new_folder import check_is_free, new_folder
+from megatron_vapo.weights.pickled_folder import open_folder
+from megatron_vapo.weights.placement import Place, padded_keys, place_of, stacked_shapes
+from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
+from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, unshard
+from megatron_vapo.weights.torch_dist import TorchDistReader, TorchDistWriter
+
+Report = Callable[[int, int], None]
+"""`report(done, total)` in bytes written."""
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_ALL = 10**9
+
+
+def hf_to_megatron(
+    source: str | Path,
+    out: str | Path,
+    report: Report,
+    dtype: torch.dtype | None = None,
+    allow_pickle: bool = False,
+) -> None:
+    """Convert a language model, or a reward model (which becomes a critic).
+
+    Peak memory is two of the largest Megatron parameters.
+
+    Args:
+        dtype: of what is written; None keeps what the folder holds.
+        allow_pickle: also read pytorch_model.bin, tensors only.
+
+    Raises:
+        CheckpointError: bad input, no disk space, or output folder that is not empty; nothing is left behind.
+    """
+    architecture = read_architecture(source)
+    check_is_free(Path(out))
+    folder = open_folder(source, allow_pickle)
+    _check_source(folder, architecture)
+    shapes = stacked_shapes(architecture)
+    dtypes = dict.fromkeys(shapes, dtype) if dtype else _common_dtypes(folder, architecture)
+    total = sum(math.prod(shapes[key]) * dtypes[key].itemsize for key in shapes)
+    done = 0
+    with new_folder(out, total) as part, TorchDistWriter(part) as writer:
+        for entry in entries(architecture):
+            place = place_of(entry, architecture)
+            parameter = shard(entry, [folder.read(name) for name in entry.hf], architecture, 0, 1)
+            parameter = parameter.to(dtypes[place.key])
+            _write_parameter(writer, place, shapes[place.key], parameter)
+            done += parameter.nbytes
+            report(done, total)
+        writer.finish()
+
+
+def megatron_to_hf(
+    checkpoint: str | Path,
+    out: str | Path,
+    base: str | Path,
+    report: Report,
+    dtype: torch.dtype | None = None,
+    fp8_blocks: bool = False,
+) -> None:
+    """Convert an actor, or a critic (which becomes a sequence classifier with one label, a reward model).
+
+    Peak memory is two of the largest Megatron parameters.
+
+    Args:
+        base: Hugging Face folder of the model it was trained from: configuration, tokenizer and chat template.
+        dtype: of what is written; None keeps what the checkpoint holds.
+        fp8_blocks: write the weights of linear layers in FP8 with blocks of 128 x 128.
+
+    Raises:
+        CheckpointError: bad input, no disk space, or output folder that is not empty; nothing is left behind.
+    """
+    check_is_free(Path(out))
+    reader = TorchDistReader(checkpoint)
+    architecture = _architecture_of(reader, read_architecture(base), base)
+    _check_checkpoint(reader, architecture, base)
+    specs = list(_specs(reader, architecture, dtype, fp8_blocks))
+    total = sum(spec.nbytes for spec in specs)
+    done = 0
+    with new_folder(out, total) as part:
+        keep_files(base, part)
+        _write_config(part, architecture, specs[0].dtype, fp8_blocks)
+        with ShardWriter(part, specs) as writer:
+            for entry in entries(architecture):
+                for name, tensor in _read_entry(reader, entry, architecture):
+                    for written, stored in _stored(name, tensor, dtype, fp8_blocks):
+                        writer.write(written, stored)
+                        done += stored.nbytes
+                        report(done, total)
+            writer.finish()
+
+
+def _write_parameter(writer: TorchDistWriter, place: Place, shape: tuple[int, ...], parameter: Tensor) -> None:
+    offsets = (*place.index, *(0 for _ in parameter.shape))
+    writer.add_tensor(place.key, shape, offsets, parameter.view(*(1 for _ in place.index), *parameter.shape))
+    if place.extra_state:
+        writer.add_empty_object(place.extra_state)
+
+
+def _read_entry(reader: TorchDistReader, entry: Entry, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    place = place_of(entry, architecture)
+    sizes = reader.shapes[place.key][len(place.index) :]
+    stacked = reader.read(place.key, (*place.index, *(0 for _ in sizes)), (*(1 for _ in place.index), *sizes))
+    parameter = stacked.view(sizes)
+    if place.key in padded_keys(architecture) and parameter[architecture.vocab :].any():
+        raise CheckpointError(
+            f"{reader.folder}: vocabulary mismatch: {place.key} has {sizes[0]} rows, the base model's vocabulary "
+            f"{architecture.vocab}, and the rows beyond are no padding (not zero)"
+        )
+    yield from unshard(entry, [parameter], architecture).items()
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, fp8_blocks: bool) -> Iterator[tuple[str, Tensor]]:
+    """A tensor as the folder holds it: one, or weight and scale."""
+    if fp8_blocks and fp8.is_quantised(name):
+        yield from zip((name, name + fp8.SCALE_SUFFIX), fp8.quantise(tensor))
+    else:
+        yield name, tensor.to(dtype or tensor.dtype)
+
+
+def _specs(
+    reader: TorchDistReader, architecture: Architecture, dtype: torch.dtype | None, fp8_blocks: bool
+) -> Iterator[TensorSpec]:
+    shapes = hf_shapes(architecture)
+    for entry in entries(architecture):
+        held = dtype or reader.dtype(place_of(entry, architecture).key)
+        for name in entry.hf:
+            if fp8_blocks and fp8.is_quantised(name):
+                yield TensorSpec(name, shapes[name], torch.float8_e4m3fn)
+                yield TensorSpec(name + fp8.SCALE_SUFFIX, fp8.scale_shape(shapes[name]), torch.float32)
+            else:
+                yield TensorSpec(name, shapes[name], held)
+
+
+def _common_dtypes(folder: HFFolder, architecture: Architecture) -> dict[str, torch.dtype]:
+    """A stacked tensor has one type: the one that holds all its parts."""
+    dtypes: dict[str, torch.dtype] = {}
+    for entry in entries(architecture):
+        key = place_of(entry, architecture).key
+        for name in entry.hf:
+            found = folder.dtype(name)
+            dtypes[key] = torch.promote_types(dtypes.get(key, found), found)
+    return dtypes
+
+
+def _check_source(folder: HFFolder, architecture: Architecture) -> None:
+    expected = hf_shapes(architecture)
+    name = "model.embed_tokens.weight"
+    if name in folder.names and folder.shape(name)[0] != architecture.vocab:
+        raise CheckpointError(
+            f"{folder.folder}: vocabulary mismatch: config.json says vocab_size={architecture.vocab}, {name} has "
+            f"{folder.shape(name)[0]} rows"
+        )
+    folder.check(expected, limit=_ALL)
+
+
+def _architecture_of(reader: TorchDistReader, base: Architecture, folder: str | Path) -> Architecture:
+    """The base model's, with the head that the checkpoint has."""
+    head = reader.shapes.get(VALUE_HEAD.megatron)
+    is_critic = head is not None and head[0] == 1
+    if base.classifier and not is_critic:
+        raise CheckpointError(
+            f"{reader.folder}: an actor, but {folder} is a reward model; give the language model that it started from"
+        )
+    return replace(base, classifier=is_critic, tied_embeddings=base.tied_embeddings and not is_critic)
+
+
+def _check_checkpoint(reader: TorchDistReader, architecture: Architecture, base: str | Path) -> None:
+    """Refuse a checkpoint of another model; all differences are named."""
+    expected, padded = stacked_shapes(architecture), padded_keys(architecture)
+    held = {key: shape for key, shape in reader.shapes.items() if key.startswith(_MODEL_PREFIXES)}
+    rows = held.get(_EMBEDDING, (architecture.vocab,))[0]
+    if rows < architecture.vocab:
+        raise CheckpointError(
+            f"{reader.folder}: vocabulary mismatch: the checkpoint has {rows} rows of embeddings, {base} "
+            f"vocab_size={architecture.vocab}"
+        )
+    unpadded = {k: (min(s[0], architecture.vocab), *s[1:]) if k in padded else s for k, s in held.items()}
+    wrong = [f"{k} {held[k]} instead of {s}" for k, s in expected.items() if unpadded.get(k, s) != s]
+    problems = {
+        "tensors are missing": sorted(expected.keys() - held.keys()),
+        "tensors that this architecture does not have": sorted(held.keys() - expected.keys()),
+        "wrong shapes": wrong,
+    }
+    found = [f"{problem}: {', '.join(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise CheckpointError(f"{reader.folder}: not a checkpoint of {base}: {'; '.join(found)}")
+
+
+def _write_config(folder: Path, architecture: Architecture, dtype: torch.dtype, fp8_blocks: bool) -> None:
+    """Change of the base model's config.json only what the export changes."""
+    path = folder / "config.json"
+    config = read_json(path)
+    changed = config | _dtype_setting(config, dtype) | _head_setting(config, architecture)
+    changed.pop("quantization_config", None)
+    if fp8_blocks:
+        changed["quantization_config"] = fp8.quantization_config(architecture)
+    if changed != config:
+        path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
+
+
+def _dtype_setting(config: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
+    """Older configurations say torch_dtype."""
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {name: str(dtype).removeprefix("torch.")}
+
+
+def _head_setting(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    name = config["architectures"][0]
+    if not architecture.classifier or name.endswith("ForSequenceClassification"):
+        return {}
+    return {
+        "architectures": [name.replace("ForCausalLM", "ForSequenceClassification")],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+    }

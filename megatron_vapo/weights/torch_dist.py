@@ -1,0 +1,218 @@
+"""Megatron's torch_dist checkpoints (torch.distributed.checkpoint's files beside Megatron's metadata.json), written and
+read one piece at a time, without process groups, models or devices.
+
+This is the one file of the conversion that knows private parts: `_StorageInfo` and the contents of `.metadata`, as of
+torch 2.13.0 (format 1.0.0) and Megatron Core 0.16.1. torch's own writer keeps all tensors of a file in memory until the
+file is complete, and its reader takes whole tensors only, which for stacked layers are most of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from megatron_vapo.errors import CheckpointError
+
+_FILE_BYTES = 5 * 2**30
+_FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+_COMMON = {"common_backend": "torch", "common_backend_version": 1}
+
+
+class TorchDistWriter:
+    """Writes a checkpoint into an existing folder; nothing reads it before `finish`.
+
+    Use as a context manager, which closes the file that is being written.
+    """
+
+    def __init__(self, folder: Path, file_bytes: int = _FILE_BYTES) -> None:
+        self._folder, self._file_bytes = folder, file_bytes
+        self._metadata = Metadata(state_dict_metadata={}, storage_data={}, version=CURRENT_DCP_VERSION)
+        self._metadata.storage_meta = StorageMeta(save_id="converted")
+        self._files = 0
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> TorchDistWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_file()
+
+    def add_tensor(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], piece: Tensor) -> None:
+        """Write one piece of the tensor `key`, which has `shape` as a whole. All pieces have the same dtype."""
+        tensors = self._metadata.state_dict_metadata
+        if key not in tensors:
+            tensors[key] = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(shape), [])
+        assert tensors[key].properties.dtype == piece.dtype, f"{key}: {piece.dtype}"
+        tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
+        # Saving a view would write all of its storage.
+        minimal = piece if piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
+        self._write(MetadataIndex(key, offsets), minimal)
+
+    def add_empty_object(self, key: str) -> None:
+        """Write what Megatron stores for a module without extra state."""
+        self._metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        self._write(MetadataIndex(key), [None])
+
+    def finish(self) -> None:
+        """Write the descriptions, `.metadata` last of all."""
+        self._close_file()
+        torch.save({}, self._folder / "common.pt")
+        (self._folder / "metadata.json").write_text(json.dumps(_FORMAT | _COMMON), encoding="utf-8")
+        with (self._folder / ".metadata").open("wb") as file:
+            pickle.dump(self._metadata, file)
+            os.fsync(file.fileno())
+
+    def _write(self, index: MetadataIndex, data: object) -> None:
+        if self._file is None or self._file.tell() >= self._file_bytes:
+            self._close_file()
+            self._name = f"__0_{self._files}.distcp"
+            self._file = (self._folder / self._name).open("wb")
+            self._files += 1
+        start = self._file.tell()
+        torch.save(data, self._file)
+        self._metadata.storage_data[index] = _StorageInfo(self._name, start, self._file.tell() - start)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+
+class TorchDistReader:
+    """Tensors of a checkpoint, read in pieces of any size.
+
+    Raises:
+        CheckpointError: no such checkpoint, damaged descriptions, or missing files.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "metadata.json").is_file() or not (self.folder / ".metadata").is_file():
+            raise CheckpointError(
+                f"{self.folder}: not a Megatron checkpoint, metadata.json or .metadata is missing; give the folder of "
+                f"one model, for example RUN/checkpoints/step_000020/actor"
+            )
+        metadata = self._metadata()
+        self._tensors = {
+            key: tensor
+            for key, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+        }
+        self._chunks = {key: _by_first_row(tensor.chunks) for key, tensor in self._tensors.items()}
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self._check_files()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor, those of the optimizer included."""
+        return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._tensors[key].properties.dtype
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The part of a tensor that starts at `offsets`; extra memory is one piece of those that were written."""
+        near = (
+            chunk
+            for start, chunks in self._chunks[key].items()
+            if start < offsets[0] + sizes[0] and start + max(chunk.sizes[0] for chunk in chunks) > offsets[0]
+            for chunk in chunks
+        )
+        pieces = [(chunk, overlap) for chunk in near if (overlap := _overlap(chunk, offsets, sizes))]
+        if len(pieces) == 1:
+            chunk, (low, size) = pieces[0]
+            return narrow_tensor_by_index(self._load(key, chunk), _minus(low, chunk.offsets), size)
+        whole = torch.empty(sizes, dtype=self.dtype(key))
+        for chunk, (low, size) in pieces:
+            piece = narrow_tensor_by_index(self._load(key, chunk), _minus(low, chunk.offsets), size)
+            narrow_tensor_by_index(whole, _minus(low, offsets), size).copy_(piece)
+        return whole
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        info = self._storage[MetadataIndex(key, chunk.offsets)]
+        path = self.folder / info.relative_path
+        with path.open("rb") as file:
+            try:
+                return torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+                raise CheckpointError(f"{path}: damaged where {key} should be: {_line(error)}") from error
+
+    def _metadata(self) -> Metadata:
+        path = self.folder / ".metadata"
+        try:
+            return _DescriptionsOnly(io.BytesIO(path.read_bytes())).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged or of another version: {_line(error)}") from error
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in sorted(ends.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: checkpoint file is missing")
+            if path.stat().st_size < end:
+                raise CheckpointError(f"{path}: truncated, {path.stat().st_size} bytes instead of {end}")
+
+
+class _DescriptionsOnly(pickle.Unpickler):
+    """Unpickles torch.distributed.checkpoint's descriptions and nothing else: a checkpoint may come from anyone."""
+
+    _MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "planner", "filesystem"))
+    _ODD = (("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ODD or module in self._MODULES or module == "torch":
+            found = super().find_class(module, name)
+            is_description = isinstance(found, type) and found.__module__ == module != "torch"
+            if is_description or isinstance(found, torch.dtype) or (module, name) in self._ODD:
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's description")
+
+
+def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, list[ChunkStorageMetadata]]:
+    """Experts of many layers make thousands of pieces, of which a layer's are found at once."""
+    grouped: dict[int, list[ChunkStorageMetadata]] = {}
+    for chunk in chunks:
+        grouped.setdefault(chunk.offsets[0], []).append(chunk)
+    return grouped
+
+
+def _overlap(
+    chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Start and size of what a piece and a part have in common."""
+    low = tuple(max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True))
+    high = tuple(min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True))
+    size = _minus(high, low)
+    return (low, size) if min(size, default=1) > 0 else None
+
+
+def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x - y for x, y in zip(a, b, strict=True))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
