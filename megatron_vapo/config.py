@@ -161,6 +161,10 @@ class RolloutConfig:
     """A response that has not ended by then is truncated and counts as wrong."""
     batch_size: int = 256
     """Responses that one embedded engine decodes at a time."""
+    check_weights_every: int = 1
+    """Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it."""
+    bucket_mib: int = 512
+    """MiB that a rank sends, and receives, at a time in a weight sync."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     dynamic_sampling: bool = False
     """Draw new prompts for groups whose rewards are all equal (DAPO)."""

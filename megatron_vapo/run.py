@@ -32,6 +32,7 @@ from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.sampling import Sampler, seeds
+from megatron_vapo.weight_sync import WeightSync
 from megatron_vapo.weights.hf_folder import torch_dtype, write_hf_folder
 
 
@@ -50,6 +51,9 @@ class Run:
             inputs.reward, workers=recipe.reward.workers, timeout_s=recipe.reward.timeout_seconds
         )
         self.engine = build_engine(recipe, inputs, self.actor.device)
+        self._sync = WeightSync(
+            self.actor, self.engine, recipe.rollout.check_weights_every, recipe.rollout.bucket_mib * 2**20
+        )
         self.sampler = Sampler(inputs, self.engine, self.scorer, recipe.seed, recipe.rollout, recipe.reward)
         self.order = PromptOrder(len(inputs.prompts), recipe.seed)
         self.progress = self._restore()
@@ -111,7 +115,7 @@ class Run:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
         self._show("weight sync")
         with self.timer("weight_sync"):
-            self.engine.load_weights(hf_tensors(self.actor), version=self.progress.steps)
+            self._sync(version=self.progress.steps)
 
     def evaluate(self) -> float:
         """Held-out accuracy of the present policy, recorded."""

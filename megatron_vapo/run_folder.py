@@ -15,7 +15,8 @@ from megatron_vapo.observe.files import replace_text
 from megatron_vapo.recipe import to_yaml
 
 HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "observe",
-            "rollout.batch_size", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
+            "rollout.batch_size", "rollout.check_weights_every",
+            "rollout.bucket_mib", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
 """Settings, or groups of them, that may change when a run is resumed; any other would make it another run, or compare
 accuracies of different tests."""
 

@@ -44,7 +44,7 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "at least 1",
         lambda value: value >= 1,
         """minibatch_size epochs max_skipped_updates rollout.prompts_per_step rollout.samples_per_prompt
-        rollout.max_response_tokens rollout.batch_size rollout.dynamic_sampling_rounds critic.epochs
+        rollout.max_response_tokens rollout.batch_size rollout.bucket_mib rollout.dynamic_sampling_rounds critic.epochs
         value_pretraining.epochs value_pretraining.max_steps data.max_prompt_tokens evaluation.samples
         evaluation.problems checkpoint.keep ROLE.tensor_parallel ROLE.pipeline_parallel
         ROLE.virtual_pipeline ROLE.context_parallel ROLE.expert_parallel ROLE.expert_tensor_parallel
@@ -53,7 +53,8 @@ _BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 0",
         lambda value: value >= 0,
-        """steps evaluation.every checkpoint.every reward.workers reward.overlong.cache_tokens
+        """steps evaluation.every checkpoint.every rollout.check_weights_every reward.workers
+        reward.overlong.cache_tokens
         observe.samples_per_step algorithm.clip_high algorithm.value_clip algorithm.positive_lm_coefficient
         ROLE.moe_aux_loss ROLE.optimizer.learning_rate ROLE.optimizer.warmup_steps
         ROLE.optimizer.weight_decay ROLE.optimizer.epsilon ROLE.optimizer.clip_grad""",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,16 +49,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[.
     return folder
 
 
+def environment(folder: Path) -> dict[str, str]:
+    """One thread, and the folder's own reward importable."""
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 @pytest.fixture(scope="module")
 def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`start("train", "recipe.yaml", ...)` -> the command, running as a process of its own."""
     started = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
         command = [sys.executable, "-m", "megatron_vapo.cli", *arguments]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, cwd=folder, env=environment, **streams))
+        started.append(subprocess.Popen(command, cwd=folder, env=environment(folder), **streams))
         return started[-1]
 
     yield start
@@ -175,8 +181,8 @@ def test_a_dry_run_builds_and_writes_nothing(folder: Path) -> None:
         "print(code, [name for name in sys.modules if name == 'megatron' or name.startswith('megatron.')])"
     )
     before = sorted(folder.iterdir())
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    run = {"cwd": folder, "env": environment(folder), "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **run)
     assert "ready to run" in done.stdout and "40 prompts, 6 held out" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "0 []"
     assert sorted(folder.iterdir()) == before
@@ -278,6 +284,40 @@ def test_a_second_run_starts_from_the_pretrained_critic(
     assert any(not torch.equal(trained_further[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.parametrize(
+    ("critic", "words"),
+    [
+        ("larger", "not a checkpoint of this critic"),
+        ("actor", "a checkpoint of the actor"),
+        ("truncated", "not a checkpoint of this critic"),
+        ("incomplete", "not a checkpoint of this critic"),
+    ],
+)
+def test_a_pretrained_critic_of_another_kind(
+    trained: tuple[Path, str],
+    command: Callable[..., Answer],
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    critic: str,
+    words: str,
+) -> None:
+    run, _ = trained
+    source = run / "checkpoints" / "step_000002" / "actor" if critic == "actor" else run / "critic_pretrained"
+    shutil.copytree(source, tmp_path / "critic")
+    for file in (tmp_path / "critic").glob("*.distcp"):
+        if critic == "truncated":
+            file.write_bytes(file.read_bytes()[:1000])
+        if critic == "incomplete":
+            file.unlink()
+    arguments = [f"run_dir={tmp_path / 'run'}", f"value_pretraining.checkpoint={tmp_path / 'critic'}"]
+    if critic == "larger":
+        arguments += [f"critic.reward_model={make_checkpoint('qwen2', classifier=True, intermediate_size=48)}"]
+    answer = command("train", "recipe.yaml", "evaluation.data=null", *arguments)
+    assert answer.code == 4
+    line = answer.errors.splitlines()[-1]
+    assert line.startswith(f"megatron-vapo: {tmp_path / 'critic'}: ") and words in line
+
+
 def test_a_restart_trains_anew(trained: tuple[Path, str], command: Callable[..., Answer], folder: Path) -> None:
     arguments = ("train", "recipe.yaml", "run_dir=again", "steps=1", "evaluation.data=null")
     assert command(*arguments).code == 0
@@ -320,16 +360,17 @@ def model_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 # Signals.
 
 
-def read_until(process: subprocess.Popen[str], start: str) -> None:
+def read_until(process: subprocess.Popen[str], pattern: str) -> None:
     """Read the process's lines up to one that begins like this."""
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith(start):
+        if re.match(pattern, line):
             return
     raise AssertionError("".join(lines))
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     start: Callable[..., subprocess.Popen[str]], folder: Path
 ) -> None:
@@ -337,7 +378,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     arguments = ("train", "recipe.yaml", "run_dir=stopped", "checkpoint.every=0", "evaluation.every=0")
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(*arguments, "steps=100000")
-        read_until(process, f"train {done + 2:>6}/100000")
+        read_until(process, rf"train +{done + 2}/100000")
         process.send_signal(number)
         output = finish(process, code=75)
         done = len(records(run, "train"))

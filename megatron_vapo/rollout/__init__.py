@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -50,6 +50,10 @@ class RolloutEngine(Protocol):
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the actor's weights as whole Hugging Face tensors."""
+        ...
+
+    def held_weights(self) -> Mapping[str, Tensor]:
+        """What the engine holds now, by the names that `load_weights` took."""
         ...
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ depends on its request and the weights alone, not on the batch that it happens t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +70,10 @@ class TransformersEngine:
         if missing:
             raise CheckpointError(f"rollout engine: no weights came for {', '.join(sorted(missing))}")
         self._version = version
+
+    def held_weights(self) -> Mapping[str, Tensor]:
+        """See `RolloutEngine.held_weights`."""
+        return self._parameters
 
     def generate(
         self,
