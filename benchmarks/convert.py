@@ -165,7 +165,7 @@ HEADER = """# Conversion: memory and speed
 
 A generated checkpoint (Qwen2.5-1.5B's shapes, untied head), converted both ways by `tools/`, each in a process of its
 own, against a plain copy of the same files. Peak memory is the process's largest resident set (VmHWM); the last column
-takes off what the imports alone need: the claim is that it stays below 2, whatever the size of the model. The round trip
+takes off what the imports alone need: the claim is that it stays below 2, whatever the model. The round trip
 is compared bitwise. Repeat it with `python -m benchmarks.convert`.
 
 """
