@@ -8,6 +8,7 @@ Bytes come from plans alone, for any size of model. Four layouts are run by real
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections import defaultdict
@@ -144,7 +145,8 @@ Rounds are of 512 MiB. Planning is single-threaded CPU time, once a run.
 median of 5, slowest rank. The time is that of writing the whole engine shard, copies on the spot included; memcpy
 copies as many bytes in each process. CPU time is that of the process, all threads; it bears comparison on a shared
 machine, where wall time depends on what else runs. Peak extra memory is the process's high-water mark during the sync
-above its size before.
+above its size before, with an allocator that returns freed buckets at once (MALLOC_MMAP_THRESHOLD_ = 1 MiB); left to
+itself, glibc keeps up to two more.
 
 | layout | shard | sync: wall, against memcpy | sync: CPU, against memcpy | memcpy | checksums | peak extra memory |
 |---|---|---|---|---|---|---|
@@ -153,6 +155,7 @@ above its size before.
 
 
 def main() -> None:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # read by the ranks' allocator when they start
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
