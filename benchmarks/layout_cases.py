@@ -39,6 +39,7 @@ class Case:
 
     fused: bool = False
     """Log-probs from hidden states."""
+    dtype: str = "float32"
 
     def actor_config(self) -> ActorConfig:
         return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), fused_logprobs=self.fused)
@@ -102,6 +103,10 @@ CASES = [
     Case("ETP2 x TP2 + SP", 2, "qwen3_moe", role=tp(2, sp=True) | ETP2),
     Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
     Case("actor CP2, critic DP2 x ZeRO-1", 2, role=CP2, critic=ZERO),
+    Case("bf16, TP2 + SP", 2, role=tp(2, sp=True), dtype="bfloat16"),
+    Case("bf16, PP2", 2, role=pp(2), dtype="bfloat16"),
+    Case("bf16, DP2 x ZeRO-1", 2, role=ZERO, dtype="bfloat16"),
+    Case("bf16, CP2, Qwen3-MoE", 2, "qwen3_moe", role=CP2, dtype="bfloat16"),
     Case("TP4", 4, role=tp(4)),
     Case("TP4 + SP", 4, role=tp(4, sp=True)),
     Case("PP4", 4, role=pp(4)),
@@ -128,13 +133,15 @@ def take_updates(case: Case, folder: Path) -> dict:
     from megatron_vapo.models.parameters import hf_tensors, load_hf
     from megatron_vapo.models.roles import Actor, Critic
     from megatron_vapo.weights.architecture import read_architecture
+    from megatron_vapo.weights.hf_folder import torch_dtype
 
     batch = Experience(**torch.load(folder / f"batch {case.batch}.pt", weights_only=True))
     actor_path, critic_path = folder / case.family, folder / f"{case.family} critic"
     role = case.actor_config()
-    actor = Actor(role, read_architecture(actor_path), torch.float32, ParallelLayout(role, 0))
+    dtype = torch_dtype(case.dtype)
+    actor = Actor(role, read_architecture(actor_path), dtype, ParallelLayout(role, 0))
     role = case.critic_config()
-    critic = Critic(role, read_architecture(critic_path), torch.float32, ParallelLayout(role, 0))
+    critic = Critic(role, read_architecture(critic_path), dtype, ParallelLayout(role, 0))
     load_hf(actor, actor_path)
     load_hf(critic, critic_path)
 
@@ -147,7 +154,7 @@ def take_updates(case: Case, folder: Path) -> dict:
         "critic": critic_steps,
         "actor": actor_steps,
         "parameters": {
-            f"{name} {key}": tensor.clone()
+            f"{name} {key}": tensor.to(torch.float32, copy=True)
             for name, model in (("actor", actor), ("critic", critic))
             for key, tensor in hf_tensors(model)
         },

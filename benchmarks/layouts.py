@@ -27,6 +27,10 @@ LOSS_TOLERANCE = 1e-5
 PARAMETER_TOLERANCE = 1e-4
 """Largest relative difference of any parameter after the updates: |difference| / largest of the tensor."""
 
+BFLOAT16_TOLERANCES = ((0.1, 0.02), (0.25, 0.02))
+"""The same for bfloat16, against one process in bfloat16 and against plain PyTorch in float32: 8 bits a number, so the
+order of sums shows, and so does the format itself."""
+
 FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "tied")
 BATCHES = ("mixed", "no positive", "one positive", "one token", "two responses")
 _SHAPE = {
@@ -53,23 +57,27 @@ class Row:
 
     @property
     def passed(self) -> bool:
+        exact = (LOSS_TOLERANCE, PARAMETER_TOLERANCE)
+        allowed = (exact, exact) if self.case.dtype == "float32" else BFLOAT16_TOLERANCES
         return all(
-            losses <= LOSS_TOLERANCE and parameters <= PARAMETER_TOLERANCE
-            for losses, parameters in (self.from_one_process, self.from_plain)
+            losses <= most_losses and parameters <= most_parameters
+            for (losses, parameters), (most_losses, most_parameters) in zip(
+                (self.from_one_process, self.from_plain), allowed
+            )
         )
 
 
 def run_cases(cases: list[Case], folder: Path) -> list[Row]:
     """Start real ranks, one launch per world size, and compare every case with both references."""
     prepare(folder)
-    alone = [Case(f"{c.family} / {c.batch}", family=c.family, batch=c.batch) for c in cases]
+    alone = [Case("alone", family=c.family, batch=c.batch, dtype=c.dtype) for c in cases]
     for world in sorted({case.world for case in cases}):
         launch([case for case in cases if case.world == world], world, folder)
-    plain: dict[tuple[str, str], dict] = {}
-    single: dict[tuple[str, str], dict] = {}
+    plain: dict[tuple[str, ...], dict] = {}
+    single: dict[tuple[str, ...], dict] = {}
     rows = []
     for case, one in zip(cases, alone):
-        key = (case.family, case.batch)
+        key = (case.family, case.batch, case.dtype)
         if key not in plain:
             plain[key] = plain_updates(case, folder)
             single[key] = _single_process(one, folder)
