@@ -2,8 +2,8 @@
 
     python -m benchmarks.convert [--gigabytes 4] [--folder DIR] [--write docs/benchmarks_convert.md]
 
-Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted (VmHWM). Page cache is as
-the machine left it; conversions sync what they write to disk, and so does the copy.
+Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted (VmHWM). Page
+cache is as the machine left it; conversions sync what they write to disk, and so does the copy.
 """
 
 from __future__ import annotations
@@ -164,9 +164,9 @@ def main() -> None:
 HEADER = """# Conversion: memory and speed
 
 A generated checkpoint (Qwen2.5-1.5B's shapes, untied head), converted both ways by `tools/`, each in a process of its
-own, against a plain copy of the same files. Peak memory is the process's largest resident set (VmHWM); the last column takes
-off what the imports alone need: the claim is that it stays below 2, whatever the size of the model. The round trip is
-compared bitwise. Repeat it with `python -m benchmarks.convert`.
+own, against a plain copy of the same files. Peak memory is the process's largest resident set (VmHWM); the last column
+takes off what the imports alone need: the claim is that it stays below 2, whatever the size of the model. The round trip
+is compared bitwise. Repeat it with `python -m benchmarks.convert`.
 
 """
 
