@@ -2,8 +2,8 @@
 
     python -m benchmarks.convert [--gigabytes 4] [--folder DIR] [--write docs/benchmarks_convert.md]
 
-Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted (VmHWM). Page cache
-is as the machine left it; conversions sync what they write to disk, and so does the copy.
+Each conversion runs in a process of its own, whose peak resident memory is what the kernel counted (VmHWM). Page
+cache is as the machine left it; conversions sync what they write to disk, and so does the copy.
 """
 
 from __future__ import annotations
@@ -106,7 +106,12 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
     copied = shutil.copyfile(path, out / path.name)
     with open(copied, "rb+") as file: os.fsync(file.fileno())
 """
-_IMPORTS = "import megatron_vapo.weights.convert, megatron_vapo.observe.transfer"
+_IMPORTS = """
+import pathlib, sys
+import megatron_vapo.observe.transfer, megatron_vapo.weights.convert
+from megatron_vapo.weights.architecture import read_architecture
+read_architecture(pathlib.Path(sys.argv[1]))
+"""
 
 
 def measure(folder: Path) -> list[Row]:
@@ -116,7 +121,7 @@ def measure(folder: Path) -> list[Row]:
     imports, copy = folder / "imports.py", folder / "copy.py"
     imports.write_text(_IMPORTS)
     copy.write_text(_COPY)
-    rows = [run("imports only", imports), run("plain copy", copy, hf, folder / "copy")]
+    rows = [run("imports only", imports, hf), run("plain copy", copy, hf, folder / "copy")]
     shutil.rmtree(folder / "copy")
     rows.append(run("Hugging Face -> Megatron", tools / "convert_hf_to_megatron.py", hf, megatron))
     command = [tools / "convert_megatron_to_hf.py", megatron, back, "--base", hf]
@@ -165,8 +170,9 @@ HEADER = """# Conversion: memory and speed
 
 A generated checkpoint (Qwen2.5-1.5B's shapes, untied head), converted both ways by `tools/`, each in a process of its
 own, against a plain copy of the same files. Peak memory is the process's largest resident set (VmHWM); the last column
-takes off what the imports alone need: the claim is that it stays below 2, whatever the model. The round trip
-is compared bitwise. Repeat it with `python -m benchmarks.convert`.
+takes off what the imports alone need: the claim is that it stays below 2, whatever the size of the model. The round
+trip is compared bitwise. Machine: AMD EPYC, 2 cores shared with other work, 2026-11-20. Repeat it
+with `python -m benchmarks.convert`.
 
 """
 

@@ -24,7 +24,7 @@ from megatron_vapo.weights.new_folder import check_is_free, new_folder
 from megatron_vapo.weights.pickled_folder import open_folder
 from megatron_vapo.weights.placement import Place, padded_keys, place_of, stacked_shapes
 from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
-from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, unshard
+from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, split_whole
 from megatron_vapo.weights.torch_dist import TorchDistReader, TorchDistWriter
 
 Report = Callable[[int, int], None]
@@ -129,7 +129,7 @@ def _read_entry(reader: TorchDistReader, entry: Entry, architecture: Architectur
             f"{reader.folder}: vocabulary mismatch: {place.key} has {sizes[0]} rows, the base model's vocabulary "
             f"{architecture.vocab}, and the rows beyond are no padding (not zero)"
         )
-    yield from unshard(entry, [parameter], architecture).items()
+    yield from split_whole(entry, parameter, architecture).items()
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, fp8_blocks: bool) -> Iterator[tuple[str, Tensor]]:

@@ -178,6 +178,12 @@ def unshard(entry: Entry, shards: list[Tensor], architecture: Architecture) -> d
     return dict(zip(entry.hf, entry.layout.split(whole, architecture), strict=True))
 
 
+def split_whole(entry: Entry, parameter: Tensor, architecture: Architecture) -> dict[str, Tensor]:
+    """`unshard` of a parameter that is not cut, without copying: views of it wherever its layout allows."""
+    tensors = entry.layout.split(_as_joined(entry, parameter, architecture), architecture)
+    return dict(zip(entry.hf, tensors, strict=True))
+
+
 def padded_vocabulary(vocab: int, tp_size: int) -> int:
     """Rows of embedding and head after padding to a multiple of the tensor-parallel size."""
     return -(-vocab // tp_size) * tp_size

@@ -8,6 +8,7 @@ file is complete, and its reader takes whole tensors only, which for stacked lay
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -154,9 +155,13 @@ class TorchDistReader:
         path = self.folder / info.relative_path
         with path.open("rb") as file:
             try:
-                return torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
+                tensor = torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 raise CheckpointError(f"{path}: damaged where {key} should be: {_line(error)}") from error
+        # torch.load leaves a reference cycle that holds the tensor's memory until the collector comes by, and it counts
+        # objects, not bytes. The cycle is young, so the young generations are enough, and quick.
+        gc.collect(1)
+        return tensor
 
     def _metadata(self) -> Metadata:
         path = self.folder / ".metadata"
