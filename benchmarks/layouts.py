@@ -305,8 +305,8 @@ One VAPO minibatch (forward, {UPDATES} critic updates, {UPDATES} actor updates) 
 processes over gloo on CPU, for every layout below; numbers are those of the last update. Compared with one process, and
 with a plain PyTorch + transformers implementation that shares no code with the package (`benchmarks/reference.py`).
 Required: {LOSS_TOLERANCE:.0e} relative on losses, entropy and gradient norm, {PARAMETER_TOLERANCE:.0e} on parameters
-(largest difference over the tensor's largest number); for bfloat16 with float32 main parameters 0.1 and 0.02 against one
-process in bfloat16. Repeat it with `python -m benchmarks.layouts`.
+(largest difference over the tensor's largest number); for bfloat16 with float32 main parameters 0.1 and 0.02
+against one process in bfloat16. Repeat it with `python -m benchmarks.layouts`.
 
 Context parallelism is proven with this project's all-gather attention; Transformer Engine's, and everything else that
 only a GPU runs, is not verified by this table.
