@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, UserError
@@ -70,13 +71,20 @@ def _parser() -> argparse.ArgumentParser:
     text = "draw the curves of one or several runs"
     sub = commands.add_parser("report", help=text, description=text)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    sub.add_argument("--out", default="curves.png", help="picture to write (.png, .pdf, .svg)")
+    sub.add_argument("--out", type=_picture, default="curves.png", help="picture to write (.png, .pdf, .svg)")
     sub.set_defaults(command=_report)
 
     text = "versions, devices, what works on this machine and what not"
     sub = commands.add_parser("doctor", help=text, description=text)
     sub.set_defaults(command=_doctor)
     return parser
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg and lie in a folder that exists")
+    return path
 
 
 # Each command imports what it needs, when it needs it: `--help` and a wrong recipe answer at once.
@@ -114,11 +122,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from megatron_vapo.observe.report import compare_curves
 
-    print(compare_curves([Path(run) for run in options.runs], options.runs, Path(options.out)))
+    print(compare_curves([Path(run) for run in options.runs], options.runs, options.out))
     return 0
 
 

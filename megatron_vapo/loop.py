@@ -60,7 +60,8 @@ def pretrain_critic(run: Run, interrupt: Interrupt) -> bool:
                 progress.pretraining_steps = step
 
                 run.finish_step("pretrain", step, batch, metrics)
-                if interrupt.requested():
+                # Once explained, pretraining is first concluded: a resumed run could not judge it again.
+                if interrupt.requested() and not explained:
                     run.save()
                     return False
         run.save_pretrained_critic()

@@ -130,6 +130,8 @@ def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -
         (["train", "recipe.yaml", "steps=3", "--fast", "seed=1"], "--fast"),
         (["evaluate", "export", "--samples", "many"], "many"),
         (["report"], "RUN"),
+        (["report", "run", "--out", "curves.xyz"], "curves.xyz must end in .png"),
+        (["report", "run", "--out", "nowhere/curves.png"], "folder that exists"),
         (["doctor", "now"], "now"),
     ],
 )

@@ -1,5 +1,6 @@
 """What the two tools that make the tiny models share: optimiser steps, batches, sampling, progress."""
 
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -39,7 +40,11 @@ class Sample:
 
 
 def prepare(seed: int) -> None:
-    """One thread, seeded: the same machine makes the same model again. The library's own bars and hints are off."""
+    """One thread, seeded: the same machine makes the same model again. The library's own bars and hints are off.
+
+    SIGTERM ends the program like Ctrl-C, so that temporary folders are removed.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     logging.set_verbosity_error()

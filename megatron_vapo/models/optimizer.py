@@ -35,12 +35,17 @@ def build_optimizer(
         params_dtype=config.params_dtype,
         use_distributed_optimizer=role.distributed_optimizer,
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         megatron,
         chunks,
         config_overrides=get_standard_config_overrides(megatron),
         use_gloo_process_groups=False,
     )
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:  # this rank holds parameters of the part
+            # Zero moments from the start: without, a checkpoint taken before the first step could not be loaded.
+            part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
