@@ -16,7 +16,9 @@ from megatron_vapo.models.trainable import Trainable
 def save_trainable(model: Trainable, folder: Path) -> None:
     """Write the role into an empty folder; all ranks together."""
     with model.layout.active():
-        dist_checkpointing.save(_parameters(model) | _optimizer(model, loading=False), str(folder))
+        dist_checkpointing.save(
+            {"role": model.name} | _parameters(model) | _optimizer(model, loading=False), str(folder)
+        )
 
 
 def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) -> None:
@@ -38,11 +40,17 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
         try:
             state = dist_checkpointing.load(wanted, str(folder))
         except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {error}") from error
+            raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {_reason(error)}") from error
+        role = state.get("role", model.name)  # converted checkpoints do not say
+        if role != model.name:
+            raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.name}")
         for i, module in enumerate(model.modules):
             module.load_state_dict(state[f"model{i}"])
         if with_optimizer:
+            recipe = [_settings(group) for group in model.optimizer.param_groups]
             model.optimizer.load_state_dict(state["optimizer"])
+            for group, settings in zip(model.optimizer.param_groups, recipe, strict=True):
+                group.update(settings)
             model.scheduler.load_state_dict(state["scheduler"])
     if not with_optimizer:
         model.reset_optimizer()
@@ -51,6 +59,17 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
 def _parameters(model: Trainable) -> dict[str, Any]:
     chunks = enumerate(model.modules)
     return {f"model{i}": module.sharded_state_dict(metadata=_metadata()) for i, module in chunks}
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group's rates and betas, without what an optimizer step changes."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
+def _reason(error: Exception | CheckpointException) -> str:
+    """What went wrong, in one line; PyTorch's exception holds a failure of each rank."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]
 
 
 def _optimizer(model: Trainable, loading: bool) -> dict[str, Any]:

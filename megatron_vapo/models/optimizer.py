@@ -62,4 +62,7 @@ def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimiz
         end_wd=chosen.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # A loaded checkpoint brings the number of steps, the recipe the rates.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
