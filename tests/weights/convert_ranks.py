@@ -58,7 +58,7 @@ def load_and_save(folder: Path, layout: dict[str, object], batch: Experience) ->
     for name, tensor in hf_tensors(model):
         assert torch.equal(tensor, source.read(name)), (folder.name, name)
     # Fills the optimizer states, which the saved checkpoint then holds too.
-    model.update(batch, lambda outputs, index: (outputs[0].sum(), {"sum": outputs[0].sum()}))
+    model.update(batch, lambda outputs, index: (outputs[0].sum(), {"loss": outputs[0].sum()}))
     if dist.get_rank() == 0:
         (folder / "saved").mkdir()
     dist.barrier()
