@@ -11,6 +11,7 @@ each sample is scored in one of several processes with a time limit, and such a 
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import multiprocessing
@@ -19,7 +20,7 @@ import queue
 import signal
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -55,26 +56,38 @@ class RewardScorer:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, "reward") if workers else None
+        # Where close is forgotten: multiprocessing would send SIGTERM, which workers ignore, and wait for ever.
+        atexit.register(self.close)
 
-    def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """scores [B] for responses [B] and their reference answers [B], B = responses.
+    def begin(self, response: str, answer: str) -> Future[_Outcome]:
+        """Score one response while the caller goes on (without workers: now). `finish` tells the result."""
+        if self._threads:
+            return self._threads.submit(self._score_in_worker, response, answer)
+        done: Future[_Outcome] = Future()
+        done.set_result(_outcome(self._reward, response, answer))
+        return done
+
+    def finish(self, begun: Sequence[Future[_Outcome]]) -> list[float]:
+        """scores [B] of what was begun.
 
         Raises RuntimeError if a worker cannot start at all: that is no fault of a sample.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
-        if self._threads:
-            outcomes = list(self._threads.map(self._score_in_worker, responses, answers))
-        else:
-            outcomes = [_outcome(self._reward, *pair) for pair in zip(responses, answers, strict=True)]
+        outcomes = [future.result() for future in begun]
         self._count(outcomes)
         return [outcome.score for outcome in outcomes]
+
+    def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """scores [B] for responses [B] and their reference answers [B], B = responses."""
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
+        return self.finish([self.begin(*pair) for pair in zip(responses, answers, strict=True)])
 
     def close(self) -> None:
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.kill()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +170,10 @@ class _Worker:
 
 def _serve(reward: Reward, connection: Connection) -> None:
     """The life of a worker process: (response, answer) in, outcome out, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent closes its workers
+    # Sent to a whole terminal, process group or job step, these reach the trainer too, which goes on until its
+    # checkpoint and then closes its workers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     connection.send("ready")
     while True:

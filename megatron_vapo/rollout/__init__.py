@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.engine_layout import RolloutShard
 
 
 @dataclass(frozen=True)
@@ -17,26 +19,73 @@ class Request:
 
     prompt_ids: tuple[int, ...]
     seed: int
-    """Draws the tokens, whatever other requests share the batch."""
+    """Draws the tokens, whatever other requests share the batch (engines that can; SGLang on CPU cannot)."""
+    written: tuple[int, ...] = ()
+    """Tokens of the response that an earlier step wrote; the engine goes on after them."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What an engine wrote."""
+    """What an engine wrote for one request, without what was `written` before."""
 
     token_ids: Tensor
-    """[l] int64, the end token included, l >= 1."""
+    """[l] int64, the end token included; l >= 1, or 0 where an abort came first."""
     logprobs: Tensor
     """[l] float32, of softmax(logits / temperature) over the whole vocabulary."""
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "abort"]
+    """abort: `RolloutEngine.abort` ended it early."""
     weight_version: int
+    """The oldest weights that wrote a part of it."""
+    cached_tokens: int = 0
+    """Prompt tokens whose keys and values were there already."""
+
+
+class Place(NamedTuple):
+    """Which of the engines a process asks."""
+
+    engine: int
+    engines: int
 
 
 class RolloutEngine(Protocol):
-    """1. `load_weights` before the first `generate`, and after every update of the actor.
+    """Every process has one of these; several processes may host one engine together, and the first of them asks it.
+
+    1. `revive`, then `load_weights`, before the first `generate`, after every update of the actor and after `sleep`.
     2. `generate`, any number of times.
-    3. `close`.
+    3. `sleep` while the models train.
+    4. `close`.
+
+    A failure of an engine's server is no exception: `failure` says what happened, `generate` ends without the responses
+    that are missing, and the whole begins anew at 1, on all processes together.
     """
+
+    place: Place | None
+    """None on a process that hosts an engine but does not ask it."""
+    failure: str | None
+    """Why it cannot answer before it has been revived and given weights."""
+    asleep: bool
+    version: int
+    """Of the weights it was given last."""
+
+    def takes(self, architecture: Architecture) -> list[RolloutShard]:
+        """The parameters that `load_weights` wants, and on which ranks."""
+        ...
+
+    def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
+        """The parameters of which `digests` speaks: for each of its elements, which ranks compare what."""
+        ...
+
+    def revive(self) -> str | None:
+        """Start what is down. Returns why that is impossible, for good."""
+        ...
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take the actor's weights and be awake; iterates to the end whatever happens."""
+        ...
+
+    def digests(self) -> list[Mapping[str, str]]:
+        """`digest` of every parameter held now; empty where this process cannot look."""
+        ...
 
     def generate(
         self,
@@ -44,18 +93,30 @@ class RolloutEngine(Protocol):
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
-    ) -> list[Response]:
-        """One response for each request, in order; `on_tokens` hears of tokens as they are written."""
+    ) -> Iterator[tuple[int, Response]]:
+        """Responses with the numbers of their requests, as they finish; `max_tokens` counts what was `written` too.
+
+        `on_tokens` hears of tokens as they are written.
+        """
         ...
 
-    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the actor's weights as whole Hugging Face tensors."""
+    def abort(self) -> None:
+        """End the present `generate` early, from any thread: what is unfinished comes back as it is."""
         ...
 
-    def held_weights(self) -> Mapping[str, Tensor]:
-        """What the engine holds now, by the names that `load_weights` took."""
+    def sleep(self) -> None:
+        """Free the devices' memory for training, where the engine shares them."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call; they are added up over processes."""
         ...
 
     def close(self) -> None:
         """Free what the engine holds."""
         ...
+
+
+def in_order(responses: Iterable[tuple[int, Response]]) -> list[Response]:
+    """All that `generate` yields, in the order of the requests."""
+    return [response for _, response in sorted(responses, key=lambda item: item[0])]

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import Request, Response
+from megatron_vapo.rollout import Place, Request, Response
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.checksum import digest
+from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -26,7 +30,8 @@ costs more than a few rows decoded for nothing."""
 
 
 class TransformersEngine:
-    """Decodes `batch_size` responses at a time; finished ones leave the batch, a quarter of it at a time.
+    """Decodes `batch_size` responses at a time; finished ones leave the batch, a quarter of it at a time. Every process
+    has one of its own, whole.
 
     Args:
         model_path: Hugging Face folder whose configuration is used; weights come through `load_weights`.
@@ -52,7 +57,23 @@ class TransformersEngine:
         self._parameters = dict(_by_checkpoint_name(self._model))
         self._end_ids = torch.tensor(sorted(end_ids), device=device)
         self._pad_id, self._batch_size, self._device = pad_id, batch_size, device
-        self._version = -1
+        self.version = -1
+        self.place = Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+        self.failure: str | None = None
+        self.asleep = False
+        self._aborted = False
+
+    def takes(self, architecture: Architecture) -> list[RolloutShard]:
+        """See `RolloutEngine.takes`."""
+        return whole_model(architecture, list(range(self.place.engines)))
+
+    def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
+        """See `RolloutEngine.checks`."""
+        return [self.takes(architecture)]
+
+    def revive(self) -> str | None:
+        """It is never down."""
+        return None
 
     @torch.no_grad()
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -69,11 +90,11 @@ class TransformersEngine:
             missing.discard(name)
         if missing:
             raise CheckpointError(f"rollout engine: no weights came for {', '.join(sorted(missing))}")
-        self._version = version
+        self.version = version
 
-    def held_weights(self) -> Mapping[str, Tensor]:
-        """See `RolloutEngine.held_weights`."""
-        return self._parameters
+    def digests(self) -> list[Mapping[str, str]]:
+        """See `RolloutEngine.digests`."""
+        return [{name: digest(parameter) for name, parameter in self._parameters.items()}]
 
     def generate(
         self,
@@ -81,12 +102,23 @@ class TransformersEngine:
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
-    ) -> list[Response]:
+    ) -> Iterator[tuple[int, Response]]:
         """See `RolloutEngine.generate`."""
-        responses: list[Response] = []
+        self._aborted = False
         for first in range(0, len(requests), self._batch_size):
-            responses += self._decode(requests[first : first + self._batch_size], sampling, max_tokens, on_tokens)
-        return responses
+            batch = requests[first : first + self._batch_size]
+            yield from enumerate(self._decode(batch, sampling, max_tokens, on_tokens), first)
+
+    def abort(self) -> None:
+        """See `RolloutEngine.abort`."""
+        self._aborted = True
+
+    def sleep(self) -> None:
+        """Small models stay where they are."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing can go wrong unnoticed."""
+        return {}
 
     def close(self) -> None:
         """Nothing outlives the process."""
@@ -100,21 +132,23 @@ class TransformersEngine:
         on_tokens: Callable[[int], None],
     ) -> list[Response]:
         count = len(requests)
+        written = torch.tensor([len(r.written) for r in requests], device=self._device)
         uniforms = torch.stack([_uniforms(r.seed, max_tokens) for r in requests]).to(self._device)
         tokens = torch.zeros(count, max_tokens, dtype=torch.int64, device=self._device)
         logprobs = torch.zeros(count, max_tokens, device=self._device)
 
-        logits, cache, mask = self._read([r.prompt_ids for r in requests])
+        logits, cache, mask = self._read([r.prompt_ids + r.written for r in requests])
         active = torch.arange(count, device=self._device)
         going = torch.ones_like(active, dtype=torch.bool)
-        unfinished = count
-        for step in range(max_tokens):
-            drawn, drawn_logprobs = draw(logits, uniforms[active, step], sampling)
+        unfinished, step = count, 0
+        while unfinished and not self._aborted:
+            drawn, drawn_logprobs = draw(logits, uniforms[active, (written[active] + step) % max_tokens], sampling)
             tokens[active, step], logprobs[active, step] = drawn, drawn_logprobs
             on_tokens(unfinished)
-            going &= ~torch.isin(drawn, self._end_ids)
+            step += 1
+            going &= ~torch.isin(drawn, self._end_ids) & (written[active] + step < max_tokens)
             unfinished = int(going.sum())
-            if unfinished == 0 or step + 1 == max_tokens:
+            if unfinished == 0:
                 break
             if unfinished <= _COMPACT_AT * len(active):
                 active, drawn, mask = active[going], drawn[going], mask[going]
@@ -122,7 +156,7 @@ class TransformersEngine:
                 going = going[going]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
             logits = self._logits(drawn[:, None], mask, cache)
-        return self._responses(tokens.cpu(), logprobs.cpu())
+        return self._responses(tokens.cpu(), logprobs.cpu(), (max_tokens - written).cpu(), step)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Cache, Tensor]:
         """Logits after each prompt [count, V], keys and values, attention mask [count, longest]. A prompt that several
@@ -150,15 +184,18 @@ class TransformersEngine:
         )
         return output.logits[:, -1]
 
-    def _responses(self, tokens: Tensor, logprobs: Tensor) -> list[Response]:
-        """Rows [count, max_tokens] cut after their first end token."""
-        ends = torch.isin(tokens, self._end_ids.cpu())
-        stopped = ends.any(dim=1)
-        lengths = torch.where(stopped, ends.int().argmax(dim=1) + 1, tokens.shape[1])
-        return [
-            Response(tokens[i, :n].clone(), logprobs[i, :n].clone(), "stop" if stopped[i] else "length", self._version)
-            for i, n in enumerate(lengths.tolist())
-        ]
+    def _responses(self, tokens: Tensor, logprobs: Tensor, limits: Tensor, steps: int) -> list[Response]:
+        """Rows [count, max_tokens] cut after their first end token, at their limit, or where decoding stopped."""
+        ends = torch.isin(tokens, self._end_ids.cpu()) & (
+            torch.arange(tokens.shape[1]) < limits.clamp(max=steps)[:, None]
+        )
+        responses = []
+        for i, limit in enumerate(limits.tolist()):
+            stopped = bool(ends[i].any())
+            length = int(ends[i].int().argmax()) + 1 if stopped else min(limit, steps)
+            reason = "stop" if stopped else "length" if length == limit else "abort"
+            responses.append(Response(tokens[i, :length].clone(), logprobs[i, :length].clone(), reason, self.version))
+        return responses
 
     def _left_pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask [count, longest]."""
@@ -201,15 +238,22 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Ten
     probs = all_logprobs.double().exp()
     if sampling.top_p < 1:
         probs = _nucleus(probs, sampling.top_p)
-    cumulative = probs.cumsum(dim=-1)
+    cumulative = _cumulative(probs)
     threshold = uniform[:, None] * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the threshold has probability above 0.
     drawn = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
     return drawn.squeeze(-1), all_logprobs.gather(-1, drawn).squeeze(-1)
 
 
+def _cumulative(probs: Tensor) -> Tensor:
+    """Sums along the last dimension; CUDA has no deterministic way to them."""
+    if torch.are_deterministic_algorithms_enabled():
+        return probs.cpu().cumsum(dim=-1).to(probs.device)
+    return probs.cumsum(dim=-1)
+
+
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Zero all but the fewest likeliest tokens whose probabilities reach top_p."""
     ordered, order = probs.sort(dim=-1, descending=True)
-    before = ordered.cumsum(dim=-1) - ordered
+    before = _cumulative(ordered) - ordered
     return torch.zeros_like(probs).scatter(-1, order, ordered.masked_fill(before >= top_p, 0.0))

@@ -184,3 +184,14 @@ def test_a_forgotten_close_does_not_block_the_end_of_the_program(tmp_path: Path)
     with start(tmp_path, 'print(scorer.score(["1", "2", "raise"], [""] * 3))') as parent:
         assert parent.communicate(timeout=120)[0] == "[1.0, 2.0, -1.0]\n"
     assert parent.returncode == 0
+
+
+def test_signals_to_the_whole_group_leave_workers_to_the_trainer(unruly: Reward) -> None:
+    with RewardScorer(unruly, workers=2) as scorer:
+        scorer.score(NUMBERS, [""] * len(NUMBERS))  # both are up
+        before = workers()
+        for process in before:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(process.pid, number)
+        assert scorer.score(NUMBERS, [""] * len(NUMBERS)) == [float(number) for number in NUMBERS]
+        assert workers() == before and scorer.failures == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import Request, Response
+from megatron_vapo.rollout import Request, Response, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine, draw
 from megatron_vapo.weights.hf_folder import HFFolder
 
@@ -65,13 +65,15 @@ def test_greedy_decoding_and_its_log_probs(make_checkpoint, make_model, name):
     family, changes = FAMILIES[name]
     engine = make_engine(make_checkpoint(family, **changes))
     model = make_model(family, **changes)
-    responses = engine.generate(requests(), GREEDY, MAX_TOKENS)
+    responses = in_order(engine.generate(requests(), GREEDY, MAX_TOKENS))
     for prompt, response in zip(PROMPTS, responses, strict=True):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
         assert response.token_ids.tolist() == expected[0, len(prompt) :].tolist()
     for sampling in (SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.8)):
-        for request, response in zip(requests(2), engine.generate(requests(2), sampling, MAX_TOKENS), strict=True):
+        for request, response in zip(
+            requests(2), in_order(engine.generate(requests(2), sampling, MAX_TOKENS)), strict=True
+        ):
             expected = teacher_forced(model, request.prompt_ids, response.token_ids, sampling.temperature)
             assert response.logprobs.dtype == torch.float32
             torch.testing.assert_close(response.logprobs, expected, rtol=0, atol=1e-5)
@@ -80,10 +82,10 @@ def test_greedy_decoding_and_its_log_probs(make_checkpoint, make_model, name):
 def test_a_response_depends_on_its_request_alone(folder, engine):
     """Not on the other requests, their order, or the number decoded at a time."""
     everything = requests(4)
-    alone = {r: engine.generate([r], SamplingConfig(), MAX_TOKENS)[0] for r in everything}
+    alone = {r: in_order(engine.generate([r], SamplingConfig(), MAX_TOKENS))[0] for r in everything}
     shuffled = random.Random(0).sample(everything, len(everything))
     for size, asked in ((64, everything), (64, shuffled), (5, shuffled), (3, everything[3:9])):
-        answers = make_engine(folder, batch_size=size).generate(asked, SamplingConfig(), MAX_TOKENS)
+        answers = in_order(make_engine(folder, batch_size=size).generate(asked, SamplingConfig(), MAX_TOKENS))
         for request, response in zip(asked, answers, strict=True):
             assert torch.equal(response.token_ids, alone[request].token_ids)
             assert response.finish_reason == alone[request].finish_reason
@@ -93,7 +95,7 @@ def test_a_response_depends_on_its_request_alone(folder, engine):
 
 def test_seeds_draw_whatever_the_length_limit(engine):
     """A longer limit goes on where a shorter one stopped."""
-    short, long = (engine.generate(requests(), SamplingConfig(), limit) for limit in (5, 12))
+    short, long = (in_order(engine.generate(requests(), SamplingConfig(), limit)) for limit in (5, 12))
     for a, b in zip(short, long, strict=True):
         assert torch.equal(a.token_ids, b.token_ids[:5])
 
@@ -110,7 +112,7 @@ def test_responses_end_at_an_end_token_or_the_limit(folder):
     """With a third of the symbols as end tokens, both happen, and some responses are one token."""
     ends = set(range(1, 43, 3))
     engine = make_engine(folder, end_ids=sorted(ends))
-    responses = engine.generate(requests(30), SamplingConfig(), 4)
+    responses = in_order(engine.generate(requests(30), SamplingConfig(), 4))
     assert all(ended(response, ends, 4) for response in responses)
     assert {response.finish_reason for response in responses} == {"stop", "length"}
     assert {len(response.token_ids) for response in responses} == {1, 2, 3, 4}
@@ -119,21 +121,21 @@ def test_responses_end_at_an_end_token_or_the_limit(folder):
 
 def test_progress_counts_every_token(engine):
     counts: list[int] = []
-    responses = engine.generate(requests(10), SamplingConfig(), MAX_TOKENS, counts.append)
+    responses = in_order(engine.generate(requests(10), SamplingConfig(), MAX_TOKENS, counts.append))
     assert sum(counts) == sum(len(response.token_ids) for response in responses)
 
 
 def test_one_token_at_most(engine):
-    responses = engine.generate(requests(), SamplingConfig(), 1)
+    responses = in_order(engine.generate(requests(), SamplingConfig(), 1))
     assert [len(response.token_ids) for response in responses] == [1] * len(PROMPTS)
 
 
 def test_new_weights_answer_under_their_version(folder, make_checkpoint):
     engine, other = make_engine(folder), make_checkpoint("qwen2", seed=1)
-    before = engine.generate(requests(), SamplingConfig(), MAX_TOKENS)
+    before = in_order(engine.generate(requests(), SamplingConfig(), MAX_TOKENS))
     engine.load_weights(load_file(other / "model.safetensors").items(), version=7)
-    after = engine.generate(requests(), SamplingConfig(), MAX_TOKENS)
-    expected = make_engine(other).generate(requests(), SamplingConfig(), MAX_TOKENS)
+    after = in_order(engine.generate(requests(), SamplingConfig(), MAX_TOKENS))
+    expected = in_order(make_engine(other).generate(requests(), SamplingConfig(), MAX_TOKENS))
     assert {response.weight_version for response in before} == {0}
     assert {response.weight_version for response in after} == {7}
     assert all(torch.equal(a.token_ids, b.token_ids) for a, b in zip(after, expected, strict=True))
@@ -145,10 +147,10 @@ def test_loaded_weights_are_copies(folder):
     engine = make_engine(folder)
     tensors = load_file(folder / "model.safetensors")
     engine.load_weights(tensors.items(), version=1)
-    before = engine.generate(requests(), SamplingConfig(), MAX_TOKENS)
+    before = in_order(engine.generate(requests(), SamplingConfig(), MAX_TOKENS))
     for tensor in tensors.values():
         tensor.zero_()
-    after = engine.generate(requests(), SamplingConfig(), MAX_TOKENS)
+    after = in_order(engine.generate(requests(), SamplingConfig(), MAX_TOKENS))
     assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(after, before, strict=True))
 
 
@@ -165,7 +167,9 @@ def test_incomplete_and_foreign_weights_are_refused(folder):
 def test_bfloat16(folder, make_model):
     engine = make_engine(folder, dtype=torch.bfloat16)
     model = make_model("qwen2").bfloat16().float()
-    for request, response in zip(requests(), engine.generate(requests(), SamplingConfig(), MAX_TOKENS), strict=True):
+    for request, response in zip(
+        requests(), in_order(engine.generate(requests(), SamplingConfig(), MAX_TOKENS)), strict=True
+    ):
         expected = teacher_forced(model, request.prompt_ids, response.token_ids, 1.0)
         torch.testing.assert_close(response.logprobs, expected, rtol=0, atol=0.2)
 

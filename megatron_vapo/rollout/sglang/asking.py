@@ -1,0 +1,149 @@
+"""Requests in flight: bounded, retried, cut at their time, and given up when their server is gone or hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+
+from megatron_vapo.config import RolloutConfig, SamplingConfig
+from megatron_vapo.rollout import Request, Response
+from megatron_vapo.rollout.sglang.client import Connection, ServerFailure, connect
+from megatron_vapo.rollout.sglang.server import Server
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S = 1.0
+_numbers = itertools.count()
+
+
+class Asker:
+    """Has a server answer one list of requests.
+
+    Args:
+        version: of the weights that must write the responses.
+        counts: where retries are counted.
+    """
+
+    def __init__(
+        self, server: Server, settings: RolloutConfig, end_ids: tuple[int, ...], version: int, counts: Counter[str]
+    ) -> None:
+        self._server, self._settings, self._end_ids = server, settings, end_ids
+        self._version, self._counts = version, counts
+        self.stopping = False
+        """Set from any thread: what is unfinished comes back as it is."""
+
+    async def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        deliver: Callable[[tuple[int, Response]], None],
+    ) -> str | None:
+        """Deliver all responses; returns what happened to a server that did not give them."""
+        places = asyncio.Semaphore(self._settings.sglang.concurrency)
+        loop = asyncio.get_running_loop()
+        progress = [loop.time()]
+
+        async def one(server: Connection, number: int) -> None:
+            async with places:
+                response = await self._ask(server, requests[number], sampling, max_tokens)
+            progress[0] = loop.time()
+            deliver((number, response))
+
+        async with connect(self._server.address) as server:
+            watch = asyncio.create_task(self._watch(server, lambda: progress[0]))
+            stopper = asyncio.create_task(self._stop_when_told(server))
+            asked = asyncio.gather(*(one(server, number) for number in range(len(requests))))
+            try:
+                await asyncio.wait({asked, watch}, return_when=asyncio.FIRST_COMPLETED)
+                if not asked.done():
+                    return watch.result()
+                asked.result()
+                return None
+            except ServerFailure as failure:
+                return str(failure)
+            finally:
+                for task in (watch, stopper, asked):
+                    task.cancel()
+                await asyncio.gather(watch, stopper, asked, return_exceptions=True)
+
+    async def _ask(self, server: Connection, request: Request, sampling: SamplingConfig, max_tokens: int) -> Response:
+        """One response, asked for again after a failure.
+
+        Raises:
+            ServerFailure: it failed `retries` times more.
+        """
+        for left in range(self._settings.retries, -1, -1):
+            if self.stopping:
+                return _nothing(self._version)
+            rid = f"{self._version}-{next(_numbers)}"
+            asked = asyncio.create_task(server.generate(request, sampling, max_tokens, self._end_ids, rid))
+            try:
+                response, cut = await self._in_time(server, asked, rid)
+                self._refuse_stale(response)
+                if response.finish_reason != "abort" or self.stopping:
+                    return response
+                if cut:  # a request that takes too long ends there, as one that is too long
+                    return Response(response.token_ids, response.logprobs, "length", response.weight_version)
+                raise ServerFailure("/generate: the server aborted a request by itself")
+            except ServerFailure as failure:
+                if left == 0 or not self._server.running:
+                    raise
+                self._counts["rollout/retries"] += 1
+                logger.warning("rollout server %s, asked again: %s", self._server.address.url, failure)
+            finally:
+                asked.cancel()
+        raise AssertionError
+
+    def _refuse_stale(self, response: Response) -> None:
+        if response.weight_version != self._version:
+            self._counts["rollout/stale"] += 1
+            raise ServerFailure(f"/generate: weights of version {response.weight_version}, not {self._version}, wrote")
+
+    async def _in_time(self, server: Connection, asked: asyncio.Task[Response], rid: str) -> tuple[Response, bool]:
+        """The response, and whether it was cut because its time was over."""
+        done, _ = await asyncio.wait({asked}, timeout=self._settings.request_seconds)
+        if done:
+            return asked.result(), False
+        await server.abort(rid)
+        done, _ = await asyncio.wait({asked}, timeout=self._settings.sglang.stall_seconds)
+        if not done:
+            raise ServerFailure("/generate: a request that was aborted did not end")
+        return asked.result(), len(asked.result().token_ids) > 0
+
+    async def _stop_when_told(self, server: Connection) -> None:
+        """Again and again: a request may be on its way to the scheduler when others are aborted."""
+        while True:
+            if self.stopping:
+                with suppress(ServerFailure):  # asked again; a server that is gone is `_watch`'s to tell
+                    await server.abort()
+            await asyncio.sleep(0.2)
+
+    async def _watch(self, server: Connection, progress: Callable[[], float]) -> str:
+        """Returns once the server has ended, or has neither answered nor made progress for `stall_seconds`."""
+        limit = self._settings.sglang.stall_seconds
+        loop = asyncio.get_running_loop()
+        alive = loop.time()
+        probe = asyncio.create_task(server.healthy(limit))
+        try:
+            while True:
+                await asyncio.sleep(_WATCH_S)
+                if not self._server.running:
+                    return f"the server ended:\n{self._server.last_lines()}"
+                if probe.done():
+                    alive = loop.time() if probe.result() else alive
+                    probe = asyncio.create_task(server.healthy(limit))
+                if loop.time() - max(alive, progress()) > limit:
+                    return f"the server gave no sign of life for {limit:g} s (rollout.sglang.stall_seconds)"
+        finally:
+            probe.cancel()
+
+
+def _nothing(version: int) -> Response:
+    return Response(torch.empty(0, dtype=torch.int64), torch.empty(0), "abort", version)

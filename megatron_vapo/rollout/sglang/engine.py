@@ -1,0 +1,286 @@
+"""SGLang as the rollout engine, on the devices that train or on others, through the phases of a step:
+
+1. `revive` starts the server, the first time or because it failed.
+2. `load_weights`: memory for weights -> update session -> buckets -> version -> flush the cache -> memory for it.
+3. `generate`: requests with bounded concurrency; what fails is asked again, a server that hangs is found out.
+4. `sleep`: memory of cache and weights goes to training.
+
+Colocated, the processes of `tensor_parallel` ranks host one server together. The first of them, the leader, starts it
+and asks it; all of them hand it the shards of their own ranks. Separate, each server has a leader alone, never sleeps,
+and gets whole tensors by broadcast.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vapo.config import RolloutConfig, SamplingConfig
+from megatron_vapo.errors import RolloutError
+from megatron_vapo.rollout import Place, Request, Response
+from megatron_vapo.rollout.sglang.asking import Asker
+from megatron_vapo.rollout.sglang.client import EventLoop, ServerFailure, connect
+from megatron_vapo.rollout.sglang.handover import Handover, Way
+from megatron_vapo.rollout.sglang.launch import server_settings
+from megatron_vapo.rollout.sglang.payload import buckets
+from megatron_vapo.rollout.sglang.server import Address, Server
+from megatron_vapo.weights.architecture import Architecture, read_architecture
+from megatron_vapo.weights.engine_layout import RolloutShard, sglang_parameters, sglang_shards, whole_model
+
+logger = logging.getLogger(__name__)
+
+_WATCH_S = 1.0
+
+
+class SGLangEngine:
+    """One server, seen from one of the processes that host it.
+
+    Args:
+        model_path: Hugging Face folder whose configuration is used; weights come through `load_weights`.
+        end_ids: tokens that end a response.
+        dtype: of weights and keys and values.
+        log_folder: for the server's output.
+    """
+
+    def __init__(
+        self,
+        settings: RolloutConfig,
+        model_path: str | Path,
+        end_ids: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        log_folder: Path,
+    ) -> None:
+        self._settings, self._end_ids, self._device = settings, tuple(end_ids), device
+        self._colocated = settings.placement == "colocated"
+        self._way: Way = settings.sglang.update if self._colocated else "distributed"
+        size = dist.get_world_size()
+        hosts = settings.tensor_parallel if self._colocated else size // settings.servers
+        engine, self._host = divmod(dist.get_rank(), hosts)
+        self._leads = self._host == 0
+        self._leaders = list(range(0, size, hosts))
+        self._hosts = _group_of_hosts(engine, hosts, size) if self._colocated else None
+        self.place = Place(engine, size // hosts) if self._leads else None
+        self.failure: str | None = "not started yet"
+        self.asleep = False
+        self.version = -1
+        log_folder.mkdir(parents=True, exist_ok=True)
+        self._constants = cache_scales(read_architecture(model_path)) if settings.quantization == "fp8" else []
+        self._launch = server_settings(settings, model_path, dtype, device, log_folder / f"rollout_{engine}.log")
+        self._server: Server | None = None
+        self._address: Address | None = None
+        self._handover: Handover | None = None
+        self._starts = 0
+        self._loop = EventLoop()
+        self._counts: Counter[str] = Counter()
+        self._asker: Asker | None = None
+
+    def takes(self, architecture: Architecture) -> list[RolloutShard]:
+        """See `RolloutEngine.takes`."""
+        if self._way == "direct":
+            return sglang_shards(architecture, self._settings.tensor_parallel, list(range(dist.get_world_size())))
+        return whole_model(architecture, self._leaders)
+
+    def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
+        """See `RolloutEngine.checks`: the server's own parameters, whatever way they were loaded."""
+        if self._way == "direct":
+            return [self.takes(architecture)]
+        size = self._settings.tensor_parallel
+        return [
+            [RolloutShard(tuple(sglang_parameters(architecture, r, size)), tuple(self._leaders))] for r in range(size)
+        ]
+
+    def revive(self) -> str | None:
+        """See `RolloutEngine.revive`: kill what is left of a server that failed, and start another."""
+        problem = None
+        known = self._address
+        if self._leads and self.failure is not None:
+            if self._starts:
+                logger.warning("rollout engine %d is started anew: %s", self.place.engine, self.failure)
+            problem = self._start()
+        self._address = self._from_leader(self._address)
+        if self._address != known:
+            self._handover = Handover(
+                self._way,
+                self._host,
+                self._settings.tensor_parallel,
+                self._device,
+                self._settings.sglang.stall_seconds,
+                group_name=f"weights-{self._starts}",
+            )
+        return problem
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `RolloutEngine.load_weights`."""
+        self.failure = None
+        if self._leads:
+            self._attempt(self._open_update())
+        self._share_failure()
+        for bucket in buckets(chain(tensors, self._constants), self._settings.bucket_mib * 2**20):
+            if self.failure is None and (self._leads or self._way == "direct"):
+                self._attempt(self._hand_over(bucket))
+        self._share_failure()
+        if self._leads and self.failure is None:
+            self._attempt(self._close_update(version))
+        self.version, self.asleep = version, False
+
+    def digests(self) -> list[Mapping[str, str]]:
+        """See `RolloutEngine.digests`; SGLang's checksums on GPU are of another kind, and are not compared."""
+        count = 1 if self._way == "direct" else self._settings.tensor_parallel
+        answer = None
+        if self._device.type == "cpu":
+            if self._leads:
+                answer = self._attempt(self._call("/weights_checker", {"action": "checksum"}))
+            answer = self._from_leader(answer)
+        if answer is None:
+            return [{} for _ in range(count)]
+        ranks = {rank["parallelism_info"][0]["tp_rank"]: rank["checksums"] for rank in answer["ranks"]}
+        if count == 1:
+            return [ranks[self._host]]
+        return [ranks[r] if self._leads else {} for r in range(count)]
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Response]]:
+        """See `RolloutEngine.generate`."""
+        self._asker = Asker(self._server, self._settings, self._end_ids, self.version, self._counts)
+        finished: queue.SimpleQueue[tuple[int, Response] | None] = queue.SimpleQueue()
+        work = self._loop.start(self._asker.generate(requests, sampling, max_tokens, finished.put))
+        work.add_done_callback(lambda _: finished.put(None))
+        while (item := finished.get()) is not None:
+            on_tokens(len(item[1].token_ids))
+            self._counts["rollout/cached_prompt_tokens"] += item[1].cached_tokens
+            self._counts["rollout/prompt_tokens"] += len(requests[item[0]].prompt_ids)
+            yield item
+        self.failure = work.result()
+
+    def abort(self) -> None:
+        """See `RolloutEngine.abort`."""
+        if self._asker is not None:
+            self._asker.stopping = True
+
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`; on a device that cannot release, the same calls are made and nothing is freed."""
+        if self.asleep or not self._colocated:
+            return
+        if self._leads and self.failure is None:
+            before = self._occupied()
+            self._attempt(self._call("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}))
+            self._counts["rollout/memory_released_gib"] += (before - self._occupied()) / 2**30
+        self.asleep = True
+
+    def metrics(self) -> dict[str, float]:
+        """See `RolloutEngine.metrics`."""
+        counts, self._counts = self._counts, Counter()
+        return {"rollout/retries": 0.0, "rollout/restarts": 0.0} | dict(counts)
+
+    def close(self) -> None:
+        """End the server."""
+        if self._server is not None:
+            self._server.stop()
+            self._server = None
+
+    def _start(self) -> str | None:
+        if self._starts > self._settings.sglang.max_restarts:
+            return (
+                f"rollout engine {self.place.engine} failed {self._starts} times (rollout.sglang.max_restarts): "
+                f"{self.failure}; the end of {self._launch.log}:\n{self._server.last_lines() if self._server else ''}"
+            )
+        self._counts["rollout/restarts"] += bool(self._starts)
+        self._starts += 1
+        self.asleep = False
+        if self._server is not None:
+            self._server.stop()
+        try:
+            self._server = Server(self._launch, self._answers)
+        except RolloutError as error:
+            return str(error)
+        self._address = self._server.address
+        return None
+
+    def _answers(self, address: Address) -> bool:
+        async def ask() -> bool:
+            async with connect(address) as server:
+                return await server.healthy(seconds=30)
+
+        return self._loop.run(ask())
+
+    async def _open_update(self) -> None:
+        if self.asleep:
+            await self._call("/resume_memory_occupation", {"tags": ["weights"]})
+        await self._call("/begin_weight_update", {})
+
+    async def _hand_over(self, bucket: list[tuple[str, Tensor]]) -> None:
+        async with connect(self._address) as server:
+            await self._handover.send(server, bucket)
+
+    async def _close_update(self, version: int) -> None:
+        await self._call("/end_weight_update", {})
+        await self._call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+        await self._call("/flush_cache", {})
+        if self.asleep:
+            await self._call("/resume_memory_occupation", {"tags": ["kv_cache"]})
+
+    async def _call(self, path: str, body: dict[str, Any]) -> Any:
+        async with connect(self._address) as server:
+            return await server.post(path, body, self._settings.sglang.stall_seconds)
+
+    def _attempt(self, work: Any) -> Any:
+        """The result; None after a failure, which is kept."""
+        try:
+            return self._loop.run(work)
+        except ServerFailure as failure:
+            self.failure = str(failure)
+            return None
+
+    def _from_leader(self, value: Any) -> Any:
+        """What the leader has, on every host."""
+        if self._hosts is None:
+            return value
+        shared = [value]
+        dist.broadcast_object_list(shared, group=self._hosts, group_src=0)
+        return shared[0]
+
+    def _share_failure(self) -> None:
+        """A failure that one host met is all hosts'."""
+        if self._hosts is not None:
+            failures: list[str | None] = [None] * self._settings.tensor_parallel
+            dist.all_gather_object(failures, self.failure, group=self._hosts)
+            self.failure = next((failure for failure in failures if failure is not None), None)
+
+    def _occupied(self) -> int:
+        """Bytes in use on the device; on CPU, those of the server's processes."""
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            return total - free
+        return self._server.resident_bytes()
+
+
+def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:
+    """Scales of the cache that SGLang's FP8 models have, each 1, as where a checkpoint has none. They start as random
+    numbers (load-format=dummy), and SGLang would take positive ones for real. Its Qwen3 has none (0.5.23)."""
+    if architecture.family not in ("qwen2", "llama", "mistral"):
+        return []
+    names = [f"model.layers.{i}.self_attn.attn.{x}_scale" for i in range(architecture.layers) for x in "kv"]
+    return [(name, torch.ones(())) for name in names]
+
+
+def _group_of_hosts(engine: int, ranks: int, size: int) -> dist.ProcessGroup | None:
+    """The processes that host an engine, in a group of their own; None where it is one alone."""
+    if ranks == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + ranks)), backend="gloo") for first in range(0, size, ranks)]
+    return groups[engine]

@@ -1,0 +1,85 @@
+"""Three ways of weights into a server: its own shards, whole tensors in a flat bucket, or a broadcast."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vapo.rollout.sglang.client import Connection, ServerFailure
+from megatron_vapo.rollout.sglang.payload import NOTHING, direct_payload, flat, flattened_payload
+from megatron_vapo.rollout.sglang.update_group import UpdateGroup
+
+Way = Literal["direct", "flattened_bucket", "distributed"]
+
+
+class Handover:
+    """Of one process, to one server, for as long as that runs.
+
+    Args:
+        rank: the server's rank that this process hosts (way=direct).
+        ranks: of the server.
+        seconds: limit for each call.
+        group_name: of the group that broadcasts, never used before (way=distributed).
+    """
+
+    def __init__(self, way: Way, rank: int, ranks: int, device: torch.device, seconds: float, group_name: str) -> None:
+        self._way, self._rank, self._ranks, self._device = way, rank, ranks, device
+        self._seconds, self._group_name = seconds, group_name
+        self._group: UpdateGroup | None = None
+
+    async def send(self, server: Connection, bucket: list[tuple[str, Tensor]]) -> None:
+        """Hand over a bucket; it is freed only once the server has answered, and so has copied it."""
+        if self._way == "distributed":
+            await self._broadcast(server, bucket)
+            return
+        if self._way == "direct":
+            payloads = [NOTHING] * self._ranks
+            memory, payloads[self._rank] = direct_payload(bucket)
+        else:
+            memory, payload = flattened_payload(bucket)
+            payloads = [payload] * self._ranks
+        body = {"serialized_named_tensors": payloads, "load_format": self._way, "flush_cache": False}
+        await server.post("/update_weights_from_tensor", body, self._seconds)
+        del memory
+
+    async def _broadcast(self, server: Connection, bucket: list[tuple[str, Tensor]]) -> None:
+        if self._group is None:
+            await self._meet(server)
+        memory, places = flat(bucket)
+        body = {
+            "names": [place.name for place in places],
+            "dtypes": [str(place.dtype).removeprefix("torch.") for place in places],
+            "shapes": [list(place.shape) for place in places],
+            "group_name": self._group.name,
+            "load_format": "flattened_bucket",
+            "flush_cache": False,
+        }
+        sent = asyncio.to_thread(self._group.broadcast, memory)
+        await asyncio.gather(server.post("/update_weights_from_distributed", body, self._seconds), _or_failure(sent))
+
+    async def _meet(self, server: Connection) -> None:
+        size = 1 + self._ranks
+        group = UpdateGroup(self._group_name, size, self._device, self._seconds)
+        body = {
+            "master_address": "127.0.0.1",
+            "master_port": group.port,
+            "rank_offset": 1,
+            "world_size": size,
+            "group_name": group.name,
+            "backend": group.backend,
+        }
+        met = asyncio.to_thread(group.meet)
+        await asyncio.gather(server.post("/init_weights_update_group", body, self._seconds), _or_failure(met))
+        self._group = group
+
+
+async def _or_failure(work: Awaitable[None]) -> None:
+    """What goes wrong in a process group is the server's failure."""
+    try:
+        await work
+    except RuntimeError as error:
+        raise ServerFailure(f"weight update: {error}") from error

@@ -1,0 +1,77 @@
+"""How a server is started, on this process's device and those after it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_vapo.config import RolloutConfig
+from megatron_vapo.rollout.sglang.server import ServerSettings
+from megatron_vapo.weights.architecture import read_architecture
+from megatron_vapo.weights.fp8 import quantization_config
+
+CPU_CACHE_TOKENS = 65536
+
+
+def server_settings(
+    settings: RolloutConfig, model_path: str | Path, dtype: torch.dtype, device: torch.device, log: Path
+) -> ServerSettings:
+    """Arguments and environment of `sglang.launch_server`; the recipe's own arguments win."""
+    own = settings.sglang
+    arguments: dict[str, str | int | float | bool] = {
+        "model-path": str(model_path),
+        "load-format": "dummy",  # weights come from the actor before the first request
+        "skip-tokenizer-init": True,
+        "skip-server-warmup": True,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tp-size": settings.tensor_parallel,
+    }
+    environment = {"HF_HUB_OFFLINE": "1"}
+    if device.type == "cpu":
+        arguments |= {
+            "device": "cpu",
+            "attention-backend": "torch_native",
+            "sampling-backend": "pytorch",
+            "disable-cuda-graph": True,
+            "disable-overlap-schedule": True,
+            "sleep-on-idle": True,
+            "max-total-tokens": CPU_CACHE_TOKENS,
+        }
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        if settings.tensor_parallel > 1:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores(settings.tensor_parallel)
+    else:
+        arguments |= {"base-gpu-id": _first_device(settings, device), "mem-fraction-static": own.memory_fraction}
+        if settings.placement == "colocated":
+            arguments["enable-memory-saver"] = True
+    if settings.quantization == "fp8":
+        # The folder's own configuration says nothing of FP8; with this SGLang makes the layers of an FP8 checkpoint.
+        changes = {"quantization_config": quantization_config(read_architecture(model_path))}
+        arguments["json-model-override-args"] = json.dumps(changes)
+    if settings.kv_cache == "fp8":
+        arguments["kv-cache-dtype"] = "fp8_e4m3"
+    if own.max_cache_tokens:
+        arguments["max-total-tokens"] = own.max_cache_tokens
+    return ServerSettings(
+        own.python or sys.executable, arguments | dict(own.arguments), environment, log, own.start_seconds
+    )
+
+
+def _cores(ranks: int) -> str:
+    """SGLang on CPU binds each rank of a server to cores."""
+    cores = sorted(psutil.Process().cpu_affinity())
+    return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
+
+
+def _first_device(settings: RolloutConfig, device: torch.device) -> int:
+    """Colocated, the leader's own; separate, after those of the node's training processes."""
+    if settings.placement == "colocated":
+        return device.index
+    hosts = dist.get_world_size() // settings.servers
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + device.index // hosts * settings.tensor_parallel

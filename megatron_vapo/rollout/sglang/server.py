@@ -1,0 +1,137 @@
+"""One SGLang server as a child process: started, watched, ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_vapo.errors import RolloutError
+from megatron_vapo.rollout.sglang import keeper
+
+_PORT_ATTEMPTS = 5
+_POLL_S = 0.2
+_SERVER = "sglang.launch_server"
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to start a server; the same every time it is started anew."""
+
+    python: str
+    """Interpreter of the environment that has SGLang."""
+    arguments: Mapping[str, str | int | float | bool]
+    """Of `sglang.launch_server`, by name without dashes; True is a flag."""
+    environment: Mapping[str, str]
+    """Added to what the trainer's own environment leaves over."""
+    log: Path
+    start_seconds: float
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server answers, and to whom."""
+
+    url: str
+    key: str
+
+
+class Server:
+    """A server that was told to start; it ends with this process, however that ends.
+
+    Args:
+        choose_port: a port that is free now. Another process may take it before the server does: the server then ends,
+            and is started again on another port.
+        answers: whether the server at an address is up and takes the key.
+
+    Raises:
+        RolloutError: it ended while starting, or was not up in time; with the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        answers: Callable[[Address], bool],
+        choose_port: Callable[[], int] | None = None,
+    ) -> None:
+        self._settings = settings
+        for _ in range(_PORT_ATTEMPTS):
+            self.address = Address(f"http://127.0.0.1:{(choose_port or free_port)()}", secrets.token_hex(32))
+            self._log_start = settings.log.stat().st_size if settings.log.exists() else 0
+            self._keeper = self._launch()
+            if self._wait(answers):
+                return
+            if not self._port_was_taken():
+                break
+        self.stop()
+        raise RolloutError(f"the SGLang server did not start; the end of {settings.log}:\n{self.last_lines()}")
+
+    @property
+    def running(self) -> bool:
+        return self._keeper.poll() is None
+
+    def stop(self) -> None:
+        """Kill the server and all its processes; returns when they are gone."""
+        self._keeper.stdin.close()
+        self._keeper.wait()
+
+    def resident_bytes(self) -> int:
+        """Host memory of the server's processes."""
+        return sum(process.memory_info().rss for process in psutil.Process(self._keeper.pid).children(recursive=True))
+
+    def last_lines(self, count: int = 15) -> str:
+        """Of its log, since it was started last."""
+        with open(self._settings.log, "rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
+        return "\n".join(line[:500] for line in lines[-count:])
+
+    def _launch(self) -> subprocess.Popen:
+        port = self.address.url.rpartition(":")[2]
+        words = ["--host", "127.0.0.1", "--port", port]
+        for name, value in self._settings.arguments.items():
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        process = subprocess.Popen(
+            [sys.executable, keeper.__file__, self._settings.log, self._settings.python, "-m", _SERVER, *words],
+            stdin=subprocess.PIPE,
+            env=_inherited() | dict(self._settings.environment),
+            start_new_session=True,  # signals to the trainer's group are the trainer's to answer
+        )
+        process.stdin.write(f"{self.address.key}\n".encode())
+        process.stdin.flush()
+        return process
+
+    def _wait(self, answers: Callable[[Address], bool]) -> bool:
+        deadline = time.monotonic() + self._settings.start_seconds
+        while self.running and time.monotonic() < deadline:
+            if answers(self.address):
+                return True
+            time.sleep(_POLL_S)
+        return False
+
+    def _port_was_taken(self) -> bool:
+        text = self.last_lines(60).lower()
+        return not self.running and ("address already in use" in text or "is not available" in text)
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+_TRAINER_ONLY = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "PYTHON")
+
+
+def _inherited() -> dict[str, str]:
+    """The trainer's environment without what describes its own ranks and Python."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_TRAINER_ONLY)}

@@ -1,0 +1,51 @@
+"""A process group of one training process and a server's ranks, by which weights are broadcast to other devices.
+
+torch has no public call that makes a group beside the default one with processes that are not in it. SGLang makes its
+end with `_new_process_group_helper`, so this end does the same, and the names under which the two meet must agree.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
+
+_CHECKED = "2.13"
+"""torch's version with which this was tried."""
+
+
+class UpdateGroup:
+    """Rank 0 of a group that a server's ranks join as 1, 2, ... once `meet` has begun.
+
+    Args:
+        name: of the group, never used before.
+        size: this process and the server's ranks.
+    """
+
+    def __init__(self, name: str, size: int, device: torch.device, seconds: float) -> None:
+        if not torch.__version__.startswith(_CHECKED):
+            raise RuntimeError(f"rollout.placement=separate was tried with torch {_CHECKED} only")
+        self.name, self.size = name, size
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        self._timeout = timedelta(seconds=seconds)
+        self._store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        self.port = self._store.port
+
+    def meet(self) -> None:
+        """Wait for the server's ranks."""
+        self._group, _ = _new_process_group_helper(
+            self.size,
+            0,
+            [],
+            Backend(self.backend),
+            PrefixStore(self.name, self._store),
+            group_name=self.name,
+            timeout=self._timeout,
+        )
+
+    def broadcast(self, memory: Tensor) -> None:
+        """Send to all ranks of the server; they must be told to receive."""
+        self._group.broadcast(memory, 0).wait()

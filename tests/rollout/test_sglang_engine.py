@@ -1,0 +1,271 @@
+"""A real SGLang server: what it writes and holds is the actor's, whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from megatron_vapo.commands import _until_stopped
+from megatron_vapo.config import SamplingConfig
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.errors import RolloutError, TrainingError
+from megatron_vapo.interrupt import Interrupt
+from megatron_vapo.models.parameters import held_tensors
+from megatron_vapo.observe.progress import Progress
+from megatron_vapo.preflight import read_inputs
+from megatron_vapo.recipe import load_recipe
+from megatron_vapo.rollout import Request, in_order
+from megatron_vapo.rollout.sglang import handover, server
+from megatron_vapo.run import Run
+from megatron_vapo.watchdog import Watchdog
+
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+
+SETTINGS = {
+    "name": "servers",
+    "steps": 1,
+    "minibatch_size": 16,
+    "critic": {"init": "actor"},
+    "rollout": {
+        "engine": "sglang",
+        "prompts_per_step": 8,
+        "samples_per_prompt": 4,
+        "max_response_tokens": 24,
+        "sglang": {"concurrency": 4, "stall_seconds": 15, "max_restarts": 50, "start_seconds": 300},
+    },
+    "reward": {"name": "chained_arithmetic"},
+    "checkpoint": {"rollouts": False},  # each rollout is sampled, whatever its step
+}
+
+
+@pytest.fixture(scope="module")
+def start(
+    world: None,
+    sglang_python: str,
+    make_checkpoint: Callable[..., Path],
+    tiny_problems: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Run]:
+    """`start("sglang.max_restarts=0", ...)` -> a run with its server, which holds the actor's weights."""
+    checkpoint = make_checkpoint("qwen2", intermediate_size=64)  # SGLang on CPU pads others
+
+    def make(*overrides: str) -> Run:
+        folder = tmp_path_factory.mktemp("run")
+        paths = [f"run_dir={folder}", f"model.path={checkpoint}", f"data.train={tiny_problems}"]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
+        changes = [f"rollout.{override}" for override in overrides]
+        recipe = load_recipe(folder / "recipe.yaml", [*paths, f"rollout.sglang.python={sglang_python}", *changes])
+        display, interrupt = Progress(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
+        return Run(recipe, read_inputs(recipe), display, interrupt, Watchdog(recipe.limits, interrupt, str(folder)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(start: Callable[..., Run]) -> Iterator[Run]:
+    """One that many faults happen to."""
+    made = start()
+    yield made
+    made.close()
+
+
+def processes(run: Run) -> list[psutil.Process]:
+    """Of the server, not its keeper."""
+    return psutil.Process(run.engine._server._keeper.pid).children(recursive=True)
+
+
+def hit(run: Run, number: signal.Signals) -> None:
+    """Send a signal to the scheduler, the process that computes."""
+    (scheduler,) = [process for process in processes(run) if "scheduler" in " ".join(process.cmdline())]
+    scheduler.send_signal(number)
+
+
+def rolled_out(run: Run, step: int, on_first_response: Callable[[], None] | None = None) -> Experience:
+    with run.display.phase("train", total=1) as run.phase:
+        hears = run.sampler.on_tokens
+        pending = [on_first_response] if on_first_response else []
+        run.sampler.on_tokens = lambda count: pending.pop()() if pending else None
+        batch = run.rollout("train", step)
+        run.sampler.on_tokens = hears
+        return run.logprobs(batch)
+
+
+def assert_written_by_the_actor(run: Run, batch: Experience, version: int = 0) -> None:
+    assert len(batch) == run.recipe.responses_per_step
+    assert (batch.weight_versions == version).all()
+    torch.testing.assert_close(batch.rollout_logprobs, batch.logprobs, rtol=0, atol=1e-4)
+
+
+@contextmanager
+def one_more_restart(run: Run) -> Iterator[None]:
+    before = run.engine._starts
+    yield
+    assert run.engine._starts == before + 1
+
+
+def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
+    model = AutoModelForCausalLM.from_pretrained(run.recipe.model.path)
+    prompts = [prompt.token_ids for prompt in run.inputs.prompts[:6]]
+    if run.engine.asleep:
+        run.sync_weights()
+    greedy = SamplingConfig(temperature=1.0, top_p=1e-6)
+    for prompt, response in zip(prompts, in_order(run.engine.generate([Request(p, 0) for p in prompts], greedy, 12))):
+        expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
+        assert response.token_ids.tolist() == expected.tolist()
+        assert response.finish_reason == ("stop" if expected[-1] in run.inputs.end_ids else "length")
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.7, top_p=0.8)):
+        requests = [Request(prompt, 0, written=prompts[0][:2]) for prompt in prompts]
+        for request, response in zip(requests, in_order(run.engine.generate(requests, sampling, 12))):
+            before = request.prompt_ids + request.written
+            assert len(response.token_ids) <= 10
+            ids = torch.tensor([before + tuple(response.token_ids.tolist())])
+            logits = model(ids).logits[0, len(before) - 1 : -1] / sampling.temperature
+            expected = torch.log_softmax(logits, -1).gather(-1, response.token_ids[:, None]).squeeze(-1)
+            torch.testing.assert_close(response.logprobs, expected.detach(), rtol=0, atol=2e-5)
+
+
+def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]) -> None:
+    for way in ("direct", "flattened_bucket"):
+        run = start(f"sglang.update={way}", "bucket_mib=1")
+        for version in (1, 2):
+            with torch.no_grad():
+                for parameter in held_tensors(run.actor).values():
+                    parameter.mul_(1.1)
+            run.progress.steps = version
+            run.sync_weights()
+            assert_written_by_the_actor(run, rolled_out(run, version), version)
+            metrics = run._rollout_metrics
+            assert metrics["rollout/cached_prompt_share"] > 0.2  # samples of a prompt share its keys and values
+            assert metrics["rollout/restarts"] == metrics["rollout/retries"] == 0
+            assert abs(metrics["rollout/memory_released_gib"]) < 0.1  # CPU frees nothing
+        run.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_while_it_generates_is_replaced(run: Run, number: signal.Signals) -> None:
+    run.sampler.metrics()  # of what came before
+    with one_more_restart(run):
+        batch = rolled_out(run, 1, on_first_response=lambda: hit(run, number))
+    assert_written_by_the_actor(run, batch)
+    assert run._rollout_metrics["rollout/restarts"] == 1
+
+
+def test_a_server_that_dies_during_an_update_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_over = run.engine._hand_over
+
+    async def die_first(bucket: list) -> None:
+        monkeypatch.undo()
+        hit(run, signal.SIGKILL)
+        await hand_over(bucket)
+
+    monkeypatch.setattr(run.engine, "_hand_over", die_first)
+    with one_more_restart(run):
+        run.sync_weights()
+    assert_written_by_the_actor(run, rolled_out(run, 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_asleep_is_replaced(run: Run, number: signal.Signals) -> None:
+    run.engine.sleep()
+    assert run.engine.asleep
+    hit(run, number)
+    with one_more_restart(run):
+        batch = rolled_out(run, 3)
+    assert_written_by_the_actor(run, batch)
+
+
+def test_a_corrupted_bucket_is_not_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flip_one_bit(bucket: list) -> tuple[torch.Tensor, str]:
+        memory, payload = intact(bucket)
+        memory[len(memory) // 2] ^= 1
+        return memory, payload
+
+    intact = handover.direct_payload
+    monkeypatch.setattr(handover, "direct_payload", flip_one_bit)
+    with pytest.raises(TrainingError, match=r"does not hold the actor's model\.[\w.]+weight$"):
+        run.sync_weights()
+    monkeypatch.undo()
+    run.sync_weights()
+    assert_written_by_the_actor(run, rolled_out(run, 4))
+
+
+def test_an_update_that_is_no_update_or_of_another_model_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tensor in (("model.layers.9.mlp.down_proj.weight", torch.ones(2, 2)), ("model.norm.weight", torch.ones(7))):
+        run.engine.load_weights(iter([tensor]), version=9)
+        assert run.engine.failure is not None
+        with one_more_restart(run):
+            run.sync_weights()
+
+    def garbage(bucket: list) -> tuple[torch.Tensor, str]:
+        monkeypatch.undo()
+        return torch.empty(0), "bm90IGEgcGlja2xl"
+
+    monkeypatch.setattr(handover, "direct_payload", garbage)
+    with one_more_restart(run):
+        run.sync_weights()
+    assert_written_by_the_actor(run, rolled_out(run, 5))
+
+
+def test_a_taken_port_is_not_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = int(run.engine._address.url.rpartition(":")[2])
+    ports = [taken, server.free_port()]
+    monkeypatch.setattr(server, "free_port", lambda: ports.pop(0))
+    other = server.Server(run.engine._launch, run.engine._answers)
+    other.stop()
+    assert not ports
+    assert other.address.url != run.engine._address.url
+
+
+def test_after_too_many_failures_the_run_stops_with_the_servers_last_words_and_a_checkpoint(
+    start: Callable[..., Run],
+) -> None:
+    run = start("sglang.max_restarts=0")
+
+    def body(run: Run) -> None:
+        run.engine.sleep()
+        hit(run, signal.SIGKILL)
+        rolled_out(run, 1)
+
+    with pytest.raises(RolloutError, match=r"failed 1 times \(rollout.sglang.max_restarts\)(.|\n)*weights_checker"):
+        _until_stopped(run, body)
+    run.close()
+    assert (run.folder / "checkpoints" / "latest" / "state.json").exists()
+
+
+def test_no_server_outlives_a_killed_trainer(
+    sglang_python: str, make_checkpoint: Callable[..., Path], tiny_problems: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"steps": 100000}))
+    command = [sys.executable, "-m", "megatron_vapo.cli", "train", str(tmp_path / "recipe.yaml")]
+    command += [
+        f"run_dir={tmp_path / 'run'}",
+        f"model.path={make_checkpoint('qwen2', intermediate_size=64)}",
+        f"data.train={tiny_problems}",
+    ]
+    command += [f"rollout.sglang.python={sglang_python}", "value_pretraining.enabled=false"]
+    trainer = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()):
+        assert trainer.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    started = psutil.Process(trainer.pid).children(recursive=True)
+    assert any("sglang" in " ".join(process.cmdline()) for process in started)
+    assert "Bearer" not in "".join(" ".join(process.cmdline()) for process in started)
+    trainer.kill()
+    trainer.wait()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
