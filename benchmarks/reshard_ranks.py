@@ -70,7 +70,7 @@ def measure(case: Case, bucket_bytes: int) -> dict[str, float]:
     before = _restart_peak_memory()
     sync, sync_cpu = _timed(lambda: fill(plan, source, target, transport))
     extra = _memory("VmHWM") - before
-    checksums, _ = _timed(lambda: verify(plan, source, target, transport))
+    checksums, _ = _timed(lambda: verify(plan, source, target.items(), transport))
     flat = torch.cat([tensor.flatten() for tensor in target.values()])
     copy = flat.clone()
     memcpy, memcpy_cpu = _timed(lambda: copy.copy_(flat))
@@ -124,7 +124,7 @@ def _sync_actor(case: ActorCase) -> dict[str, object]:
     else:
         received = {p.name: torch.full(p.shape, torch.nan) for p in plan.targets}
         fill(plan, source, received, transport)
-    verify(plan, source, received, transport)
+    verify(plan, source, received.items(), transport)
     return {"received": received, "ranks": [asdict(rank) | {"names": sorted(rank.names)} for rank in ranks]}
 
 

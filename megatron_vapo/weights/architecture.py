@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ class Architecture:
     def heads_per_group(self) -> int:
         """Query heads that share one key-value head."""
         return self.heads // self.kv_heads
+
+    def as_critic(self) -> Architecture:
+        """The same body under a scalar head."""
+        return replace(self, classifier=True, tied_embeddings=False)
 
 
 def read_architecture(folder: str | Path) -> Architecture:

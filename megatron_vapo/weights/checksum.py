@@ -7,14 +7,16 @@ wrong place changes them.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from megatron_vapo.errors import TrainingError
+from megatron_vapo.errors import TrainingError, few
 from megatron_vapo.weights.reshard import Piece, RankPlan
-from megatron_vapo.weights.slices import Box, as_matrix
+from megatron_vapo.weights.slices import Box, as_bytes, as_matrix
 from megatron_vapo.weights.transfer import Tensors, view
 from megatron_vapo.weights.transport import Transport
 
@@ -24,26 +26,31 @@ _BLOCK = 2**18
 
 
 @torch.no_grad()
-def verify(plan: RankPlan, source: Tensors, held: Tensors, transport: Transport) -> None:
-    """Compare what the engine holds with what the actor has; 8 bytes travel per tensor and pair of ranks.
+def verify(plan: RankPlan, source: Tensors, held: Iterable[tuple[str, Tensor]], transport: Transport) -> None:
+    """Compare what came out of a plan with what the actor has; 8 bytes travel per tensor and pair of ranks.
 
     Args:
         source: this rank's Megatron parameters, as for `transfer.fill`.
-        held: the parameters of the rollout rank that this rank hosts, by the plan's names, read back from the engine.
+        held: the parameters of the rollout rank that this rank hosts, by the plan's names, in any order.
 
     Raises:
         TrainingError: names the tensors of this rank that differ.
     """
-    expected = _expected(plan, source, transport)
+    targets = {parameter.name: parameter for parameter in plan.targets}
     actual: Counter[str] = Counter()
-    for parameter in plan.targets:
-        matrix = as_matrix(held[parameter.name])
-        for row, box in parameter.stacked():
+    for name, tensor in held:
+        matrix = as_matrix(tensor)
+        for row, box in targets[name].stacked():
             actual[box.tensor] += checksum(matrix[row : row + box.bottom - box.top], box)
-    differing = [tensor for tensor, total in actual.items() if _wrapped(total) != _wrapped(expected[tensor])]
+    expected = _expected(plan, source, transport)
+    differing = [tensor for tensor in expected if _wrapped(actual[tensor]) != _wrapped(expected[tensor])]
     if differing:
-        shown = ", ".join(differing[:8]) + (f" and {len(differing) - 8} more" if len(differing) > 8 else "")
-        raise TrainingError(f"weight sync: the engine on rank {plan.rank} does not hold the actor's {shown}")
+        raise TrainingError(f"weight sync: the engine on rank {plan.rank} does not hold the actor's {few(differing)}")
+
+
+def digest(tensor: Tensor) -> str:
+    """Of a tensor's bytes: the first 64 bits of SHA-256, as SGLang's weight checker gives them on CPU."""
+    return hashlib.sha256(memoryview(as_bytes(tensor.cpu()))).hexdigest()[:16]
 
 
 @torch.no_grad()

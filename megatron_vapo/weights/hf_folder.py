@@ -12,13 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vapo.errors import CheckpointError
+from megatron_vapo.errors import CheckpointError, few
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import read_json
 
 _SHARD_BYTES = 5 * 2**30
-_NAMED = 8
-"""Tensors that a message names before it only counts them."""
 _HEAD = "lm_head.weight"
 """May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
 _KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -41,14 +39,14 @@ class HFFolder:
             held = self._names_in(path)
             absent = sorted(indexed - held)
             if absent:
-                raise CheckpointError(f"{self.folder}/{self.INDEX}: {path.name} does not hold {_some(absent)}")
+                raise CheckpointError(f"{self.folder}/{self.INDEX}: {path.name} does not hold {few(absent)}")
             self._files |= dict.fromkeys(held, path)
 
     @property
     def names(self) -> set[str]:
         return {name for name in self._files if not self._is_scale(name)}
 
-    def check(self, expected: dict[str, tuple[int, ...]], limit: int = _NAMED) -> None:
+    def check(self, expected: dict[str, tuple[int, ...]], limit: int = 8) -> None:
         """Refuse a folder that lacks tensors, has extra ones, or holds some of another shape.
 
         Raises:
@@ -61,7 +59,7 @@ class HFFolder:
             "tensors that this architecture does not have": sorted(self.names - expected.keys() - {_HEAD}),
             "wrong shapes": wrong,
         }
-        found = [f"{problem}: {_some(names, limit)}" for problem, names in problems.items() if names]
+        found = [f"{problem}: {few(names, limit)}" for problem, names in problems.items() if names]
         if found:
             raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
 
@@ -104,7 +102,7 @@ class HFFolder:
             return {self.folder / self.WEIGHTS: set()}
         if not index.is_file():
             pickled = [p.name for p in self.folder.glob("*.bin")]
-            hint = f"; {_some(pickled)} is pickled and not read: convert it to safetensors" if pickled else ""
+            hint = f"; {few(pickled)} is pickled and not read: convert it to safetensors" if pickled else ""
             raise CheckpointError(
                 f"{self.folder}: weights are missing, neither {self.WEIGHTS} nor {self.INDEX} is there{hint}"
             )
@@ -196,8 +194,3 @@ def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None
 def torch_dtype(name: str) -> torch.dtype:
     """float32 or bfloat16, by the recipe's word."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _some(names: list[str], limit: int = _NAMED) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest

@@ -1,6 +1,6 @@
 """Where a Megatron parameter stands in a torch_dist checkpoint, as `GPTModel.sharded_state_dict` of Megatron Core
-0.16.1 puts it: layers and experts are stacked into one tensor, and a norm has the name it would have fused with its
-linear layer, so that checkpoints do not depend on the layer implementation."""
+0.16.1 puts it: layers and experts are stacked into one tensor, and a norm has the name that it has in Transformer
+Engine's layers, which fuse it with its linear layer (not with a layer of experts)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def place_of(entry: Entry, architecture: Architecture) -> Place:
             stack.append(size)
             key = key.replace(found[0], replacement)
     for plain, fused in _FUSED.items():
-        key = key.replace(plain, fused) if key.startswith("decoder.layers.") else key
+        if key.startswith("decoder.layers.") and not (plain == "pre_mlp_layernorm." and architecture.experts):
+            key = key.replace(plain, fused)
     return Place(key, tuple(index), tuple(stack))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.slices import as_bytes
 
 _SHARD_BYTES = 5 * 2**30
 _TYPE_NAMES = {
@@ -67,7 +68,7 @@ class ShardWriter:
         if shard != self._current:
             self._open(shard)
         self._file.seek(self._data_start + self._offsets[name])
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(as_bytes(tensor).data)
 
     def finish(self) -> None:
         """Write the index of several files."""

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture
@@ -71,6 +73,14 @@ class Parameter:
 def as_matrix(tensor: Tensor) -> Tensor:
     """View [n] as [n, 1] and [.., rows, columns] as [.. * rows, columns]; the tensor must be contiguous."""
     return tensor.view(-1, 1) if tensor.dim() == 1 else tensor.view(-1, tensor.shape[-1])
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """A host tensor's bytes, [n] uint8; no copy where it is contiguous.
+
+    Not by `Tensor.numpy`, after which torch refuses for ever to empty the storage (`models.offload`).
+    """
+    return np.from_dlpack(tensor.detach().contiguous().view(-1).view(torch.uint8))
 
 
 def whole(tensor: str, shapes: Shapes) -> Box:

@@ -7,6 +7,7 @@ tensor parallelism cuts. All functions are pure and work on any torch tensor, on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,16 @@ FAMILIES: dict[str, tuple[Entry, ...]] = {
 
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), VOCABULARY)
 VALUE_HEAD = Entry("output_layer.weight", ("score.weight",), WHOLE)
+
+
+def table_name(name: str) -> str:
+    """A Megatron parameter's name in this table, where layers are Megatron's local ones, from either kind's name.
+
+    Transformer Engine's layers hold a norm in the linear layer after it, and a rank's experts in one module.
+    """
+    for fused, alone in _FUSED_NORMS.items():
+        name = name.replace(fused, alone)
+    return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:

@@ -2,8 +2,9 @@
 read one piece at a time, without process groups, models or devices.
 
 This is the one file of the conversion that knows private parts: `_StorageInfo` and the contents of `.metadata`, as of
-torch 2.13.0 (format 1.0.0) and Megatron Core 0.16.1. torch's own writer keeps all tensors of a file in memory until the
-file is complete, and its reader takes whole tensors only, which for stacked layers are most of the model.
+torch 2.13.0 and 2.14.1 (format 1.0.0), Megatron Core 0.16.1 and 0.19.2. torch's own writer keeps all tensors of a file
+in memory until the file is complete, and its reader takes whole tensors only, which for stacked layers are most of the
+model.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from megatron_vapo.errors import CheckpointError
 _FILE_BYTES = 5 * 2**30
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 _COMMON = {"common_backend": "torch", "common_backend_version": 1}
+
+COMMON_STATE = "common_state/shard_0_1"
+"""The object that holds what is neither tensor nor shard, which Megatron Core 0.16.1 keeps in common.pt."""
 
 
 class TorchDistWriter:
@@ -124,10 +128,40 @@ class TorchDistReader:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._check_files()
 
+    def check_objects(self) -> None:
+        """Read what is no tensor, as Megatron would, but without letting it run code.
+
+        Raises:
+            CheckpointError: an object is more than plain values and tensors.
+        """
+        common = self.folder / "common.pt"
+        objects = [(common, 0, common.stat().st_size)] if common.is_file() else []
+        for index, info in self._storage.items():
+            if index.fqn not in self._tensors:
+                objects.append((self.folder / info.relative_path, info.offset, info.length))
+        for path, offset, length in objects:
+            _read_plain(path, offset, length)
+
+    def read_object(self, key: str) -> Any:
+        """What Megatron stored under the name of one shard, without letting it run code.
+
+        Raises:
+            CheckpointError: not there, damaged, or more than plain values and tensors.
+        """
+        info = self._storage.get(MetadataIndex(key))
+        if info is None:
+            raise CheckpointError(f"{self.folder}: neither common.pt nor {key} is there")
+        return _read_plain(self.folder / info.relative_path, info.offset, info.length)[0]
+
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor, those of the optimizer included."""
         return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
+
+    @property
+    def objects(self) -> set[str]:
+        """Keys of what is no tensor."""
+        return {index.fqn for index in self._storage if index.fqn not in self._tensors}
 
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
@@ -195,6 +229,14 @@ class _DescriptionsOnly(pickle.Unpickler):
             if is_description or isinstance(found, torch.dtype) or (module, name) in self._ODD:
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's description")
+
+
+def _read_plain(path: Path, offset: int, length: int) -> Any:
+    try:
+        with path.open("rb") as file:
+            return torch.load(_create_file_view(file, offset, length), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"{path}: damaged, or more than plain values: {_line(error)}") from error
 
 
 def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, list[ChunkStorageMetadata]]:

@@ -162,7 +162,7 @@ def test_engine_shards_equal_gathering_everything(data: st.DataObject) -> None:
         mine = plan.of(rank)
         targets = empty_targets(mine, case.dtype)
         fill(mine, case.sources[rank], targets, transport)
-        verify(mine, case.sources[rank], targets, transport)
+        verify(mine, case.sources[rank], targets.items(), transport)
         return targets
 
     results = on_all_ranks(case.world, work)
@@ -308,7 +308,7 @@ def test_checksums_find_a_damaged_engine(damage: str) -> None:
                 o_proj.view(torch.int16)[2, 3] ^= 1
             else:
                 o_proj.copy_(o_proj.roll(1))
-        verify(mine, source, targets, transport)
+        verify(mine, source, targets.items(), transport)
 
     healthy, damaged = on_all_ranks(2, work)
     assert healthy is None
