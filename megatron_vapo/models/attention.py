@@ -34,6 +34,12 @@ class Bucket:
     mask: Tensor | None
     """[n, 1, Lq, Lk], True where a query sees a key; None where causal order says it all."""
 
+    def to(self, device: torch.device) -> Bucket:
+        """The same on a device."""
+        queries = self.queries.to(device)
+        keys = queries if self.keys is self.queries else self.keys.to(device)
+        return Bucket(queries, keys, None if self.mask is None else self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -43,16 +49,29 @@ class AttentionPlan:
     restore: Tensor
     """[t] where each packed row stands in the concatenated outputs of the buckets."""
 
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same on a device."""
+        return AttentionPlan(tuple(bucket.to(device) for bucket in self.buckets), self.restore.to(device))
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed-sequence parameters with the plan that the CPU attention follows."""
+    """Megatron's packed-sequence parameters with the plan that `SDPACoreAttention` follows."""
 
     plan: AttentionPlan | None = None
 
 
-def pack_sequences(cu_seqlens: Tensor, cp_rank: int, cp_size: int, device: torch.device) -> PackedSequences:
-    """Parameters for sequences at offsets `cu_seqlens [n + 1]`, each length a multiple of 2 * cp_size under CP."""
+def pack_sequences(
+    cu_seqlens: Tensor, cp_rank: int, cp_size: int, device: torch.device, planned: bool = True
+) -> PackedSequences:
+    """Parameters for sequences at offsets `cu_seqlens [n + 1]`, each length a multiple of 2 * cp_size under CP.
+
+    Padding lies within sequences, at their ends, so that no kernel need know of it: `cu_seqlens_q_padded` stays None,
+    with which Transformer Engine may use its fastest kernels.
+
+    Args:
+        planned: with the plan that `SDPACoreAttention` follows, on the device; Transformer Engine needs none.
+    """
     lengths = cu_seqlens.diff().tolist()
     on_device = cu_seqlens.to(device=device, dtype=torch.int32)
     return PackedSequences(
@@ -61,7 +80,7 @@ def pack_sequences(cu_seqlens: Tensor, cp_rank: int, cp_size: int, device: torch
         cu_seqlens_kv=on_device,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        plan=plan_attention(lengths, cp_rank, cp_size) if device.type == "cpu" else None,
+        plan=plan_attention(lengths, cp_rank, cp_size).to(device) if planned else None,
     )
 
 
@@ -179,6 +198,9 @@ class SDPACoreAttention(MegatronModule):
     def _attend(self, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One call: [n * Lq, h, d]."""
         q, k, v = _take(query, bucket.queries), _take(key, bucket.keys), _take(value, bucket.keys)
+        if q.is_cuda and bucket.mask is not None:
+            # The kernels that take a mask know no grouped queries: torch would fall back to one that keeps [Lq, Lk].
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=self.scale, enable_gqa=True
         )

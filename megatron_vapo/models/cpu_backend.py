@@ -1,8 +1,9 @@
 """Unmodified Megatron Core on CPU and gloo: stand-ins for what it asks of CUDA.
 
-`install()` must run before the first import of megatron.core (`megatron_vapo.models` sees to that) and does nothing
-where CUDA is present. Each function replaces one thing and says who needs it. `torch.cuda.is_available()` stays False.
-Written for, and checked against, the versions in `SUPPORTED`.
+`install()` must run before the first import of megatron.core (`megatron_vapo.models` sees to that). Where CUDA is
+present, it only fills in what Megatron lacks without Transformer Engine and Apex. Each function replaces one thing and
+says who needs it. `torch.cuda.is_available()` stays False. Written for, and checked against, the versions in
+`installation.MEGATRON_VERSIONS`.
 """
 
 from __future__ import annotations
@@ -11,30 +12,21 @@ import contextlib
 import functools
 import warnings
 from collections import defaultdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch.utils import _device
 
-SUPPORTED = ("0.16.1",)
-"""Versions of megatron-core whose use of CUDA these stand-ins cover."""
-
 _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Replace CUDA calls by CPU ones, once, where there is no CUDA device.
-
-    Raises:
-        RuntimeError: another megatron-core version, whose private needs are unknown.
-    """
-    if torch.cuda.is_available() or getattr(torch.cuda, "_megatron_vapo_cpu_backend", False):
+    """Replace CUDA calls by CPU ones, once, where there is no CUDA device; else see `_replace_without_kernels`."""
+    if torch.cuda.is_available():
+        _replace_without_kernels()
         return
-    if version("megatron-core") not in SUPPORTED:
-        raise RuntimeError(
-            f"megatron-core {version('megatron-core')} on CPU: only {', '.join(SUPPORTED)} can run without CUDA"
-        )
+    if getattr(torch.cuda, "_megatron_vapo_cpu_backend", False):
+        return
     _replace_device_queries()
     _replace_random_state()
     _replace_streams()
@@ -43,7 +35,19 @@ def install() -> None:
     _import_megatron_without_compiling()
     _replace_optimizer()
     _replace_moe_helpers()
+    _define_missing_names()
+    _share_groups()
     torch.cuda._megatron_vapo_cpu_backend = True
+
+
+def _replace_without_kernels() -> None:
+    """On CUDA: an AdamW that the distributed optimizer can checkpoint, and names that are undefined, where neither
+    Transformer Engine nor Apex brings them."""
+    from megatron.core import optimizer
+
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        _replace_optimizer()
+    _define_missing_names()
 
 
 def _no_op() -> Any:
@@ -151,7 +155,7 @@ def _import_megatron_without_compiling() -> None:
     torch.compile = identity
     try:
         with warnings.catch_warnings():
-            # Megatron's regrets that Apex and Transformer Engine are absent.
+            # Megatron's regrets that Apex and Transformer Engine are absent, and that parts are experimental.
             warnings.simplefilter("ignore", UserWarning)
             import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer
@@ -196,7 +200,7 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg"] for p in params],
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
-                [torch.tensor(float(group["step"])) for _ in params],
+                [torch.tensor(float(group["step"]), device=p.device) for p in params],
                 lr=group["lr"],
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -218,20 +222,44 @@ def _replace_optimizer() -> None:
 
 
 def _replace_moe_helpers() -> None:
-    """0.16.1 leaves two names undefined without Transformer Engine (router, selective recompute), and its alltoall
-    dispatcher expects numpy split sizes, which a copy from the GPU would have made."""
+    """The alltoall dispatcher of 0.16.1 expects numpy split sizes, which a copy from the GPU would have made."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
+
+
+def _define_missing_names() -> None:
+    """0.16.1 leaves two names undefined without Transformer Engine (router, selective recompute)."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    from megatron_vapo.models.megatron_versions import define_general_gemm
 
     class NoFP8:
         is_fp8_enabled = staticmethod(lambda: False)
 
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = NoFP8
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-    token_dispatcher.maybe_move_tensor_to_cpu = _to_numpy
+    define_general_gemm()
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _share_groups() -> None:
+    """Groups of a layout that have the same ranks are one: Megatron makes about twenty, and each gloo group has three
+    threads that poll. On CPU no two collectives overlap, so they need no communicators of their own."""
+    from megatron.core import parallel_state
+
+    create = parallel_state.create_group
+    parallel_state._SHARED_GROUPS = None  # by ranks; of the layout that is active, as all names of this form
+
+    def shared(ranks: list[int], **settings: Any) -> Any:
+        if parallel_state._SHARED_GROUPS is None:
+            parallel_state._SHARED_GROUPS = {}
+        groups = parallel_state._SHARED_GROUPS
+        if tuple(ranks) not in groups:
+            groups[tuple(ranks)] = create(ranks, **settings)
+        return groups[tuple(ranks)]
+
+    parallel_state.create_group = shared

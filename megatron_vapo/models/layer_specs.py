@@ -1,16 +1,25 @@
-"""Which modules a transformer layer is made of: Megatron's local ones with an attention and a norm that serve packed
-sequences and sequence parallelism on CPU."""
+"""Which modules a transformer layer is made of: Transformer Engine's (linear layers with their norms fused in, packed
+attention, experts in one grouped product), or Megatron's local ones with an attention and a norm that serve packed
+sequences and sequence parallelism anywhere.
+
+Checkpoints do not depend on it: both kinds put the same tensors under the same keys.
+"""
 
 from __future__ import annotations
 
 from copy import deepcopy
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions import transformer_engine as extension
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_vapo.errors import MachineError
 from megatron_vapo.models.attention import SDPACoreAttention
 
 
@@ -24,14 +33,32 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm."""
-    layer = _layer_spec(config)
+    """The layers of this pipeline stage and the final norm, as `config.transformer_impl` says."""
+    if config.transformer_impl == "transformer_engine":
+        layer, norm = _transformer_engine_layer(config), extension.TENorm
+    else:
+        layer, norm = _local_layer(config), RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage=vp_stage), layer_norm=norm
     )
 
 
-def _layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
+    if not extension.HAVE_TE:
+        raise MachineError(
+            "transformer-engine is installed, but cannot be imported (python -c 'import transformer_engine.pytorch' "
+            "says why): mend it, or uninstall it to train with Megatron's local layers"
+        )
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+
+
+def _local_layer(config: TransformerConfig) -> ModuleSpec:
+    if config.fp8:
+        raise MachineError("FP8 is computed by Transformer Engine's layers, and these are Megatron's local ones")
     spec = deepcopy(
         get_gpt_layer_local_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -39,6 +66,10 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        # Megatron's local layers store this norm as if it were fused with a linear layer; with experts, Transformer
+        # Engine's keep it apart.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention = layer.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     if config.qk_layernorm:

@@ -6,6 +6,7 @@ place while its model works (`with layout.active():`).
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_vapo.config import RoleConfig
+from megatron_vapo.together import talk_over_gloo
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -28,11 +30,23 @@ def init_world() -> None:
         return
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
+        # Megatron starts a collective before the product that is to hide it; with more queues the order is not kept.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "nccl":
+        talk_over_gloo()
+    else:
+        # Gloo's threads must have ended before C++ takes its objects down, else a finished process may yet abort.
+        atexit.register(_leave_world)
+
+
+def _leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def layout_sizes(role: RoleConfig) -> dict[str, int | None]:
@@ -75,6 +89,14 @@ class ParallelLayout:
         """Whether this rank speaks for its tokens: last pipeline stage, first tensor-parallel rank."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
+    def close(self) -> None:
+        """Give the process groups back; each gloo group has threads that poll for as long as it lives."""
+        groups = {id(group): group for group in _groups(self._state) if group is not dist.group.WORLD}
+        for group in groups.values():
+            dist.destroy_process_group(group)
+        self._state = _fresh_state()
+        self.tp_group = self.pp_group = None
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Put this layout's groups and random states where Megatron looks for them."""
@@ -88,6 +110,7 @@ class ParallelLayout:
 
 
 _NAMES = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+_NAMES.append("_global_process_group_list")  # keeps groups alive
 
 
 def _read_state() -> dict[str, Any]:
@@ -98,6 +121,13 @@ def _read_state() -> dict[str, Any]:
 def _write_state(state: dict[str, Any]) -> None:
     vars(parallel_state).update((name, state[name]) for name in _NAMES)
     megatron_random._CUDA_RNG_STATE_TRACKER = state["tracker"]
+
+
+def _groups(state: dict[str, Any]) -> Iterator[dist.ProcessGroup]:
+    for value in state.values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dist.ProcessGroup):
+                yield item
 
 
 _UNSET = _read_state()

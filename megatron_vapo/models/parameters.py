@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.together import gathered
 from megatron_vapo.weights.hf_folder import HFFolder
-from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, unshard
+from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, table_name, unshard
 from megatron_vapo.weights.training_layout import TrainingRank
 
 
@@ -31,14 +33,20 @@ def load_hf(model: Trainable, folder: str | Path) -> None:
     if headless:
         expected.pop(VALUE_HEAD.hf[0])
     source.check(expected)
-    with model.layout.active():
+    exact: dict[torch.nn.Parameter, Tensor] = {}
+    with model.layout.active(), torch.no_grad():
         held = _held_parameters(model)
+        unknown = held.keys() - {entry.megatron for entry in entries(model.architecture)}
+        assert not unknown, f"parameters that the table of names does not know: {sorted(unknown)}"
         for entry in entries(model.architecture):
             if entry.megatron in held and not (headless and entry.hf == VALUE_HEAD.hf):
                 tensors = [source.read(name) for name in entry.hf]
                 for parameter in held[entry.megatron]:
-                    parameter.data.copy_(_local_shard(model, entry, tensors))
-    model.reload_parameters()
+                    local = _local_shard(model, entry, tensors)
+                    parameter.copy_(local.to(parameter.device, model.config.params_dtype))
+                    if is_float8tensor(parameter):
+                        exact[parameter] = local
+    model.reload_parameters(exact)
 
 
 def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
@@ -46,6 +54,7 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
 
     Raises nothing; peak extra memory is one Megatron parameter in whole.
     """
+    model.residence.ready("parameters")
     with model.layout.active():
         held = _held_parameters(model)
         owners = _owners(held)
@@ -65,8 +74,9 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
 
 def held_tensors(model: Trainable) -> dict[str, Tensor]:
     """This rank's parameters by name: what a weight sync moves (`weights.transfer`)."""
+    model.residence.ready("parameters")
     with model.layout.active():
-        return {name: parameters[0].data for name, parameters in _held_parameters(model).items()}
+        return {name: _numbers(parameters[0]) for name, parameters in _held_parameters(model).items()}
 
 
 def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
@@ -75,9 +85,12 @@ def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
         experts = parallel_state.get_expert_tensor_parallel_group()
         names = frozenset(_held_parameters(model))
     mine = TrainingRank(names, model.layout.tp_rank, model.layout.tp_size, experts.rank(), experts.size())
-    ranks: list[TrainingRank] = [mine] * dist.get_world_size()
-    dist.all_gather_object(ranks, mine)
-    return ranks
+    return gathered(mine)
+
+
+def _numbers(parameter: torch.nn.Parameter) -> Tensor:
+    """Its memory; of an FP8 parameter, a copy in the model's dtype."""
+    return dequantize_fp8_tensor(parameter).detach() if is_float8tensor(parameter) else parameter.data
 
 
 def _held_parameters(model: Trainable) -> dict[str, list[torch.nn.Parameter]]:
@@ -92,6 +105,7 @@ def _held_parameters(model: Trainable) -> dict[str, list[torch.nn.Parameter]]:
 def _global_name(model: Trainable, module: torch.nn.Module, name: str) -> str:
     if name == "output_layer.weight" and model.architecture.tied_embeddings:
         return "embedding.word_embeddings.weight"
+    name = table_name(name)
     layer = re.match(r"decoder\.layers\.(\d+)\.", name)
     if layer:
         number = module.decoder.layers[int(layer[1])].layer_number - 1
@@ -122,7 +136,7 @@ def _gather_tensor_parallel(
     """The entry's Hugging Face tensors, on the ranks that hold a shard of it; None elsewhere."""
     if entry.megatron not in held:
         return None
-    parameter = held[entry.megatron][0].data
+    parameter = _numbers(held[entry.megatron][0])
     if group.size() == 1 or entry.layout.dim is None:
         return unshard(entry, [parameter], model.architecture)
     shards = [torch.empty_like(parameter) for _ in range(group.size())]
@@ -132,6 +146,5 @@ def _gather_tensor_parallel(
 
 def _owners(held: dict[str, list[torch.nn.Parameter]]) -> dict[str, int]:
     """For each parameter the lowest rank of the world that holds a part of it."""
-    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names, sorted(held))
+    names = gathered(sorted(held))
     return {name: rank for rank in reversed(range(len(names))) for name in names[rank]}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -36,7 +39,7 @@ class Actor(Trainable):
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         model = GPTModel(config=config, **stage)
-        if self.role.fused_logprobs and model.post_process:
+        if self.role.logprobs != "whole" and model.post_process:
             # The layer keeps its weight, its name and its place in checkpoints; only what it returns differs.
             model.output_layer.__class__ = HiddenStatesOutput
         return model
@@ -45,9 +48,18 @@ class Actor(Trainable):
         rows = output[0].index_select(0, micro.predictors.to(self.device))
         targets = micro.targets.to(self.device)
         rest = (targets, self.architecture.vocab, self.temperature, self.layout.tp_group)
-        if self.role.fused_logprobs:
-            return fused_logprob_and_entropy(rows, self.modules[-1].output_layer.used_weight, *rest)
-        return logprob_and_entropy(rows, *rest)
+        if self.role.logprobs == "whole":
+            return logprob_and_entropy(rows, *rest)
+        return fused(self.role.logprobs)(rows, self.modules[-1].output_layer.used_weight, *rest)
+
+
+def fused(logprobs: Literal["chunked", "triton"]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`fused_logprob_and_entropy`, or Triton's, as actor.logprobs says."""
+    if logprobs == "chunked":
+        return fused_logprob_and_entropy
+    from megatron_vapo.models import triton_logprob
+
+    return triton_logprob.logprob_and_entropy
 
 
 class HiddenStatesOutput(ColumnParallelLinear):

@@ -19,14 +19,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vapo.backend import machine_backend
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
+from megatron_vapo.layout_checks import packing_multiples
 from megatron_vapo.models.attention import pack_sequences
-from megatron_vapo.models.build import build_chunks
+from megatron_vapo.models.build import build_chunks, fuse_weight_gradients
+from megatron_vapo.models.emulated_fp8 import advance_delayed_scales
 from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.models.offload import KINDS, Residence, storages_of
 from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.together import gathered
 from megatron_vapo.weights.architecture import Architecture
 
 Outputs = tuple[Tensor, ...]
@@ -53,11 +58,17 @@ class Trainable(ABC):
     ) -> None:
         self.name, self.role, self.architecture, self.layout = name, role, architecture, layout
         self.device = torch.device(torch.cuda.current_device())
-        self.config = transformer_config(architecture, role, dtype)
+        backend = machine_backend(dtype, role.precision)
+        self.config = transformer_config(architecture, role, dtype, backend)
         with layout.active():
-            self.modules: list[GPTModel] = build_chunks(self.config, architecture, self._module, self.device)
+            self.modules: list[GPTModel] = build_chunks(
+                self.config, architecture, self._module, self.device, role.precision
+            )
+            if backend.wgrad == "transformer_engine":
+                fuse_weight_gradients(self.modules)
             self.chunks = [self._distribute(i, module) for i, module in enumerate(self.modules)]
             self._connect_schedule()
+        self.residence = Residence(lambda: storages_of(self.chunks, self.optimizer), role.offload)
         self.reset_optimizer()
 
     @abstractmethod
@@ -70,20 +81,32 @@ class Trainable(ABC):
 
     def reset_optimizer(self) -> None:
         """Fresh optimizer states and schedule on the present parameters."""
+        self.residence.ready(*KINDS)
         with self.layout.active():
             self.optimizer = build_optimizer(self.role, self.config, self.chunks)
             self.scheduler = build_scheduler(self.role.optimizer, self.optimizer)
         self.config.grad_scale_func = self.optimizer.scale_loss
 
-    def reload_parameters(self) -> None:
-        """Tell the optimizer that parameters were changed from outside (its float32 copies follow)."""
+    def reload_parameters(self, exact: dict[torch.nn.Parameter, Tensor] | None = None) -> None:
+        """Tell the optimizer that parameters were changed from outside (its float32 copies follow).
+
+        Args:
+            exact: of FP8 parameters the numbers before they were rounded, for the float32 copies.
+        """
+        self.residence.ready("parameters", "main_parameters")
         with self.layout.active():
-            self.optimizer.reload_model_params()
+            self.optimizer.reload_model_params(self._named(exact) if exact else None)
+
+    def _named(self, exact: dict[torch.nn.Parameter, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """As Megatron takes parameters: all of them, by chunk and name."""
+        chunks = [{n: exact.get(p, p.detach()) for n, p in module.named_parameters()} for module in self.modules]
+        return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
     @torch.no_grad()
     def forward(self, batch: Experience) -> Outputs:
         """Outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
         micros = self._micro_batches(batch)
+        self.residence.ready("parameters")
         for chunk in self.chunks:
             chunk.eval()
         parts = self._run(micros, _keep_outputs, forward_only=True)
@@ -96,6 +119,8 @@ class Trainable(ABC):
             Totals of the loss's statistics, with `grad_norm`, `learning_rate` and `skipped` (0 or 1).
         """
         micros = self._micro_batches(minibatch)
+        self.residence.ready("parameters", "gradients")
+        self.residence.to_device("main_parameters", "optimizer")  # behind the passes
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -105,9 +130,11 @@ class Trainable(ABC):
         parts = self._run(micros, partial(_scaled_loss, loss, scale), forward_only=False)
         totals = self._total(parts)
         with self.layout.active():
+            advance_delayed_scales(self.modules)
             return totals | self._step(totals["loss"])
 
     def _step(self, loss: float) -> dict[str, float]:
+        self.residence.ready("main_parameters", "optimizer")
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         finite = math.isfinite(norm) and math.isfinite(loss)  # both are known to all ranks
@@ -128,10 +155,11 @@ class Trainable(ABC):
     def packing(self) -> PackingRule:
         """What this layout asks of micro-batches."""
         role = self.role
+        sequence_multiple, total_multiple = packing_multiples(role)
         return PackingRule(
             token_budget=role.micro_batch_tokens,
-            sequence_multiple=2 * role.context_parallel if role.context_parallel > 1 else 1,
-            total_multiple=role.tensor_parallel if role.sequence_parallel else 1,
+            sequence_multiple=sequence_multiple,
+            total_multiple=total_multiple,
             fixed_total=role.virtual_pipeline is not None,
             count_multiple=role.pipeline_parallel if role.virtual_pipeline else 1,
             # Per token, a layer's matrices cost about 24 hidden^2 operations and causal attention 2 hidden * length.
@@ -169,15 +197,19 @@ class Trainable(ABC):
             input_ids=micro.tokens[None].to(self.device),
             position_ids=micro.positions[None].to(self.device),
             attention_mask=None,
-            packed_seq_params=pack_sequences(whole.cu_seqlens, cp_rank, cp_size, self.device),
+            packed_seq_params=pack_sequences(whole.cu_seqlens, cp_rank, cp_size, self.device, self._plans_attention),
         )
         return output, lambda tensor: finish(self._outputs(tensor, micro), micro.token_index)
 
+    @property
+    def _plans_attention(self) -> bool:
+        """Whether layers attend by this package's plan; Transformer Engine's need none."""
+        return self.config.transformer_impl == "local"
+
     def _assemble(self, parts: list[dict], total: int) -> Outputs:
         """Each token is written by the one rank that owns it and is zero elsewhere: a sum over the world joins them."""
-        count = torch.tensor([len(parts[0]["outputs"]) if parts else 0])
-        dist.all_reduce(count, op=dist.ReduceOp.MAX)
-        joined = torch.zeros(int(count), total, device=self.device)
+        count = max(gathered(len(parts[0]["outputs"]) if parts else 0))
+        joined = torch.zeros(count, total, device=self.device)
         if self.layout.owns_outputs:
             for part in parts:
                 joined[:, part["token_index"].to(self.device)] = torch.stack(part["outputs"])
@@ -186,23 +218,20 @@ class Trainable(ABC):
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum of every statistic over micro-batches and ranks, known to all ranks."""
-        names = [sorted(parts[0])] if parts else [None]
-        if dist.get_world_size() > 1:
-            gathered: list[list[str] | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, names[0])
-            names = [n for n in gathered if n]
-        sums = torch.zeros(len(names[0]), dtype=torch.float64, device=self.device)
+        names = next(filter(None, gathered(sorted(parts[0]) if parts else None)))
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if self.layout.owns_outputs:
             for part in parts:
-                sums += torch.stack([part[name].detach().double() for name in names[0]])
+                sums += torch.stack([part[name].detach().double() for name in names])
         dist.all_reduce(sums)
-        return dict(zip(names[0], sums.tolist()))
+        return dict(zip(names, sums.tolist()))
 
     def _distribute(self, index: int, module: GPTModel) -> DistributedDataParallel:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=self.role.overlap_grad_reduce,
             use_distributed_optimizer=self.role.distributed_optimizer,
+            fp8_param_gather=self.role.precision.fp8_parameters,
         )
         return DistributedDataParallel(self.config, ddp, module, disable_bucketing=index > 0)
 

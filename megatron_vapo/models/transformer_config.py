@@ -5,14 +5,17 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vapo.config import RoleConfig
+from megatron_vapo.backend import Backend
+from megatron_vapo.config import PrecisionConfig, RoleConfig
+from megatron_vapo.precision_checks import runs_in_fp8
 from megatron_vapo.weights.architecture import Architecture
 
 
-def transformer_config(architecture: Architecture, role: RoleConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of one role's model."""
+def transformer_config(
+    architecture: Architecture, role: RoleConfig, dtype: torch.dtype, backend: Backend
+) -> TransformerConfig:
+    """Megatron's configuration of one role's model, built from the backend's implementations."""
     a = architecture
-    on_cpu = not torch.cuda.is_available()
     return TransformerConfig(
         num_layers=a.layers,
         hidden_size=a.hidden,
@@ -45,7 +48,7 @@ def transformer_config(architecture: Architecture, role: RoleConfig, dtype: torc
         variable_seq_lengths=role.virtual_pipeline is None,
         # gloo corrupts gradients when point-to-point transfers overlap with freed outputs. Batched transfers would
         # mix up forward and backward between the two ranks of an interleaved pipeline of two.
-        overlap_p2p_comm=not on_cpu and role.virtual_pipeline is not None,
+        overlap_p2p_comm=backend.on_gpu and role.virtual_pipeline is not None,
         batch_p2p_comm=role.virtual_pipeline is None,
         deallocate_pipeline_outputs=True,
         recompute_granularity=None if role.recompute == "none" else role.recompute,
@@ -54,18 +57,22 @@ def transformer_config(architecture: Architecture, role: RoleConfig, dtype: torc
         # Weights always come from a checkpoint, but only initialisation marks parameters as tensor-parallel, without
         # which the gradient norm leaves out all ranks but the first.
         perform_initialization=True,
-        use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
+        use_cpu_initialization=not backend.on_gpu,
+        transformer_impl=backend.layers,
+        # Transformer Engine's layers: `build.fuse_weight_gradients`.
+        gradient_accumulation_fusion=backend.wgrad == "apex",
         masked_softmax_fusion=False,
-        bias_activation_fusion=False,
+        bias_activation_fusion=backend.on_gpu,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=False,
-        **_experts(a, role),
+        apply_rope_fusion=backend.transformer_engine,
+        **_experts(a, role, backend),
+        **_precision(role.precision),
     )
 
 
-def _experts(a: Architecture, role: RoleConfig) -> dict[str, object]:
+def _experts(a: Architecture, role: RoleConfig, backend: Backend) -> dict[str, object]:
     # Pipelines with variable lengths demand this dispatcher of dense models too.
     dispatcher: dict[str, object] = {"moe_token_dispatcher_type": "alltoall"}
     if not a.experts:
@@ -79,5 +86,22 @@ def _experts(a: Architecture, role: RoleConfig) -> dict[str, object]:
         "moe_router_load_balancing_type": "aux_loss" if role.moe_aux_loss else "none",
         "moe_aux_loss_coeff": role.moe_aux_loss,
         "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": backend.transformer_engine,
+    }
+
+
+def _precision(precision: PrecisionConfig) -> dict[str, object]:
+    """FP8 covers the linear layers of transformer layers: Megatron opens its context around those alone, and router,
+    embeddings and output layer are none of Transformer Engine's."""
+    if not runs_in_fp8(precision):
+        return {}
+    return {
+        "fp8": precision.format,
+        "fp8_recipe": precision.recipe,
+        "fp8_param": precision.fp8_parameters,
+        "fp8_amax_history_len": 1024,  # steps, as Transformer Engine's own default; delayed scaling alone reads it
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": bool(precision.first_layers or precision.last_layers),
+        "num_layers_at_start_in_bf16": precision.first_layers,
+        "num_layers_at_end_in_bf16": precision.last_layers,
     }

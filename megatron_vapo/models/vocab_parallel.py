@@ -3,15 +3,17 @@
 Two ways to the same numbers: from logits, and from hidden states ("fused": logits of a few columns at a time exist only
 inside, forward and again backward). Both go through the vocabulary in blocks of columns with running sums, so that
 temporaries stay small and each row of the output layer's weight is touched once; three numbers a token are kept for the
-backward pass.
+backward pass. What is done inside a block of the fused way is torch's operations here (`Chunks`), Triton kernels in
+`triton_logprob`; everything around it is the same.
 
-Legend: t tokens, v this rank's part of the vocabulary, w columns of a block, H hidden size.
+Legend: t tokens, v this rank's part of the vocabulary, w columns of a block, n parts of v, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from torch import Tensor
 BLOCK_BYTES = 8 * 2**20
 """Size of a block of float32 logits; about four of them exist at a time."""
 
-_LOWEST = -1e30
+LOWEST = -1e30
 """Peak before any logit was seen; finite, so that it never makes NaN with a zero sum."""
 
 
@@ -46,9 +48,8 @@ class Vocabulary:
         first = columns * (group.rank() if group is not None else 0)
         return Vocabulary(first, min(max(size - first, 0), columns), temperature, group)
 
-    def blocks(self, tokens: int) -> Iterator[slice]:
-        """Columns, a block at a time."""
-        width = max(64, BLOCK_BYTES // (4 * max(tokens, 1)))
+    def blocks(self, width: int) -> Iterator[slice]:
+        """Columns, `width` at a time."""
         return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
 
     def scaled(self, logits: Tensor) -> Tensor:
@@ -67,12 +68,17 @@ class Vocabulary:
         return tensor
 
 
+def _chunk(tokens: int) -> int:
+    """Columns of a block of float32 logits."""
+    return max(64, BLOCK_BYTES // (4 * max(tokens, 1)))
+
+
 class _Sums:
     """Running sums of the softmax of each token, relative to the largest logit so far."""
 
     def __init__(self, targets: Tensor, vocabulary: Vocabulary) -> None:
         self._targets, self._vocabulary = targets, vocabulary
-        self._peak = torch.full(targets.shape, _LOWEST, device=targets.device)
+        self._peak = torch.full(targets.shape, LOWEST, device=targets.device)
         self._total, self._weighted, self._target = (torch.zeros_like(self._peak) for _ in range(3))
 
     def absorb(self, z: Tensor, block: slice) -> None:
@@ -85,16 +91,9 @@ class _Sums:
         self._total += p.sum(dim=-1)
         self._weighted += p.mul_(z).sum(dim=-1)
 
-    def finish(self) -> Tensor:
-        """Log-prob, entropy and log of the normaliser [3, t], over all ranks."""
-        peak = self._vocabulary.reduce(self._peak.clone(), dist.ReduceOp.MAX)
-        self._move_peak(peak)
-        sums = torch.stack([self._total, self._weighted, self._target])
-        total, weighted, target = self._vocabulary.reduce(sums, dist.ReduceOp.SUM)
-        log_total = total.log()
-        log_normalizer = log_total + peak
-        # The peak is taken off first: large logits would cost the small difference its digits.
-        return torch.stack([target - peak - log_total, log_total - weighted / total, log_normalizer])
+    def parts(self) -> Tensor:
+        """[4, 1, t] for `_finish`."""
+        return torch.stack([self._peak, self._total, self._weighted, self._target])[:, None]
 
     def _move_peak(self, peak: Tensor) -> None:
         shift = self._peak - peak
@@ -104,14 +103,35 @@ class _Sums:
         self._peak = peak
 
 
+def _finish(parts: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Put parts of the vocabulary together, this rank's and then all ranks'.
+
+    Args:
+        parts: [4, n, t], of each part and token: the largest scaled logit z (`LOWEST` for none); the sum of
+            exp(z - largest); the sum of exp(z - largest) (z - largest); the target's z, or 0 in parts without it.
+
+    Returns:
+        Log-prob, entropy and log of the normaliser [3, t].
+    """
+    peaks, totals, weighted_sums, targets = parts
+    peak = vocabulary.reduce(peaks.amax(dim=0), dist.ReduceOp.MAX)
+    shift = peaks - peak
+    scale = shift.exp()
+    sums = torch.stack([scale * totals, scale * (weighted_sums + totals * shift), targets]).sum(dim=1)
+    total, weighted, target = vocabulary.reduce(sums, dist.ReduceOp.SUM)
+    log_total = total.log()
+    # The peak is taken off first: large logits would cost the small difference its digits.
+    return torch.stack([target - peak - log_total, log_total - weighted / total, log_total + peak])
+
+
 @dataclass(frozen=True)
-class _Gradient:
+class Gradient:
     """Closed forms, with p = softmax(z): d log p(y) / dz = onehot(y) - p and d H / dz = -p (log p + H)."""
 
     targets: Tensor
     vocabulary: Vocabulary
     kept: Tensor
-    """[3, t] of `_Sums.finish`."""
+    """[3, t] of `_finish`."""
     logprob: Tensor
     """[t], gradient of the log-probs."""
     entropy: Tensor | None
@@ -132,18 +152,18 @@ class _Gradient:
         return grad.div_(self.vocabulary.temperature)
 
 
-def _gradient(ctx, targets: Tensor, kept: Tensor, logprob: Tensor | None, entropy: Tensor | None) -> _Gradient:
+def _gradient(ctx, targets: Tensor, kept: Tensor, logprob: Tensor | None, entropy: Tensor | None) -> Gradient:
     logprob = torch.zeros_like(kept[0]) if logprob is None else logprob
-    return _Gradient(targets, ctx.vocabulary, kept, logprob, entropy)
+    return Gradient(targets, ctx.vocabulary, kept, logprob, entropy)
 
 
 class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         sums = _Sums(targets, vocabulary)
-        for block in vocabulary.blocks(len(logits)):
+        for block in vocabulary.blocks(_chunk(len(logits))):
             sums.absorb(vocabulary.scaled(logits[:, block]), block)
-        kept = sums.finish()
+        kept = _finish(sums.parts(), vocabulary)
         ctx.save_for_backward(logits, targets, kept)
         ctx.vocabulary = vocabulary
         ctx.set_materialize_grads(False)
@@ -155,40 +175,71 @@ class _FromLogits(torch.autograd.Function):
         gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
         grad = torch.empty_like(logits)
         grad[:, ctx.vocabulary.columns :] = 0  # padding
-        for block in ctx.vocabulary.blocks(len(logits)):
+        for block in ctx.vocabulary.blocks(_chunk(len(logits))):
             grad[:, block] = gradient.of_block(ctx.vocabulary.scaled(logits[:, block]), block)
         return grad, None, None
 
 
+class Inside(Protocol):
+    """What happens to columns of the vocabulary between hidden states and sums, or gradients of logits."""
+
+    def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """hidden [t, H], weight [v, H], targets [t] -> [4, n, t], see `_finish`."""
+
+    def width(self, hidden: Tensor) -> int:
+        """Columns w whose gradients exist at a time."""
+
+    def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
+        """hidden [t, H], weight of the block [w, H] -> gradient of the unscaled logits [t, w], of the weight's type."""
+
+
+class Chunks:
+    """Blocks of logits by torch's own operations, on any device."""
+
+    def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+        sums = _Sums(targets, vocabulary)
+        for block in vocabulary.blocks(self.width(hidden)):
+            sums.absorb(vocabulary.scaled(hidden @ weight[block].t()), block)
+        return sums.parts()
+
+    def width(self, hidden: Tensor) -> int:
+        return _chunk(len(hidden))
+
+    def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
+        z = gradient.vocabulary.scaled(hidden @ weight.t())
+        return gradient.of_block(z, block).to(weight.dtype)
+
+
+CHUNKS = Chunks()
+
+
 class _FromHidden(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-        sums = _Sums(targets, vocabulary)
-        for block in vocabulary.blocks(len(hidden)):
-            sums.absorb(vocabulary.scaled(hidden @ weight[block].t()), block)
-        kept = sums.finish()
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary, inside: Inside
+    ) -> tuple[Tensor, Tensor]:
+        kept = _finish(inside.sums(hidden, weight, targets, vocabulary), vocabulary)
         ctx.save_for_backward(hidden, weight, targets, kept)
-        ctx.vocabulary = vocabulary
+        ctx.vocabulary, ctx.inside = vocabulary, inside
         ctx.set_materialize_grads(False)
         return kept[0].clone(), kept[1].clone()
 
     @staticmethod
     def backward(
         ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, None, None]:
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, kept = ctx.saved_tensors
         gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             grad_weight[ctx.vocabulary.columns :] = 0  # padding
-        for block in ctx.vocabulary.blocks(len(hidden)):
-            z = ctx.vocabulary.scaled(hidden @ weight[block].t())
-            grad = gradient.of_block(z, block).to(weight.dtype)
+        for block in ctx.vocabulary.blocks(ctx.inside.width(hidden)):
+            grad = ctx.inside.gradient(hidden, weight[block], block, gradient)
             grad_hidden += grad @ weight[block]
             if grad_weight is not None:
                 torch.mm(grad.t(), hidden, out=grad_weight[block])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None
 
 
 def logprob_and_entropy(
@@ -215,6 +266,7 @@ def fused_logprob_and_entropy(
     vocab: int,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    inside: Inside = CHUNKS,
 ) -> tuple[Tensor, Tensor]:
     """`logprob_and_entropy` of logits = hidden @ weight.T that never exist as a whole.
 
@@ -222,6 +274,7 @@ def fused_logprob_and_entropy(
         hidden: [t, H], the same on all ranks of the group; its gradient is this rank's part, to be summed over them.
         weight: [v, H], this tensor-parallel rank's rows of the output layer.
         targets, vocab, temperature, group: as in `logprob_and_entropy`.
+        inside: how blocks are computed.
     """
     vocabulary = Vocabulary.of_rank(len(weight), vocab, temperature, group)
-    return _FromHidden.apply(hidden, weight, targets, vocabulary)
+    return _FromHidden.apply(hidden, weight, targets, vocabulary, inside)

@@ -97,12 +97,12 @@ def test_values(make_checkpoint, make_model, make_critic, make_experience, famil
     torch.testing.assert_close(values, values_by_transformers(model, batch), rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_gradients(make_checkpoint, make_model, make_actor, batch, family, fused, tmp_path):
+@pytest.mark.parametrize("logprobs", ["whole", "chunked"])
+def test_gradients(make_checkpoint, make_model, make_actor, batch, family, logprobs, tmp_path):
     """Of a random sum over log-probs and entropies, for every tensor of the checkpoint."""
     folder = make_checkpoint(family[0], **family[1])
     weights = torch.randn(2, sum(RESPONSES), generator=torch.Generator().manual_seed(1))
-    actor = make_actor(folder, replace(ROLE, fused_logprobs=fused))
+    actor = make_actor(folder, replace(ROLE, logprobs=logprobs))
 
     def loss(outputs: tuple[Tensor, ...], token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         share = (weights[:, token_index] * torch.stack(outputs)).sum()

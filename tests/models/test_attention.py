@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_vapo.backend import Backend
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.models.attention import PackedSequences, SDPACoreAttention, pack_sequences, plan_attention
 from megatron_vapo.models.transformer_config import transformer_config
@@ -36,7 +37,7 @@ def attention() -> SDPACoreAttention:
         max_positions=64,
         rope_base=1e4,
     )
-    config = transformer_config(architecture, RoleConfig(), torch.float64)
+    config = transformer_config(architecture, RoleConfig(), torch.float64, Backend())
     return SDPACoreAttention(config, layer_number=1, attn_mask_type=None, attention_type="self")
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.packing import pack
 from megatron_vapo.errors import CheckpointError
+from megatron_vapo.models import trainable
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
 from megatron_vapo.models.parameters import load_hf
 from megatron_vapo.models.trainable import Loss, Outputs, Trainable
@@ -251,3 +253,30 @@ def test_loading_weights_reaches_the_main_parameters(make_actor, make_checkpoint
     for model in (actor, expected):
         model.update(batch, weighted(batch))
     assert_same(actor, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+@pytest.mark.parametrize("multiple", [16, 128])
+def test_padding_to_what_fp8_needs_changes_nothing(
+    make_actor, make_checkpoint, make_experience, monkeypatch, family, multiple
+):
+    """The computation is in float32 both times; only the packing is that of FP8."""
+    folder, batch = make_checkpoint(family), make_experience([3, 1, 5, 2], [6, 30, 9, 17])
+    plain, padded = make_actor(folder, role()), make_actor(folder, role())
+    lengths = []
+
+    def pack_to_multiple(*arguments: object) -> object:
+        micro = pack(*arguments)
+        lengths.append(len(micro.tokens))
+        return micro
+
+    expected = plain.forward(batch)
+    monkeypatch.setattr(trainable, "packing_multiples", lambda _: (1, multiple))
+    monkeypatch.setattr(trainable, "pack", pack_to_multiple)
+    for mine, other in zip(expected, padded.forward(batch), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+    theirs = padded.update(batch, weighted(batch))
+    assert lengths and all(length % multiple == 0 for length in lengths)
+    monkeypatch.undo()
+    assert plain.update(batch, weighted(batch)) == pytest.approx(theirs, rel=1e-4)
+    torch.testing.assert_close(parameters(plain), parameters(padded), rtol=1e-4, atol=1e-5)

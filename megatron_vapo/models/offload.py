@@ -1,0 +1,212 @@
+"""A role's memory between phases: on the device while a phase needs it, else on the host.
+
+The states of each kind of memory that a recipe offloads:
+
+    DEVICE --to_host: copy out, empty the storages--> HOST --to_device: refill the storages, copy in--> DEVICE
+
+Storages are emptied and refilled in place (`UntypedStorage.resize_`), so every view stays what it was: parameters in
+Megatron's contiguous buffers, main gradients, buckets, the shards that the distributed optimizer works on. Gradients
+are not copied: an update sets them to zero before it adds to them, so between updates they hold nothing.
+
+On CUDA the copies run beside the computation, out and in on a stream each: what a phase needs first comes first, the
+optimizer's share arrives behind the passes that do not need it, and one role leaves while the other comes. On CPU the
+same code runs: the host's copy is another buffer, and streams do nothing (`cpu_backend`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor, UntypedStorage
+
+from megatron_vapo.config import OffloadConfig
+
+Kind = Literal["parameters", "gradients", "main_parameters", "optimizer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order in which an update needs them."""
+
+SAVED: tuple[Kind, ...] = ("parameters", "main_parameters", "optimizer")
+"""What a checkpoint holds."""
+
+NEEDED: dict[str, dict[str, tuple[Kind, ...]]] = {
+    "rollout": {},
+    "values": {"critic": ("parameters",)},
+    "logprobs": {"actor": ("parameters",)},
+    "critic_update": {"critic": KINDS},
+    "actor_update": {"actor": KINDS},
+    "weight_sync": {"actor": ("parameters",)},
+}
+"""What each phase of a step keeps on the device, by role."""
+
+CHUNK = 2**28
+"""Bytes of host memory taken at a time: torch rounds what it pins up to a power of two, which would nearly double a
+buffer of many GiB."""
+
+Storages = dict[Kind, list[UntypedStorage]]
+
+
+class Residence:
+    """Where one role's memory is.
+
+    Args:
+        storages: finds the role's storages; asked anew each time, for loading a checkpoint may replace some.
+        settings: the kinds that move; all others stay on the device, whatever is asked.
+    """
+
+    def __init__(self, storages: Callable[[], Storages], settings: OffloadConfig) -> None:
+        self._storages = storages
+        self.moves = tuple(kind for kind in KINDS if getattr(settings, kind))
+        self._away: dict[Kind, list[_Away]] = {}
+        self._host: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+        self._arrivals: dict[Kind, torch.cuda.Event] = {}
+
+    def keep(self, kinds: tuple[Kind, ...] = ()) -> None:
+        """These on the device, all others on the host; copies may still be under way (`ready` waits)."""
+        self.to_host(*(kind for kind in reversed(KINDS) if kind not in kinds))
+        self.to_device(*kinds)
+
+    def to_host(self, *kinds: Kind) -> None:
+        """Send kinds to the host. Their memory is free for what this stream does next."""
+        leaving = [kind for kind in kinds if kind in self.moves and kind not in self._away]
+        if not leaving:
+            return
+        found = self._storages()
+        self._out.wait_stream(torch.cuda.current_stream())
+        self._out.wait_stream(self._in)
+        for kind in leaving:
+            storages = [storage for storage in found[kind] if storage.nbytes()]
+            sizes = [storage.nbytes() for storage in storages]
+            parts = [[] for _ in sizes] if kind == "gradients" else _cut(self._host[kind], sizes)
+            self._away[kind] = [_Away(*of_storage) for of_storage in zip(storages, sizes, parts)]
+            for away in self._away[kind]:
+                away.leave(self._out)
+
+    def to_device(self, *kinds: Kind) -> None:
+        """Begin to bring kinds back, the first first."""
+        coming = {kind: self._away.pop(kind) for kind in kinds if kind in self._away}
+        if not coming:
+            return
+        for of_kind in coming.values():
+            for away in of_kind:
+                away.storage.resize_(away.size)
+        self._in.wait_stream(torch.cuda.current_stream())  # which may still work on what had this memory before
+        self._in.wait_stream(self._out)
+        for kind, of_kind in coming.items():
+            for away in of_kind:
+                away.come(self._in)
+            self._arrivals[kind] = self._in.record_event()
+
+    def ready(self, *kinds: Kind) -> None:
+        """Kinds on the device, for whatever this stream does next."""
+        self.to_device(*kinds)
+        for kind in kinds:
+            if kind in self._arrivals:
+                torch.cuda.current_stream().wait_event(self._arrivals.pop(kind))
+
+    @contextmanager
+    def borrowed(self, *kinds: Kind) -> Iterator[None]:
+        """Kinds on the device inside, and where they were afterwards."""
+        before = [kind for kind in kinds if kind in self._away]
+        self.ready(*kinds)
+        yield
+        self.to_host(*before)
+
+    def resident(self) -> dict[Kind, int]:
+        """Bytes on the device, as the storages themselves say."""
+        return {kind: sum(storage.nbytes() for storage in of_kind) for kind, of_kind in self._storages().items()}
+
+    @cached_property
+    def _out(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    @cached_property
+    def _in(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+
+@dataclass(frozen=True)
+class _Away:
+    """A storage that is empty for now."""
+
+    storage: UntypedStorage
+    size: int
+    """Bytes that it had."""
+    host: list[Tensor]
+    """What it held, in parts [n] uint8; none where that does not matter."""
+
+    def leave(self, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            for there, here in self._pairs():
+                there.copy_(here, non_blocking=True)
+                here.record_stream(stream)  # others get its memory only when it has been copied
+        self.storage.resize_(0)
+
+    def come(self, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            for there, here in self._pairs():
+                here.copy_(there, non_blocking=True)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        if not self.host:
+            return []
+        content = torch.empty(0, dtype=torch.uint8, device=self.storage.device).set_(self.storage)
+        return list(zip(self.host, content.split([len(part) for part in self.host])))
+
+
+def _cut(chunks: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
+    """For each size, slices of host memory that together are as long; more chunks are taken where they do not do."""
+    missing = sum(sizes) - sum(map(len, chunks))
+    while missing > 0:
+        chunks.append(torch.empty(min(CHUNK, missing), dtype=torch.uint8, pin_memory=True))
+        missing -= len(chunks[-1])
+    rest, parts = iter(chunks), []
+    chunk = torch.empty(0, dtype=torch.uint8)
+    for size in sizes:
+        mine = []
+        while size:
+            if not len(chunk):
+                chunk = next(rest)
+            mine.append(chunk[:size])
+            chunk, size = chunk[size:], size - len(mine[-1])
+        parts.append(mine)
+    return parts
+
+
+def storages_of(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> Storages:
+    """A role's storages by kind, each once: with float32 parameters the optimizer has no main ones of its own."""
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    inner = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
+    tensors: dict[Kind, list[Tensor]] = {
+        "parameters": [tensor for chunk in chunks for parameter in chunk.parameters() for tensor in _held(parameter)],
+        "gradients": [buffer.grad_data for buffer in buffers],
+        "main_parameters": [tensor for one in inner for group in one.param_groups for tensor in group["params"]],
+        "optimizer": [
+            value
+            for one in inner
+            for state in one.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.dim()
+        ],
+    }
+    found: Storages = {}
+    taken: set[int] = set()
+    for kind in KINDS:
+        storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors[kind])}
+        found[kind] = [storage for key, storage in storages.items() if key not in taken]
+        taken |= storages.keys()
+    return found
+
+
+def _held(parameter: torch.nn.Parameter) -> list[Tensor]:
+    """FP8 parameters, which are never moved, hold their numbers once, or twice: transposed too."""
+    if is_float8tensor(parameter):
+        return [tensor for tensor in parameter.get_data_tensors() if tensor is not None]
+    return [parameter.data]

@@ -1,0 +1,62 @@
+"""Device memory through the phases of a run: what a phase does not need is sent away, what each one held is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from megatron_vapo.models.offload import KINDS, NEEDED
+from megatron_vapo.models.trainable import Trainable
+
+
+class PhaseMemory:
+    """Moves the models as phases begin. Phases may nest: the outer one's needs hold again when the inner one ends.
+
+    Args:
+        models: by role.
+    """
+
+    def __init__(self, models: Mapping[str, Trainable]) -> None:
+        self._models = models
+        self._phase: str | None = None
+        self._most: dict[str, int] = {}
+
+    @property
+    def moves(self) -> bool:
+        """Whether anything is ever sent away."""
+        return any(model.residence.moves for model in self._models.values())
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        outer = self._phase
+        self._enter(phase)
+        yield
+        self._measure(phase)
+        if outer is not None:
+            self._enter(outer)
+        self._phase = outer
+
+    def metrics(self) -> dict[str, int]:
+        """Bytes of this process: the most that parameters and the like took in each phase of a step since the run was
+        started, `memory/values/parameters`, and on CUDA the most that torch had given out, `memory/values/allocated`.
+        """
+        return dict(self._most)
+
+    def _enter(self, phase: str) -> None:
+        self._phase = phase
+        for role, model in self._models.items():
+            model.residence.keep(NEEDED.get(phase, {}).get(role, ()))
+        torch.cuda.reset_peak_memory_stats()
+
+    def _measure(self, phase: str) -> None:
+        if phase not in NEEDED:
+            return
+        resident = [model.residence.resident() for model in self._models.values()]
+        found = {kind: sum(of_role[kind] for of_role in resident) for kind in KINDS}
+        if torch.cuda.is_available():
+            found["allocated"] = torch.cuda.max_memory_allocated()
+        for name, size in found.items():
+            key = f"memory/{phase}/{name}"
+            self._most[key] = max(size, self._most.get(key, 0))

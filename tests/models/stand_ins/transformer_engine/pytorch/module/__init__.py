@@ -1,0 +1,1 @@
+from transformer_engine.pytorch.module import base  # noqa: F401

@@ -1,0 +1,60 @@
+"""Both kinds of layers, Megatron's and Transformer Engine's, are one model: parameters, checkpoints, updates."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_vapo.weights.table import table_name
+
+SCRIPT = Path(__file__).with_name("layer_kind_ranks.py")
+
+
+def cases() -> dict[str, tuple[str, dict]]:
+    spec = importlib.util.spec_from_file_location("layer_kind_ranks", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CASES
+
+
+def test_both_kinds_of_layers_are_one_model(make_model, make_experience, tmp_path):
+    for i, (name, (family, _)) in enumerate(cases().items()):
+        model = make_model(family, "critic" in name, seed=i, tie_word_embeddings="tied" in name)
+        model.save_pretrained(tmp_path / name / "hf")
+    batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
+    torch.save({key: value for key, value in vars(batch).items() if value is not None}, tmp_path / "batch.pt")
+    paths = os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent / "stand_ins")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "PYTHONPATH": paths}
+    logs = [tmp_path / f"log {rank}" for rank in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path],
+            env=environment | {"RANK": str(rank)},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank, log in enumerate(logs)
+    ]
+    try:
+        codes = [rank.wait(timeout=300) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def test_names_of_transformer_engines_layers_are_those_of_the_table():
+    layer = "decoder.layers.3."
+    for name, expected in {
+        "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "mlp.experts.linear_fc1.weight12": "mlp.experts.local_experts.12.linear_fc1.weight",
+        "mlp.experts.linear_fc2.weight0": "mlp.experts.local_experts.0.linear_fc2.weight",
+    }.items():
+        assert table_name(layer + name) == layer + expected
+        assert table_name(layer + expected) == layer + expected
