@@ -1,0 +1,303 @@
+"""What each phase of a step holds on each rank: bytes, by what they are for.
+
+All ranks of a pipeline stage hold the same, so a stage's first rank stands for them. Actor and critic keep on the
+device what a phase needs of them (`models.offload.NEEDED`) and what the recipe does not offload. SGLang has its
+weights, keys and values only while it samples or is given new weights; the embedded engine's weights stay. Engines
+apart (rollout.placement=separate) have GPUs of their own with nothing else on them: then the rollout phase is about
+those, all others about training's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from megatron_vapo.config import CriticConfig, Recipe, RoleConfig
+from megatron_vapo.models.offload import NEEDED, Kind
+from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
+from megatron_vapo.plan.rehearsal import Rehearsal, parameter_shapes, rehearse, smallest_world
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.engine_layout import sglang_parameters
+from megatron_vapo.weights.hf_folder import torch_dtype
+from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
+
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32."""
+
+PHASES = {
+    "rollout": "rollout",
+    "values": "values",
+    "logprobs": "log-probs",
+    "critic_update": "critic update",
+    "actor_update": "actor update",
+    "weight_sync": "weight sync",
+}
+"""Phases of the loop in the order of a step, and how a plan calls them."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the recipe is to run on."""
+
+    gpu: GPU
+    nodes: int
+    assumptions: Assumptions
+    engine_gpus: int = 0
+    """Those that rollout engines have to themselves, as many on each node (rollout.placement=separate)."""
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.assumptions.gpus_per_node
+
+    @property
+    def world(self) -> int:
+        """Training processes."""
+        return self.gpus - self.engine_gpus
+
+    @property
+    def budget(self) -> float:
+        """Bytes of a device that a plan may use."""
+        return self.gpu.memory - self.assumptions.reserve_gib * GIB
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase on the rank where it takes most."""
+
+    name: str
+    stage: int
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def largest(self) -> str:
+        """The part that dominates."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The engine's keys and values, on one rank."""
+
+    bytes_per_token: int
+    tokens: int
+    """Tokens that fit into one engine."""
+    engines: int
+
+    def responses(self, tokens: float) -> int:
+        """Responses of so many tokens, prompt included, that one engine decodes at a time."""
+        return int(self.tokens // tokens)
+
+
+def roles_of(recipe: Recipe, architecture: Architecture, critic: Architecture | None) -> dict[str, Model]:
+    """Actor, and critic where there is one, each with what it is built from."""
+    roles = {"actor": Model("actor", recipe.actor, architecture, recipe.model.dtype)}
+    return roles | ({"critic": Model("critic", recipe.critic, critic, recipe.model.dtype)} if critic else {})
+
+
+@dataclass(frozen=True)
+class Model:
+    """A role to be planned."""
+
+    name: str
+    role: RoleConfig
+    architecture: Architecture
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        return torch_dtype(self.dtype).itemsize
+
+    def rehearsal(self, stage: int) -> Rehearsal:
+        """Activations, operations and traffic of a pipeline stage."""
+        return _rehearsed(_Key(self, stage))
+
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Parameters of a rank of the smallest world."""
+        return _shapes(_Key(self, rank))
+
+    def training_ranks(self, world: int) -> list[TrainingRank]:
+        """What each of `world` ranks holds of the model."""
+        role = self.role
+        layout = TrainingLayout(
+            world=world,
+            tp=role.tensor_parallel,
+            pp=role.pipeline_parallel,
+            cp=role.context_parallel,
+            ep=role.expert_parallel,
+            etp=role.expert_tensor_parallel,
+            virtual=role.virtual_pipeline or 1,
+            first_stage_layers=role.first_stage_layers,
+            last_stage_layers=role.last_stage_layers,
+        )
+        return training_ranks(self.architecture, layout)
+
+    def standing(self, stage: int, world: int) -> dict[str, int]:
+        """Bytes of parameters, gradients and the optimizer's share on a rank of a stage, wherever they are.
+
+        With bfloat16 parameters the optimizer keeps float32 ones too; the distributed optimizer shares its states among
+        the ranks that hold the same parameters.
+        """
+        return {f"{self.name} {kind.replace('_', ' ')}": size for kind, size in self._kinds(stage, world).items()}
+
+    def resident(self, phase: str, stage: int, world: int) -> dict[str, int]:
+        """What of `standing` is on the device in a phase of the loop."""
+        kept = NEEDED[phase].get(self.name, ())
+        return {
+            f"{self.name} {kind.replace('_', ' ')}": size
+            for kind, size in self._kinds(stage, world).items()
+            if size and (kind in kept or not getattr(self.role.offload, kind))
+        }
+
+    def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
+        role = self.role
+        shapes = self.shapes(stage * smallest_world(role) // role.pipeline_parallel)
+        expert = sum(math.prod(shape) for name, shape in shapes.items() if ".local_experts." in name)
+        dense = sum(math.prod(shape) for shape in shapes.values()) - expert
+        copies, expert_copies = (
+            world // (role.pipeline_parallel * size) if role.distributed_optimizer else 1
+            for size in (role.tensor_parallel, role.expert_tensor_parallel * role.expert_parallel)
+        )
+        mine = dense // copies + expert // expert_copies
+        return {
+            "parameters": (dense + expert) * self.itemsize,
+            "gradients": (dense + expert) * GRADIENT_BYTES,
+            "main_parameters": 0 if self.itemsize == 4 else 4 * mine,
+            "optimizer": 8 * mine,
+        }
+
+
+class _Key:
+    """A model and a stage or rank, comparable by content: recipes are plain, mutable dataclasses."""
+
+    def __init__(self, model: Model, place: int) -> None:
+        self.model, self.place = model, place
+        self._content = repr((model, place))
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._content == other._content
+
+
+@cache
+def _rehearsed(key: _Key) -> Rehearsal:
+    model = key.model
+    return rehearse(_kind(model), model.role, model.architecture, torch_dtype(model.dtype), key.place)
+
+
+@cache
+def _shapes(key: _Key) -> dict[str, tuple[int, ...]]:
+    model = key.model
+    return parameter_shapes(_kind(model), model.role, model.architecture, torch_dtype(model.dtype), key.place)
+
+
+def _kind(model: Model) -> type[Actor] | type[Critic]:
+    return Critic if isinstance(model.role, CriticConfig) else Actor
+
+
+def resident(models: dict[str, Model], phase: str, rank: int, world: int) -> dict[str, int]:
+    """What actor and critic have on a rank's device in a phase of the loop."""
+    parts: dict[str, int] = {}
+    for model in models.values():
+        parts |= model.resident(phase, rank * model.role.pipeline_parallel // world, world)
+    return parts
+
+
+def phases(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> list[Phase]:
+    """Every phase of a step on its worst rank, in the order of the step."""
+    world = cluster.world
+    firsts = sorted({stage * world // m.role.pipeline_parallel for m in models.values() for stage in range(_depth(m))})
+    found = [phase for rank in firsts for phase in _phases_of(recipe, models, cluster, rank)]
+    worst = {name: [phase for phase in found if phase.name == name] for name in PHASES.values()}
+    return [max(of_name, key=_need) for of_name in worst.values() if of_name]
+
+
+def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank: int) -> Iterator[Phase]:
+    def base(phase: str) -> dict[str, int]:
+        return resident(models, phase, rank, cluster.world)
+
+    engine = {"engine weights": engine_weights(recipe, models["actor"])}
+    resting = {} if recipe.rollout.engine == "sglang" else engine
+    if recipe.rollout.placement == "colocated":
+        sampling, syncing = base("rollout") | engine, base("weight_sync") | engine
+        starting = syncing  # an engine takes what is left when it starts, which is in a weight sync
+    else:
+        sampling, syncing = engine, base("weight_sync")
+        starting = engine
+    free = sum(starting.values()) - sum(sampling.values())
+    cache_bytes = max(int(_most_for_sampling(recipe, cluster) - sum(starting.values())), 0)
+    room = {"left for weight syncs": free} if free else {}
+    yield Phase("rollout", rank, sampling | room | {"keys and values": cache_bytes})
+    for model in models.values():
+        seen = model.rehearsal(rank * model.role.pipeline_parallel // cluster.world)
+        forward, update = ("values" if model.name == "critic" else "logprobs"), f"{model.name}_update"
+        yield Phase(PHASES[forward], rank, base(forward) | resting | {"working memory": seen.forward_peak})
+        saved, working = seen.saved, max(seen.training_peak - seen.saved, 0)
+        activations = {"saved activations": saved, "working memory": working}
+        yield Phase(PHASES[update], rank, base(update) | resting | activations)
+    buckets = {"reshard buckets": 2 * min(recipe.rollout.bucket_mib * 2**20, engine["engine weights"])}
+    yield Phase("weight sync", rank, syncing | buckets)
+
+
+def _most_for_sampling(recipe: Recipe, cluster: Cluster) -> float:
+    """SGLang leaves a share of the device free while it samples, whatever else is on it."""
+    if recipe.rollout.engine != "sglang":
+        return cluster.budget
+    return min(cluster.budget, recipe.rollout.sglang.memory_fraction * cluster.gpu.memory)
+
+
+def _depth(model: Model) -> int:
+    return model.role.pipeline_parallel
+
+
+def _need(phase: Phase) -> int:
+    """Bytes without the cache, which takes what is left."""
+    return phase.total - phase.parts.get("keys and values", 0)
+
+
+def engine_gpus(recipe: Recipe) -> int:
+    """GPUs that engines have to themselves."""
+    separate = recipe.rollout.placement == "separate"
+    return recipe.rollout.servers * recipe.rollout.tensor_parallel if separate else 0
+
+
+def cache_of(recipe: Recipe, actor: Model, rollout: Phase, world: int) -> Cache:
+    """The engine's cache in the bytes that are left for it."""
+    a, size = actor.architecture, engine_size(recipe)
+    heads = max(a.kv_heads // size, 1)
+    per_token = 2 * a.layers * heads * a.head_dim * actor.itemsize
+    return Cache(per_token, rollout.parts["keys and values"] // per_token, (engine_gpus(recipe) or world) // size)
+
+
+def engine_size(recipe: Recipe) -> int:
+    """Devices of one engine."""
+    return recipe.rollout.tensor_parallel if recipe.rollout.engine == "sglang" else 1
+
+
+def engine_weights(recipe: Recipe, actor: Model) -> int:
+    """Bytes of one rank of the engine."""
+    size = engine_size(recipe)
+    parameters = sglang_parameters(actor.architecture, 0, size)
+    return sum(math.prod(parameter.shape) for parameter in parameters) * actor.itemsize
+
+
+def shortage(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> tuple[str, int] | None:
+    """The phase that misses most bytes, and how many; None where everything fits."""
+    missing = {}
+    for phase in phases(recipe, models, cluster):
+        need = _need(phase)
+        if phase.name == "rollout":
+            per_token = cache_of(recipe, models["actor"], phase, cluster.world).bytes_per_token
+            need += per_token * (recipe.rollout.max_response_tokens + recipe.data.max_prompt_tokens)
+        room = _most_for_sampling(recipe, cluster) if phase.name == "rollout" else cluster.budget
+        missing[phase.name] = int(need - room)
+    name = max(missing, key=missing.__getitem__)
+    return (name, missing[name]) if missing[name] > 0 else None

@@ -1,0 +1,206 @@
+"""What a step computes and moves, and, by a roofline with stated assumptions, how long it takes.
+
+A roofline: each phase takes the time of its scarcest resource, device operations, device memory or network, at a stated
+share of the data sheet's number (`hardware.Assumptions`). Real runs lose time that no such sum sees; docs/plan.md says
+how far off published runs are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_vapo.config import Recipe
+from megatron_vapo.models.offload import NEEDED
+from megatron_vapo.plan.memory import Cache, Cluster, Model, engine_size, engine_weights
+from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.engine_layout import sglang_shards, whole_model
+from megatron_vapo.weights.reshard import make_plan
+from megatron_vapo.weights.table import hf_shapes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The responses of a step, as assumed."""
+
+    responses: int
+    prompt_tokens: float
+    response_tokens: float
+
+    @property
+    def sequence(self) -> float:
+        return self.prompt_tokens + self.response_tokens
+
+    @property
+    def tokens(self) -> float:
+        """Prompts and responses: what training passes over."""
+        return self.responses * self.sequence
+
+
+def batch_of(recipe: Recipe, cluster: Cluster) -> Batch:
+    """A step's batch: lengths are assumptions."""
+    share = cluster.assumptions.mean_response_share
+    prompt = min(cluster.assumptions.mean_prompt_tokens, recipe.data.max_prompt_tokens)
+    return Batch(recipe.responses_per_step, prompt, share * recipe.rollout.max_response_tokens)
+
+
+def forward_flops(a: Architecture, sequence: float) -> float:
+    """Operations of one token's forward pass in a sequence: two for each weight that multiplies it, and four for each
+    number of query that attends, to half the sequence on average (causal order)."""
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    attention = a.hidden * (2 * q + 2 * kv)
+    ffn = 3 * a.hidden * (a.expert_ffn * a.experts_per_token if a.experts else a.ffn)
+    router = a.hidden * a.experts if a.experts else 0
+    head = a.hidden * (1 if a.classifier else a.vocab)
+    return 2 * (a.layers * (attention + ffn + router) + head) + a.layers * 4 * q * sequence / 2
+
+
+def training_flops(model: Model, sequence: float) -> float:
+    """Operations of one token's forward and backward pass, and of what is computed again in between."""
+    a = model.architecture
+    forward = forward_flops(a, sequence)
+    head = 2 * a.hidden * (1 if a.classifier else a.vocab)
+    again = {"none": 0.0, "selective": a.layers * 2 * a.heads * a.head_dim * sequence, "full": forward - head}
+    logits = 0.0 if getattr(model.role, "logprobs", "whole") == "whole" else head
+    return 3 * forward + again[model.role.recompute] + logits
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that the busiest rank sends in one step."""
+
+    gradients: int
+    parameters: int
+    """All-gather after each update under the distributed optimizer (ZeRO-1)."""
+    inside_layers: int
+    """Tensor, sequence, context and expert parallelism."""
+    pipeline: int
+    reshard: int
+    reshard_total: int
+    """Over all ranks."""
+    offload: int
+    """Between device and host, each way."""
+
+
+def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traffic:
+    """What a step sends. Collectives inside layers are the rehearsed micro-batch's, scaled to the step's tokens."""
+    batch, sums = batch_of(recipe, cluster), Counter()
+    for name, model in models.items():
+        role = model.role
+        updates, passes = updates_of(recipe, name), epochs_of(recipe, name)
+        copies = cluster.world // (role.tensor_parallel * role.pipeline_parallel)
+        parameters = model.standing(0, cluster.world)[f"{name} parameters"]
+        numbers = parameters // model.itemsize
+        ring = (copies - 1) / copies
+        rounds = 1 if role.distributed_optimizer else 2
+        sums["gradients"] += updates * rounds * int(4 * numbers * ring)
+        sums["parameters"] += updates * int(parameters * ring) if role.distributed_optimizer else 0
+        tokens = batch.tokens / (copies // role.context_parallel)
+        micro_batches = tokens / role.micro_batch_tokens * passes
+        stages = range(role.pipeline_parallel)
+        sums["inside"] += int(micro_batches * max(sum(model.rehearsal(s).sent.values()) for s in stages))
+        crossing = 2 * model.architecture.hidden * model.itemsize / role.context_parallel
+        if role.sequence_parallel:
+            crossing /= role.tensor_parallel
+        sums["pipeline"] += int(tokens * passes * crossing) if role.pipeline_parallel > 1 else 0
+    most, total = reshard_bytes(recipe, models["actor"], cluster)
+    moved = sum(offload_bytes(model, cluster.world) for model in models.values())
+    return Traffic(sums["gradients"], sums["parameters"], sums["inside"], sums["pipeline"], most, total, moved)
+
+
+def offload_bytes(model: Model, world: int) -> int:
+    """Bytes that come back to a rank of the first stage in a step; as many leave it. Gradients are not copied."""
+    here = [model.resident(phase, 0, world) for phase in NEEDED]
+    return sum(
+        size
+        for before, now in zip([here[-1], *here], here)
+        for part, size in now.items()
+        if part not in before and not part.endswith("gradients")
+    )
+
+
+def epochs_of(recipe: Recipe, name: str) -> int:
+    """Passes of a role over a step's batch."""
+    return recipe.epochs if name == "actor" else recipe.critic.epochs
+
+
+def updates_of(recipe: Recipe, name: str) -> int:
+    """Optimizer steps of a role in a step."""
+    return recipe.responses_per_step // recipe.minibatch_size * epochs_of(recipe, name)
+
+
+def reshard_bytes(recipe: Recipe, actor: Model, cluster: Cluster) -> tuple[int, int]:
+    """Bytes of one weight sync: that the busiest rank receives, and of all ranks; from the reshard plan itself. Engines
+    apart: one training rank collects the model for each, and broadcasts it to the engine's ranks."""
+    size, hosts = engine_size(recipe), list(range(cluster.world))
+    a = actor.architecture
+    if cluster.engine_gpus:
+        wanted = whole_model(a, hosts[:: cluster.world // recipe.rollout.servers])
+    else:
+        wanted = sglang_shards(a, size, hosts) if recipe.rollout.engine == "sglang" else whole_model(a, hosts)
+    ranks = actor.training_ranks(cluster.world)
+    received = make_plan(a, ranks, wanted, actor.itemsize, recipe.rollout.bucket_mib * 2**20).received()
+    if cluster.engine_gpus:
+        model = sum(math.prod(shape) for shape in hf_shapes(a).values()) * actor.itemsize
+        return model, sum(received.values()) + cluster.engine_gpus * model
+    return max(received.values(), default=0), sum(received.values())
+
+
+def seconds(
+    recipe: Recipe, models: dict[str, Model], cluster: Cluster, cache: Cache, moved: Traffic
+) -> dict[str, float]:
+    """Seconds of each phase of a step."""
+    found = {"rollout": rollout_seconds(recipe, models["actor"], cluster, cache)}
+    batch, assumed = batch_of(recipe, cluster), cluster.assumptions
+    device = cluster.world * cluster.gpu.flops
+    network = cluster.gpu.network * assumed.network_efficiency
+    for name, model in models.items():
+        once = batch.tokens * forward_flops(model.architecture, batch.sequence)
+        found["values" if name == "critic" else "log-probs"] = once / (device * assumed.forward_efficiency)
+        work = batch.tokens * training_flops(model, batch.sequence) * epochs_of(recipe, name)
+        found[f"{name} update"] = work / (device * assumed.training_efficiency) / (1 - bubble(recipe, model, cluster))
+    found["gradient sync"] = (moved.gradients + moved.parameters) / network
+    found["weight sync"] = moved.reshard / network
+    if moved.offload:  # at worst, when nothing hides it
+        found["offload"] = 2 * moved.offload / (cluster.gpu.host * assumed.host_efficiency)
+    return found
+
+
+def bubble(recipe: Recipe, model: Model, cluster: Cluster) -> float:
+    """Share of an update in which a pipeline stage waits."""
+    role = model.role
+    ranks = cluster.world // (role.tensor_parallel * role.pipeline_parallel * role.context_parallel)
+    tokens = recipe.minibatch_size * batch_of(recipe, cluster).sequence / ranks
+    micro_batches = max(tokens / role.micro_batch_tokens, 1.0)
+    waits = (role.pipeline_parallel - 1) / (role.virtual_pipeline or 1)
+    return waits / (micro_batches + waits)
+
+
+def rollout_seconds(recipe: Recipe, actor: Model, cluster: Cluster, cache: Cache) -> float:
+    """Decoding steps, as many as the longest response or the queue of an engine takes, each reading all weights and the
+    cache of the responses at hand, and the prompts' forward pass once for each group."""
+    assumed, gpu, a = cluster.assumptions, cluster.gpu, actor.architecture
+    batch = batch_of(recipe, cluster)
+    mine = batch.responses / cache.engines
+    at_once = min(mine, max(cache.tokens / batch.sequence, 1.0))
+    steps = max(mine * batch.response_tokens / at_once, recipe.rollout.max_response_tokens)
+    alive = mine * batch.response_tokens / steps
+    context = batch.prompt_tokens + batch.response_tokens / 2
+    read = engine_weights(recipe, actor) * _touched(a, alive) + alive * context * cache.bytes_per_token
+    memory = read / (gpu.bandwidth * assumed.decode_efficiency)
+    size = engine_size(recipe)
+    compute = alive * forward_flops(a, 2 * context) / (size * gpu.flops * assumed.prefill_efficiency)
+    prompts = batch.responses / recipe.rollout.samples_per_prompt * batch.prompt_tokens / cache.engines
+    prefill = prompts * forward_flops(a, batch.prompt_tokens) / (size * gpu.flops * assumed.prefill_efficiency)
+    return prefill + steps * (max(memory, compute) + assumed.decode_overhead_seconds)
+
+
+def _touched(a: Architecture, tokens: float) -> float:
+    """Share of the weights that a decoding step of so many tokens reads: few tokens choose few experts."""
+    if not a.experts:
+        return 1.0
+    expert = a.layers * a.experts * 3 * a.hidden * a.expert_ffn
+    rest = a.layers * a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + a.vocab * a.hidden
+    chosen = 1 - (1 - a.experts_per_token / a.experts) ** max(tokens, 1.0)
+    return (rest + expert * chosen) / (rest + expert)

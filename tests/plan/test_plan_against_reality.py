@@ -1,0 +1,139 @@
+"""Planned memory and operations against real ranks, by torch's own allocator profile and operation counter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from megatron_vapo.config import CriticConfig, RoleConfig
+from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.plan.memory import Model
+from megatron_vapo.plan.rehearsal import rehearse, rehearse_whole
+from megatron_vapo.plan.work import training_flops
+
+SCRIPT = Path(__file__).with_name("plan_ranks.py")
+WORLD = 2
+
+
+def load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("plan_ranks", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plan_ranks"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+REAL = load()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
+    """Of each case, what each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "KINETO_LOG_LEVEL": "5"}
+    ranks = [
+        subprocess.Popen([sys.executable, SCRIPT, folder / "rendezvous", folder], env=environment | {"RANK": str(rank)})
+        for rank in range(WORLD)
+    ]
+    try:
+        assert [rank.wait(timeout=400) for rank in ranks] == [0] * WORLD
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return {
+        name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(WORLD)] for name in REAL.CASES
+    }
+
+
+def model_of(case) -> Model:
+    role, architecture = case.build()
+    return Model("critic" if isinstance(role, CriticConfig) else "actor", role, architecture, case.dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL.CASES)
+def test_peak_memory_is_within_10_percent(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
+    model = model_of(REAL.CASES[name])
+    for rank, found in enumerate(measured[name]):
+        stage = rank * model.role.pipeline_parallel // WORLD
+        planned = sum(model.standing(stage, WORLD).values()) + model.rehearsal(stage).training_peak
+        assert planned == pytest.approx(found["peak"], rel=0.1), (rank, planned / found["peak"])
+
+
+def causal_share(role: RoleConfig) -> float:
+    """Of the pairs that torch multiplies without masks, those that causal order needs: half of a square; under context
+    parallelism of c, where a rank has a chunk of number r and one of number 2c - 1 - r, 2c chunks of 2c + 1."""
+    c = role.context_parallel
+    return 2 * c / (2 * c + 1) if c > 1 else 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL.CASES)
+def test_operations_are_within_10_percent(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
+    """The formula, over all ranks."""
+    case = REAL.CASES[name]
+    model = model_of(case)
+    role = model.role
+    copies = WORLD // (role.tensor_parallel * role.pipeline_parallel * role.context_parallel)
+    tokens = copies * micro_batches(role) * REAL.TOKENS
+    products = sum(found["products"] for found in measured[name])
+    attention = sum(found["attention"] for found in measured[name])
+    if isinstance(role, CriticConfig) and role.sequence_parallel:
+        products -= (role.tensor_parallel - 1) * tokens * 6 * model.architecture.hidden  # every rank has the head
+    without = training_flops(model, 0.0) * tokens
+    assert without == pytest.approx(products, rel=0.1)
+    planned = training_flops(model, REAL.TOKENS) * tokens - without
+    assert planned == pytest.approx(attention * causal_share(role), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL.CASES)
+def test_rehearsed_operations_are_those_of_each_rank(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
+    """To the last one, but where a router sends tokens unevenly to experts."""
+    model = model_of(REAL.CASES[name])
+    role = model.role
+    near = 0.1 if model.architecture.experts else 1e-9
+    for rank, found in enumerate(measured[name]):
+        rehearsed = model.rehearsal(rank * role.pipeline_parallel // WORLD).flops * micro_batches(role)
+        real = found["products"] + found["attention"] * causal_share(role)
+        assert rehearsed == pytest.approx(real, rel=near), (rank, rehearsed / real)
+
+
+def micro_batches(role: RoleConfig) -> int:
+    """Of each rank in an update."""
+    return role.pipeline_parallel * (2 if role.virtual_pipeline else 1)
+
+
+@pytest.mark.parametrize("name", REAL.CASES)
+def test_two_short_models_tell_a_deep_one(name: str) -> None:
+    case = REAL.CASES[name]
+    role, architecture = case.build()
+    if role.first_stage_layers:
+        pytest.skip("short models are even")
+    deep = type(architecture)(**(vars(architecture) | {"layers": 32}))
+    kind = Critic if isinstance(role, CriticConfig) else Actor
+    for stage in range(role.pipeline_parallel):
+        told = rehearse(kind, role, deep, getattr(torch, case.dtype), stage)
+        whole = rehearse_whole(kind, role, deep, getattr(torch, case.dtype), stage)
+        for key in ("training_peak", "saved", "forward_peak", "flops"):
+            assert getattr(told, key) == pytest.approx(getattr(whole, key), rel=0.01), key
+        assert told.sent == pytest.approx(whole.sent, rel=0.01)
+
+
+def test_kernels_are_planned_as_the_chunks_that_they_replace() -> None:
+    """Also where neither Triton nor a GPU is, as on the machine that plans."""
+    role, architecture = REAL.CASES["TP2 SP full fused"].build()
+    chunks, kernels = (
+        rehearse_whole(Actor, replace(role, logprobs=way), architecture, torch.float32, 0)
+        for way in ("chunked", "triton")
+    )
+    assert kernels == chunks
