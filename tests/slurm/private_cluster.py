@@ -1,0 +1,246 @@
+"""A real Slurm of several nodes on one machine, for one user: root, network namespaces, nothing outside a folder.
+
+Each node is a network and UTS namespace on a bridge, so that it has a host name, an address and ports of its own, as on
+a cluster. Accelerators are pretended by files. `missing()` says what the machine lacks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from textwrap import dedent
+
+SUBNET = "10.213.77"
+BRIDGE = "vapo-slurm"
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here, or None."""
+    absent = [name for name in PROGRAMS if shutil.which(name, path=program_path()) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed (tests/slurm/install.sh)"
+    if os.geteuid() != 0:
+        return "a private Slurm needs root, for network namespaces"
+    probe = subprocess.run(["ip", "link", "add", f"{BRIDGE}-p", "type", "bridge"], capture_output=True, text=True)
+    if probe.returncode:
+        return f"no network namespaces can be made here: {probe.stderr.strip()}"
+    subprocess.run(["ip", "link", "del", f"{BRIDGE}-p"], check=True)
+    return None
+
+
+def program_path() -> str:
+    """Where daemons are looked for too."""
+    return os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+
+
+@dataclass
+class Cluster:
+    """Started by `with`; `folder` must have a short path (sockets)."""
+
+    folder: Path
+    cpu_nodes: int = 2
+    gpu_nodes: int = 16
+    _processes: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"node{i + 1}" for i in range(self.cpu_nodes)] + [f"gpu{i + 1}" for i in range(self.gpu_nodes)]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "VAPO"))}
+        return keep | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": program_path(), "OMP_NUM_THREADS": "1"}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._write_configuration()
+            self._make_network()
+            self._start_daemons()
+            self._wait_until_idle()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=20)
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._remove_network()
+
+    def _remove_network(self) -> None:
+        for i, node in enumerate(self.nodes):
+            for pid in subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True).stdout.split():
+                _kill(int(pid))
+            subprocess.run(["ip", "link", "del", f"vs{i}"], capture_output=True)  # namespaces let go of it late
+            subprocess.run(["ip", "netns", "del", node], capture_output=True)
+            shutil.rmtree(f"/etc/netns/{node}", ignore_errors=True)
+        subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
+
+    def run(self, *command: object, timeout: float = 30, **more: str) -> subprocess.CompletedProcess[str]:
+        """A client of the cluster; `more` are environment variables."""
+        return subprocess.run(
+            list(map(str, command)), env=self.environment | more, capture_output=True, text=True, timeout=timeout
+        )
+
+    @contextlib.contextmanager
+    def plugin(self, source: Path) -> Iterator[None]:
+        """Jobs that start meanwhile have a SPANK plugin, built from C."""
+        library, configuration = self.folder / f"{source.stem}.so", self.folder / "plugstack.conf"
+        subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+        configuration.write_text(f"required {library}\n")
+        yield
+        configuration.unlink()
+
+    def kill_node(self, node: str) -> None:
+        """As if it lost power: its daemon and all processes on it."""
+        for pid in subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True).stdout.split():
+            _kill(int(pid))
+        self._processes[node].wait(timeout=10)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon in its namespaces."""
+        daemon = ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
+        inside = ["unshare", "--uts", "sh", "-c", f'hostname {node} && exec "$@"', "sh", *daemon]
+        self._processes[node] = self._start(f"slurmd-{node}", ["ip", "netns", "exec", node, *inside])
+
+    def _start(self, name: str, command: list[str]) -> subprocess.Popen:
+        with open(self.folder / f"{name}.out", "ab") as out:
+            return subprocess.Popen(command, env=self.environment, stdout=out, stderr=out, start_new_session=True)
+
+    def _write_configuration(self) -> None:
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o755)
+        for name in ("state", "devices"):
+            (folder / name).mkdir(exist_ok=True)
+        for i in range(8):
+            (folder / "devices" / f"nvidia{i}").symlink_to("/dev/null")
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o400)
+        host = socket.gethostname().split(".")[0]
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+        (folder / "gres.conf").write_text(
+            f"NodeName=gpu[1-{self.gpu_nodes}] Name=gpu Type=h100 File={folder}/devices/nvidia[0-7] "
+            f"Flags=nvidia_gpu_env\n"
+        )
+        (folder / "slurm.conf").write_text(
+            dedent(f"""\
+            ClusterName=private
+            SlurmctldHost={host}({SUBNET}.254)
+            SlurmUser=root
+            AuthType=auth/munge
+            AuthInfo=socket={folder}/munge.socket
+            CryptoType=crypto/munge
+            StateSaveLocation={folder}/state
+            SlurmdSpoolDir={folder}/spool-%n
+            SlurmctldPidFile={folder}/slurmctld.pid
+            SlurmdPidFile={folder}/slurmd-%n.pid
+            SlurmctldLogFile={folder}/slurmctld.log
+            SlurmdLogFile={folder}/slurmd-%n.log
+            SlurmctldPort=16817
+            SlurmdPort=16818
+            ProctrackType=proctrack/linuxproc
+            TaskPlugin=task/none
+            SelectType=select/cons_tres
+            SelectTypeParameters=CR_CPU_Memory
+            DefMemPerCPU=100
+            GresTypes=gpu
+            SlurmdParameters=config_overrides
+            SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0,sched_min_interval=0
+            EnforcePartLimits=ALL
+            JobRequeue=1
+            ReturnToService=2
+            KillWait=3
+            MpiDefault=none
+            SlurmdTimeout=10
+            JobCompType=jobcomp/none
+            AccountingStorageType=accounting_storage/none
+            PreemptType=preempt/partition_prio
+            PreemptMode=REQUEUE
+            """)
+            + "".join(self._node_lines())
+            + f"PartitionName=batch Nodes=node[1-{self.cpu_nodes}] Default=YES PriorityTier=10 MaxTime=1440 State=UP\n"
+            + f"PartitionName=low Nodes=node[1-{self.cpu_nodes}] PriorityTier=1 GraceTime=120 State=UP\n"
+            + f"PartitionName=h100 Nodes=gpu[1-{self.gpu_nodes}] PriorityTier=10 State=UP\n"
+        )
+
+    def _node_lines(self) -> list[str]:
+        lines = []
+        for i, node in enumerate(self.nodes):
+            kind = (
+                "CPUs=4 RealMemory=16000" if node.startswith("node") else "CPUs=96 RealMemory=2000000 Gres=gpu:h100:8"
+            )
+            lines.append(f"NodeName={node} NodeAddr={SUBNET}.{i + 1} {kind} State=UNKNOWN\n")
+        return lines
+
+    def _make_network(self) -> None:
+        self._remove_network()  # of a cluster whose tests were killed
+        hosts = "127.0.0.1 localhost\n" + "".join(f"{SUBNET}.{i + 1} {n}\n" for i, n in enumerate(self.nodes))
+        hosts += f"{SUBNET}.254 {socket.gethostname()}\n"
+        _ip(f"link add {BRIDGE} type bridge", f"addr add {SUBNET}.254/24 dev {BRIDGE}", f"link set {BRIDGE} up")
+        for i, node in enumerate(self.nodes):
+            configuration = Path("/etc/netns", node)
+            configuration.mkdir(parents=True, exist_ok=True)
+            (configuration / "hosts").write_text(hosts)
+            (configuration / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
+            _ip(
+                f"netns add {node}",
+                f"link add vs{i} type veth peer name eth0 netns {node}",
+                f"link set vs{i} master {BRIDGE}",
+                f"link set vs{i} up",
+                f"-n {node} addr add {SUBNET}.{i + 1}/24 dev eth0",
+                f"-n {node} link set eth0 up",
+                f"-n {node} link set lo up",
+            )
+
+    def _start_daemons(self) -> None:
+        f = self.folder
+        munge = [f"--{name}={f}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+        self._processes["munged"] = self._start(
+            "munged", ["munged", "--foreground", "--force", f"--key-file={f}/munge.key", "--num-threads=2", *munge]
+        )
+        _wait(lambda: (f / "munge.socket").exists(), 10, "munged")
+        self._processes["slurmctld"] = self._start("slurmctld", ["slurmctld", "-D", "-f", str(f / "slurm.conf")])
+        for node in self.nodes:
+            self.start_node(node)
+
+    def _wait_until_idle(self) -> None:
+        def idle() -> bool:
+            found = self.run("timeout", "5", "sinfo", "-h", "-N", "-t", "idle", "-o", "%N")
+            return len(set(found.stdout.split())) == len(self.nodes)
+
+        _wait(idle, 60, "nodes")
+
+
+def _ip(*commands: str) -> None:
+    for command in commands:
+        done = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+        assert done.returncode == 0, f"ip {command}: {done.stderr}"
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended meanwhile
+        os.kill(pid, signal.SIGKILL)
+
+
+def _wait(condition, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what} not ready within {seconds} s")
+        time.sleep(0.1)
