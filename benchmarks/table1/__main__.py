@@ -1,0 +1,88 @@
+"""The paper's Table 1 in miniature: all arms, paired by seed, through the command line; docs/table1.md.
+
+    python -m benchmarks.table1 --tune                 choose learning rates, on seeds of their own
+    python -m benchmarks.table1 [--seeds 10]           run what is not complete, then write the document
+    python -m benchmarks.table1 --report               only write the document, from the run folders
+
+Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from benchmarks.table1 import tuning
+from benchmarks.table1.arms import arms
+from benchmarks.table1.sweep import FULL, SMOKE, Job, Sweep, sweep_jobs
+from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, TrainingError, UserError
+
+
+def main() -> int:
+    options = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        return _tune(options) if options.tune else _table(options)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="recipes of recipes/table1; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--bases", type=int, default=5, help="base models; seed i takes the one of number i mod BASES")
+    parser.add_argument("--out", type=Path, default=Path("artifacts/table1"), help="folder of all runs")
+    parser.add_argument("--document", type=Path, default=Path("docs/table1.md"), help="document, its JSON and figures")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates, then stop")
+    parser.add_argument("--untuned", action="store_true", help="take the learning rates of the recipes")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the document")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of a few-step base, learning rates untuned")
+    return parser.parse_args()
+
+
+def _tune(options: argparse.Namespace) -> int:
+    families = {arm.family for arm in arms(options.arms)}
+    jobs = list(tuning.tuning_jobs(options.out, families))
+    failed = _run(options, jobs)
+    found = tuning.choose(jobs)
+    tuning.write_choice(found)
+    for name, choice in found.items():
+        print(f"{name}: {choice['learning_rate']:g} of {choice['finals']}")
+    return _verdict(failed)
+
+
+def _table(options: argparse.Namespace) -> int:
+    chosen = arms(options.arms)
+    rates = {} if options.smoke or options.untuned or options.report else tuning.read_rates(chosen)
+    jobs = list(sweep_jobs(options.out, chosen, range(options.seeds), options.bases, rates))
+    failed = [] if options.report else _run(options, jobs)
+    from benchmarks.table1.document import write_document  # matplotlib and scipy: not before they are needed
+
+    write_document(options.document, options.out, chosen, range(options.seeds))
+    return _verdict(failed)
+
+
+def _run(options: argparse.Namespace, jobs: list[Job]) -> list[str]:
+    return Sweep(options.out, SMOKE if options.smoke else FULL, options.jobs).run(jobs)
+
+
+def _verdict(failed: list[str]) -> int:
+    if failed:
+        print("\n".join(["FAILED:", *failed]))
+    return TrainingError.exit_code if failed else 0
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

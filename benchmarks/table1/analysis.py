@@ -1,0 +1,162 @@
+"""Every number of docs/table1.md, from complete runs. Legend: S seeds, A arms."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from benchmarks.table1 import statistics
+from benchmarks.table1.arms import ARMS
+from benchmarks.table1.results import Result
+
+Results = dict[str, dict[int, Result]]
+"""By arm, by seed."""
+
+_ALWAYS = ("no_value_pretraining", "no_clip_higher", "no_token_level_loss", "no_positive_lm_loss", "no_group_sampling",
+           "vapo")  # fmt: skip
+ORDERS = {
+    "scaled": ("ppo_scaled", "no_decoupled_gae_scaled", "no_length_adaptive_gae_scaled", *_ALWAYS),
+    "scaled, coupled at 1": ("ppo_scaled", "no_decoupled_gae_lambda_1", "no_length_adaptive_gae_scaled", *_ALWAYS),
+    "literal": ("ppo", "no_decoupled_gae", "no_length_adaptive_gae", *_ALWAYS),
+    "literal, coupled at 1": ("ppo", "no_decoupled_gae_lambda_1", "no_length_adaptive_gae", *_ALWAYS),
+}
+"""The paper's nine ablation arms, in every reading; the first is the one that the aim is judged by."""
+
+PAPER = {arm.name: arm.paper for arm in ARMS}
+PAPER_NOISE = 4.5
+"""Points between two numbers of the paper that its evaluation alone can make: avg@32 of 30 problems has a standard
+error of at most sqrt(0.25 / 960) = 1.6 points, a difference 2.3, and 1.96 of that is 4.5."""
+
+
+def analyse(results: Results) -> dict[str, Any]:
+    """What document and figures show."""
+    differences = _differences(results)
+    return {
+        "arms": {name: _arm(runs, differences.get(name)) for name, runs in results.items() if runs},
+        "orders": {name: order for name, arms in ORDERS.items() if (order := _order(results, arms))},
+        "speed": _speed(results),
+    }
+
+
+def common_seeds(results: Results, names: tuple[str, ...]) -> list[int]:
+    """Seeds with which all of these arms are complete."""
+    return sorted(set.intersection(*(set(results.get(name, {})) for name in names)))
+
+
+def finals(results: Results, names: tuple[str, ...], seeds: list[int]) -> np.ndarray:
+    """[S, A]"""
+    return np.array([[results[name][seed].final for name in names] for seed in seeds])
+
+
+def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str, Any]:
+    every = list(runs.values())
+    final = np.array([run.final for run in every])
+    area = np.array([run.area for run in every])
+    return {
+        "seeds": sorted(runs),
+        "final": float(final.mean()),
+        "final_interval": asdict(statistics.mean_interval(final)),
+        "area": float(area.mean()),
+        "area_interval": asdict(statistics.mean_interval(area)),
+        "base": _mean(run.base for run in every),
+        "sampled_tokens": _mean(run.tokens[-1] for run in every),
+        "pretraining_tokens": _mean(run.pretraining_tokens for run in every),
+        "steps": _mean(len(run.train) for run in every),
+        "evaluations": _mean(len(run.accuracy) for run in every),
+        "seconds": _mean(run.origin["seconds"] for run in every),
+        "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
+        "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],
+        "vapo_minus_arm": difference,
+        "by_seed": {
+            seed: {"final": run.final, "area": run.area, "base": run.base, "best": run.score.max()}
+            for seed, run in sorted(runs.items())
+        },
+        "curves": {
+            seed: [[int(t), a] for t, a in zip(run.tokens, run.accuracy, strict=True)]
+            for seed, run in sorted(runs.items())
+        },
+    }
+
+
+def _differences(results: Results) -> dict[str, dict[str, Any]]:
+    """VAPO minus each arm, on the seeds that both have; Holm's correction over all of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in results:
+        seeds = common_seeds(results, ("vapo", name)) if name != "vapo" else []
+        if len(seeds) > 1:
+            vapo, other = finals(results, ("vapo", name), seeds).T
+            found[name] = {"seeds": len(seeds), **asdict(statistics.paired(vapo - other))}
+    for difference, adjusted in zip(found.values(), statistics.holm([d["p"] for d in found.values()]), strict=True):
+        difference["p_holm"] = adjusted
+    return found
+
+
+def _order(results: Results, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """How the order of these arms agrees with the paper's; None below two seeds with which all of them are complete."""
+    names = tuple(sorted(names, key=lambda name: PAPER[name]))
+    seeds = common_seeds(results, names)
+    if len(seeds) < 2:
+        return None
+    scores, paper = finals(results, names, seeds), np.array([PAPER[name] for name in names])
+    tier = statistics.tiers({name: PAPER[name] for name in names}, PAPER_NOISE)
+    tier_A = np.array([tier[name] for name in names])
+    page_l, page_p = statistics.page_test(scores)
+    return {
+        "arms": names,
+        "seeds": seeds,
+        "tau": float(statistics.tau_b(scores.mean(0), paper)),
+        "tau_interval": asdict(statistics.tau_interval(scores, paper)),
+        "tau_of_tiers": float(statistics.tau_b(scores.mean(0), tier_A)),
+        "tau_of_tiers_interval": asdict(statistics.tau_interval(scores, tier_A)),
+        "page_l": page_l,
+        "page_p": page_p,
+        "tiers": tier,
+        "reversals": _reversals(names, scores, tier),
+    }
+
+
+def _reversals(names: tuple[str, ...], scores_SA: np.ndarray, tier: dict[str, int]) -> list[dict[str, Any]]:
+    """Pairs that the paper puts in different tiers, in one order, and our means in the other."""
+    found = []
+    for low, high in combinations(range(len(names)), 2):
+        difference = scores_SA[:, low] - scores_SA[:, high]
+        if tier[names[low]] < tier[names[high]] and difference.mean() > 0:
+            pair = {"better_here": names[low], "better_in_the_paper": names[high]}
+            found.append(pair | asdict(statistics.paired(difference)))
+    return found
+
+
+def _speed(results: Results) -> dict[str, Any]:
+    """Sampled tokens to DAPO's final score of the same seed, as a share of all that DAPO sampled; all of it where
+    a run never reached it (censored: the truth is more)."""
+    return {
+        name: _speed_of(results, name, seeds)
+        for name in results
+        if name != "dapo" and "dapo" in results and (seeds := common_seeds(results, ("dapo", name)))
+    }
+
+
+def _speed_of(results: Results, name: str, seeds: list[int]) -> dict[str, Any]:
+    runs, dapos = ([results[arm][seed] for seed in seeds] for arm in (name, "dapo"))
+    reached = [run.tokens_to(dapo.final) for run, dapo in zip(runs, dapos, strict=True)]
+    everything = np.array([dapo.tokens[-1] for dapo in dapos])
+    spent = np.array([all_ if tokens is None else tokens for all_, tokens in zip(everything, reached, strict=True)])
+    counted = spent + [run.pretraining_tokens for run in runs]
+    return {
+        "seeds": seeds,
+        "never": [seed for seed, tokens in zip(seeds, reached, strict=True) if tokens is None],
+        "tokens": spent,
+        "share": _mean(spent / everything),
+        "share_interval": asdict(statistics.mean_interval(spent / everything)),
+        "share_with_pretraining": _mean(counted / everything),
+        "share_with_pretraining_interval": asdict(statistics.mean_interval(counted / everything)),
+        # Stricter: DAPO may have had its final score before its end.
+        "dapos_own_tokens": [dapo.tokens_to(dapo.final) for dapo in dapos],
+    }
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))

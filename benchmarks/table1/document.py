@@ -1,0 +1,256 @@
+"""Writes the results between the markers of docs/table1.md, its JSON and its figures; the prose around them stays."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from benchmarks.table1 import tuning
+from benchmarks.table1.analysis import PAPER_NOISE, Results, analyse
+from benchmarks.table1.arms import ARMS, Arm
+from benchmarks.table1.figures import draw_all
+from benchmarks.table1.results import read_results
+from megatron_vapo.errors import DataError
+
+BEGIN, END = "<!-- results: written by python -m benchmarks.table1 -->", "<!-- end of results -->"
+TITLES = {arm.name: arm.title for arm in ARMS}
+GROUPS = {"paper": "The paper's rows, its settings literal", "scaled": "Lambda scaled", "more": "Other rows"}
+DIGITS = 5
+
+
+def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[int]) -> None:
+    """Results of all complete runs below `out`, as document, JSON beside it and figures in a folder beside it.
+
+    Raises:
+        DataError: no run is complete.
+    """
+    seeds = list(seeds)
+    results = read_results(out, [arm.name for arm in arms], seeds)
+    results = {name: runs for name, runs in results.items() if runs}
+    if not results:
+        raise DataError(f"{out}: no run is complete yet")
+    numbers = rounded({"runs": _runs(results, arms, seeds), **analyse(results)})
+    document.parent.mkdir(parents=True, exist_ok=True)
+    figures = draw_all(results, document.with_suffix(""))
+    document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    text = "\n".join(
+        [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_orders(numbers), *_speed(numbers)]
+    )
+    pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
+    _insert(document, text + "\n" + pictures)
+    print(f"wrote {document}")
+
+
+def rounded(value: Any) -> Any:
+    """Numbers to `DIGITS` significant digits, for JSON; what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def _insert(document: Path, text: str) -> None:
+    """Between the markers; a document that does not exist is the results alone."""
+    before = document.read_text(encoding="utf-8") if document.is_file() else f"{BEGIN}\n{END}\n"
+    head, begin, rest = before.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise DataError(f"{document}: the lines {BEGIN!r} and {END!r} are missing")
+    document.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", encoding="utf-8")
+
+
+def _beside(file: Path, document: Path) -> str:
+    return file.relative_to(document.parent).as_posix()
+
+
+def _runs(results: Results, arms: list[Arm], seeds: list[int]) -> dict[str, Any]:
+    """What ran, when, from which sources."""
+    every = [run for runs in results.values() for run in runs.values()]
+    origins = [run.origin for run in every]
+    missing = {arm.name: [s for s in seeds if s not in results.get(arm.name, {})] for arm in arms}
+    return {
+        "complete": len(every),
+        "whole_seeds": [s for s in seeds if all(s in results.get(arm.name, {}) for arm in arms)],
+        "missing": {name: list_ for name, list_ in missing.items() if list_},
+        "commits": sorted({o["commit"][:10] + (" (changed)" if o["changed"] else "") for o in origins}),
+        "first": min(o["started"] for o in origins),
+        "last": max(o["finished"] for o in origins),
+        "hours": sum(o["seconds"] for o in origins) / 3600,
+        "learning_rates": json.loads(tuning.CHOSEN.read_text(encoding="utf-8")) if tuning.CHOSEN.is_file() else {},
+    }
+
+
+def _runs_text(numbers: dict[str, Any]) -> list[str]:
+    runs = numbers["runs"]
+    missing = [f"{TITLES[name]} with seeds {_list(seeds)}" for name, seeds in runs["missing"].items()]
+    tuned = [
+        f"{TITLES.get(name, name)} {choice['learning_rate']:g} ({_finals(choice)})"
+        for name, choice in runs["learning_rates"].items()
+    ]
+    short = [
+        f"{TITLES[n]} with seeds {_list(s)}" for n, row in numbers["arms"].items() if (s := row["short_of_budget"])
+    ]
+    return [
+        f"{runs['complete']} runs are complete; all arms with {len(runs['whole_seeds'])} seeds "
+        f"({_list(runs['whole_seeds'])}). Commit {', '.join(runs['commits'])}, {runs['first']} to {runs['last']}, "
+        f"{runs['hours']:.1f} hours of one core.",
+        "",
+        f"Not complete: {'; '.join(missing) or 'none'}. Ended by their number of steps, short of the budget: "
+        f"{'; '.join(short) or 'none'}.",
+        "",
+        "Learning rates, with the mean final score on the tuning seeds for each of the grid: "
+        f"{'; '.join(tuned) or 'those of the recipes, not tuned'}.",
+        "",
+    ]
+
+
+def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
+    """What VAPO's runs were told, in a sentence, and what came of it."""
+    if "vapo" not in results:
+        return []
+    vapo, scaled = (_recipe(results, name) for name in ("vapo", "ppo_scaled"))
+    rows = numbers["arms"].values()
+    responses = vapo.rollout.prompts_per_step * vapo.rollout.samples_per_prompt
+    bases = [seed["base"] for row in rows for seed in row["by_seed"].values()]
+    return [
+        f"Setting: a step samples {responses} responses of at most {vapo.rollout.max_response_tokens} "
+        f"tokens for {responses // vapo.minibatch_size} updates; VAPO's alpha is "
+        f"{vapo.algorithm.alpha:g}{f', the scaled lambda {scaled.algorithm.lambda_policy:g}' if scaled else ''}. A run "
+        f"samples {vapo.limits.sampled_tokens:,} tokens, and at each evaluation {vapo.evaluation.samples} responses to "
+        f"each of {vapo.evaluation.problems} held-out problems. The bases are right {min(bases):.1%} to "
+        f"{max(bases):.1%} of the time; value pretraining sampled "
+        f"{max(row['pretraining_tokens'] for row in rows):,.0f} tokens on average.",
+        "",
+        *_apart(numbers["arms"]),
+    ]
+
+
+def _recipe(results: Results, name: str) -> DictConfig | None:
+    """Of an arm's first run."""
+    return next(iter(results[name].values())).recipe if name in results else None
+
+
+def _apart(rows: dict[str, Any]) -> list[str]:
+    """Which arms' intervals lie wholly below VAPO's."""
+    highs = {name: row["final_interval"]["high"] for name, row in rows.items()}
+    least = rows["vapo"]["final_interval"]["low"] if "vapo" in rows else None
+    if least is None:
+        return []
+    below = [TITLES[name] for name, high in highs.items() if high is not None and high < least]
+    return [f"Final scores whose 95 % intervals lie wholly below VAPO's: {'; '.join(below) or 'none'}.", ""]
+
+
+def _finals(choice: dict[str, Any]) -> str:
+    return ", ".join(f"{rate}: {sum(values) / len(values):.3f}" for rate, values in choice["finals"].items())
+
+
+def _tables(numbers: dict[str, Any]) -> list[str]:
+    lines = []
+    for group, title in GROUPS.items():
+        shown = [arm for arm in ARMS if arm.group == group and arm.name in numbers["arms"]]
+        lines += [f"### {title}", "", *_table(HEADER, [_row(arm, numbers) for arm in shown]), ""] if shown else []
+    return lines
+
+
+HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "p (Holm)", "detectable",
+          "tokens to DAPO's final", "with pretraining", "collapsed", "steps")  # fmt: skip
+
+
+def _row(arm: Arm, numbers: dict[str, Any]) -> list[str]:
+    row, speed = numbers["arms"][arm.name], numbers["speed"].get(arm.name)
+    difference = row["vapo_minus_arm"]
+    never = f", {len(speed['never'])} never" if speed and speed["never"] else ""
+    bound = "at least " if never else ""
+    return [
+        arm.title,
+        "" if arm.paper is None else f"{arm.paper:g}",
+        str(len(row["seeds"])),
+        _with_interval(row["final"], row["final_interval"]),
+        _with_interval(row["area"], row["area_interval"]),
+        _with_interval(difference["mean"], difference["t"], "+") if difference else "",
+        f"{difference['p_holm']:.3g}" if difference else "",
+        f"{difference['detectable']:.3f}" if difference else "",
+        f"{bound}{speed['share']:.0%}{never}" if speed else "",
+        f"{bound}{speed['share_with_pretraining']:.0%}" if speed else "",
+        f"{len(row['collapsed'])} of {len(row['seeds'])}",
+        f"{row['steps']:.0f}",
+    ]
+
+
+def _orders(numbers: dict[str, Any]) -> list[str]:
+    lines = []
+    for number, (name, order) in enumerate(numbers["orders"].items()):
+        judged = " (the one that the aim is judged by)" if number == 0 else ""
+        ours = sorted(order["arms"], key=lambda arm: -numbers["arms"][arm]["final"])
+        tau, of_tiers = (_with_interval(order[key], order[f"{key}_interval"]) for key in ("tau", "tau_of_tiers"))
+        lines += [
+            f"### Order of the nine arms, {name}{judged}",
+            "",
+            f"{len(order['seeds'])} seeds. Kendall's tau-b with the paper's numbers {tau}, with its tiers (ties within "
+            f"{PAPER_NOISE:g} points) {of_tiers}; Page's L {order['page_l']:.0f}, p = {order['page_p']:.2g}.",
+            "",
+            f"Ours, best first: {', '.join(TITLES[arm] for arm in ours)}.",
+            "",
+            *_reversals(order["reversals"]),
+            "",
+        ]
+    return lines
+
+
+def _reversals(reversals: list[dict[str, Any]]) -> list[str]:
+    if not reversals:
+        return ["No pair of the paper's tiers is reversed."]
+    header = ("better here", "better in the paper", "difference here", "p (uncorrected)")
+    rows = []
+    for pair in reversals:
+        titles = [TITLES[pair[key]] for key in ("better_here", "better_in_the_paper")]
+        rows.append([*titles, _with_interval(pair["mean"], pair["t"], "+"), f"{pair['p']:.2g}"])
+    return ["Reversals, every pair of tiers whose means stand the other way round:", "", *_table(header, rows)]
+
+
+def _speed(numbers: dict[str, Any]) -> list[str]:
+    speed = numbers["speed"].get("vapo")
+    if not speed:
+        return []
+    share, counted = (
+        _with_interval(speed[key], speed[f"{key}_interval"], ".0%") for key in ("share", "share_with_pretraining")
+    )
+    return [
+        "### VAPO against DAPO",
+        "",
+        f"VAPO has DAPO's final score after {share} of DAPO's sampled tokens, {counted} with those of value "
+        f"pretraining; it never has it with {len(speed['never'])} of {len(speed['seeds'])} seeds (counted as all of "
+        "DAPO's tokens). "
+        f"DAPO itself first had it after {np.mean(speed['dapos_own_tokens']):,.0f} tokens, VAPO after "
+        f"{np.mean(speed['tokens']):,.0f}.",
+        "",
+    ]
+
+
+def _table(header: Sequence[str], rows: list[list[str]]) -> list[str]:
+    return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _with_interval(value: float, interval: dict[str, float | None], form: str = "") -> str:
+    """A number with its 95 % interval, where there is one."""
+    form = form if form.endswith("%") else f"{form}.3f"
+    low, high = interval["low"], interval["high"]
+    between = "" if low is None or high is None else f" [{format(low, form)}, {format(high, form)}]"
+    return format(value, form) + between
+
+
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds)) or "none"

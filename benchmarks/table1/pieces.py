@@ -1,0 +1,59 @@
+"""What the arms of a seed share, each made once: base model and problems, reward model, pretrained critic.
+
+OUT/bases/3/                     of the seeds that have base 3
+    base/  train.jsonl  heldout.jsonl  reward_model/
+OUT/runs/seed_003/
+    critic/                      run folder of value pretraining, from the reward model
+    vapo/  dapo/  ...            run folders of the arms
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from benchmarks.table1.arms import ARMS, Arm
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+VAPO = ARMS[0]
+
+Command = list[str]
+
+
+def base_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
+    """Makes base model and problems in `folder`."""
+    return [sys.executable, str(TOOLS / "make_tiny_base.py"), "--out", str(folder), "--seed", str(seed), *arguments]
+
+
+def reward_model_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
+    """Makes the reward model of the base in `folder`."""
+    tool, data = str(TOOLS / "make_tiny_reward_model.py"), str(folder / "train.jsonl")
+    folders = [str(folder / "base"), str(folder / "reward_model")]
+    return [sys.executable, tool, *folders, "--data", data, "--seed", str(seed), *arguments]
+
+
+def critic_arm(arm: Arm) -> Arm | None:
+    """The arm whose value pretraining makes this arm's critic: VAPO for all whose critic starts as VAPO's does; None
+    where there is no pretrained critic."""
+    if not arm.settings.uses_critic or not arm.settings.value_pretraining.enabled:
+        return None
+    return VAPO if arm.settings.critic.init == VAPO.settings.critic.init else arm
+
+
+def critic_folder(seed_folder: Path, arm: Arm) -> Path:
+    """Run folder of the value pretraining that `critic_arm` names."""
+    return seed_folder / ("critic" if arm == VAPO else f"critic_of_{arm.name}")
+
+
+def overrides(arm: Arm, seed: int, base: Path, run_dir: Path) -> list[str]:
+    """What makes an arm's recipe one of a seed's runs."""
+    places = {
+        "seed": seed,
+        "run_dir": run_dir,
+        "model.path": base / "base",
+        "data.train": base / "train.jsonl",
+        "evaluation.data": base / "heldout.jsonl",
+    }
+    if arm.settings.critic.init == "reward_model":
+        places["critic.reward_model"] = base / "reward_model"
+    return [f"{key}={value}" for key, value in places.items()]

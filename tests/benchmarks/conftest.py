@@ -1,0 +1,55 @@
+"""Run folders as a sweep of the miniature table leaves them, made up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from benchmarks.table1.arms import ARMS
+from megatron_vapo.recipe import load_recipe, to_yaml
+
+
+@cache
+def vapo_recipe() -> str:
+    return to_yaml(load_recipe(ARMS[0].recipe))
+
+
+def write_run(
+    folder: Path,
+    accuracy: Sequence[float],
+    tokens: Sequence[int],
+    budget: int | None = None,
+    critic: Path | None = None,
+) -> Path:
+    """A complete run folder with an evaluation before training and one after each step."""
+    folder.mkdir(parents=True)
+    recipe = OmegaConf.create(vapo_recipe())
+    recipe.limits.sampled_tokens = budget or max(tokens, default=1)
+    recipe.value_pretraining.checkpoint = critic and str(critic)
+    OmegaConf.save(recipe, folder / "recipe.yaml")
+    records = [{"kind": "evaluate", "step": 0, "evaluate/accuracy": accuracy[0], "evaluate/length_mean": 40.0}]
+    for step, (score, sampled) in enumerate(zip(accuracy[1:], tokens, strict=True), start=1):
+        positions = {f"{name}_tenth_{k}": k / 10 for name in ("advantage", "critic/value") for k in range(1, 11)}
+        signals = {"response/length_mean": 40.0 + step, "actor/entropy_before": 0.3, "critic/explained_variance": 0.1}
+        records += [
+            {"kind": "train", "step": step, "tokens/sampled": float(sampled), **signals, **positions},
+            {"kind": "evaluate", "step": step, "evaluate/accuracy": score},
+        ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0} | r) + "\n" for r in records))
+    (folder / "evaluation" / "samples").mkdir(parents=True)
+    for step in (0, len(tokens)):
+        (folder / "evaluation" / "samples" / f"step_{step:06d}.jsonl").write_text('{"tokens": 30}\n{"tokens": 80}\n')
+    origin = {"commit": "c" * 40, "changed": False, "seconds": 60.0}
+    times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"}
+    (folder / "origin.json").write_text(json.dumps(origin | times))
+    return folder
+
+
+@pytest.fixture(scope="session", name="write_run")
+def _write_run() -> Callable[..., Path]:
+    return write_run

@@ -1,0 +1,167 @@
+"""Run folders to the table: scores, budgets, censoring, orders, and a document of a made-up sweep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.table1 import analysis, arms
+from benchmarks.table1.document import BEGIN, END, write_document
+from benchmarks.table1.results import Result, read_result, read_results
+from megatron_vapo.errors import DataError
+from megatron_vapo.recipe import load_recipe
+
+STEP_TOKENS = 1000
+LAST = 12
+
+
+@pytest.fixture
+def run(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., Result]:
+    """`run(accuracy, tokens, budget)`; the budget is what was sampled, where it is not given."""
+    return lambda *arguments: read_result(write_run(tmp_path / "seed_000" / "vapo", *arguments))
+
+
+def test_the_score_is_the_mean_of_the_last_three_evaluations(run: Callable[..., Result]) -> None:
+    result = run([0.0, 0.3, 0.9, 0.6, 0.3], [10, 20, 30, 40])
+    assert result.final == pytest.approx(0.6)
+    np.testing.assert_allclose(result.score, [0.0, 0.15, 0.4, 0.6, 0.6])
+    assert result.tokens.tolist() == [0, 10, 20, 30, 40]
+    assert not result.collapsed
+
+
+@pytest.mark.parametrize(
+    ("budget", "area"), [(40, 0.4), (30, (20 * 0.2 + 10 * 0.5) / 30), (20, 0.2), (80, (0.4 + 0.8) / 2)]
+)
+def test_the_area_ends_at_the_budget(run: Callable[..., Result], budget: int, area: float) -> None:
+    """0 to 20 tokens from 0 to 0.4, then to 0.8 at 40: a budget of 30 cuts the second piece at 0.6."""
+    result = run([0.0, 0.4, 0.8], [20, 40], budget)
+    assert result.area == pytest.approx(area)
+    assert result.short_of_budget == (budget > 40)
+
+
+def test_tokens_to_a_score_are_interpolated_or_censored(run: Callable[..., Result]) -> None:
+    """Scores are 0, 0.1, 0.2, 0.4, 0.4: first 0.3 half-way between 20 and 30 tokens, and never 0.5."""
+    result = run([0.0, 0.2, 0.4, 0.6, 0.2], [10, 20, 30, 40])
+    np.testing.assert_allclose(result.score, [0.0, 0.1, 0.2, 0.4, 0.4])
+    assert result.tokens_to(0.3) == pytest.approx(25)
+    assert result.tokens_to(0.2) == pytest.approx(20)
+    assert result.tokens_to(0.0) == 0.0
+    assert result.tokens_to(0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "collapsed"),
+    [
+        ([0.1, 0.8, 0.8, 0.8, 0.3, 0.3, 0.3], True),
+        ([0.1, 0.8, 0.8, 0.8, 0.5, 0.5, 0.5], False),
+        ([0.1, 0.09, 0.08, 0.09], True),  # below the base
+    ],
+)
+def test_collapses(run: Callable[..., Result], accuracy: list[float], collapsed: bool) -> None:
+    assert run(accuracy, range(10, 10 * len(accuracy), 10)).collapsed == collapsed
+
+
+def test_vapo_itself_has_no_second_arm() -> None:
+    assert arms.is_vapo_itself(next(arm for arm in arms.ARMS if arm.name == "alpha_0.1")) == (
+        load_recipe(arms.ARMS[0].recipe).algorithm.alpha == 0.1
+    )
+    assert not any(arms.is_vapo_itself(arm) for arm in arms.ARMS if arm.paper is not None)
+
+
+TRUTH = {
+    "vapo": 0.9, "no_group_sampling": 0.85, "no_positive_lm_loss": 0.84, "no_token_level_loss": 0.83,
+    "no_clip_higher": 0.7, "no_length_adaptive_gae": 0.69, "no_length_adaptive_gae_scaled": 0.68,
+    "no_decoupled_gae": 0.5, "no_decoupled_gae_lambda_1": 0.52, "no_decoupled_gae_scaled": 0.48,
+    "no_value_pretraining": 0.05, "ppo": 0.3, "ppo_scaled": 0.2, "dapo": 0.6, "grpo": 0.55,
+}  # fmt: skip
+"""Final scores of the made-up sweep: in the paper's order, but for value pretraining, which is below vanilla PPO."""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Path]) -> Path:
+    """Six seeds of every arm: accuracy grows to the truth within `LAST` steps; some seeds are better for all arms."""
+    out = tmp_path_factory.mktemp("table1")
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        folder = out / "runs" / f"seed_{seed:03d}"
+        critic = write_run(folder / "critic", [0.0], []) / "metrics.jsonl"
+        critic.write_text('{"kind": "pretrain", "step": 1, "time": 0, "rollout/sampled_tokens": 500}\n')
+        luck = rng.normal(0, 0.05)
+        for arm in arms.ARMS:
+            final = TRUTH.get(arm.name, 0.75)
+            noise = rng.normal(0, 0.01, LAST + 1)
+            accuracy = np.clip(0.04 + (final - 0.04 + luck) * np.minimum(np.arange(LAST + 1) / (LAST - 3), 1), 0, 1)
+            tokens = (np.arange(LAST) + 1) * STEP_TOKENS + 7 * seed
+            pretrained = folder / "critic" / "critic_pretrained" if arm.name != "dapo" else None
+            write_run(folder / arm.name, list(np.clip(accuracy + noise, 0, 1)), tokens.tolist(), critic=pretrained)
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbers(sweep: Path) -> dict:
+    return analysis.analyse(read_results(sweep, [arm.name for arm in arms.ARMS], list(range(6))))
+
+
+def test_orders_find_the_planted_reversal(numbers: dict) -> None:
+    assert set(numbers["orders"]) == set(analysis.ORDERS)
+    for name, order in numbers["orders"].items():
+        assert order["tau"] == pytest.approx(1 - 2 / 36) and order["page_p"] < 1e-6
+        (reversal,) = order["reversals"]
+        assert reversal["better_here"] == ("ppo_scaled" if "scaled" in name else "ppo")
+        assert reversal["better_in_the_paper"] == "no_value_pretraining" and reversal["p"] < 0.01
+
+
+def test_differences_are_paired(numbers: dict) -> None:
+    """Luck that all arms of a seed share leaves no trace in the differences."""
+    for name in ("no_clip_higher", "no_decoupled_gae"):
+        difference = numbers["arms"][name]["vapo_minus_arm"]
+        assert difference["mean"] == pytest.approx(0.9 - TRUTH[name], abs=0.02)
+        assert difference["p_holm"] < 0.001 and difference["detectable"] < 0.03
+    spread = numbers["arms"]["vapo"]["final_interval"]
+    assert spread["high"] - spread["low"] > 0.05
+
+
+def test_speed_against_dapo(numbers: dict) -> None:
+    """VAPO climbs 0.86 in 9 steps and DAPO 0.56: two thirds of the climb, and a step later for the mean of three."""
+    speed = numbers["speed"]["vapo"]
+    assert speed["never"] == [] and speed["share"] == pytest.approx((9 * 0.56 / 0.86 + 1) / 12, abs=0.03)
+    assert speed["share_with_pretraining"] - speed["share"] == pytest.approx(500 / 12_000, rel=0.01)
+    assert numbers["speed"]["ppo"]["never"] == list(range(6)) and numbers["speed"]["ppo"]["share"] == 1.0
+
+
+def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
+    document = tmp_path / "table1.md"
+    document.write_text(f"# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    write_document(document, sweep, list(arms.ARMS), range(6))
+    text = document.read_text()
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{END}\n\nafter\n") and "old" not in text
+    assert all(f"| {arm.title} |" in text for arm in arms.ARMS)
+    below = text.partition("lie wholly below VAPO's: ")[2].partition("\n")[0]
+    assert "without clip-higher" in below and "without group sampling" not in below
+    assert "all arms with 6 seeds (0, 1, 2, 3, 4, 5). Commit cccccccccc, 2026-01-01" in text
+    found = json.loads((tmp_path / "table1.json").read_text())
+    assert found["arms"]["vapo"]["by_seed"]["3"]["final"] == pytest.approx(0.9, abs=0.2)
+    assert (tmp_path / "table1.json").stat().st_size < 300_000
+    pictures = sorted(path.name for path in (tmp_path / "table1").iterdir())
+    assert pictures == ["curves.png", "lambda.png", "positions.png", "scores.png", "signals.png"]
+    assert all(f"table1/{name})" in text for name in pictures)
+    write_document(document, sweep, list(arms.ARMS), range(6))
+    assert document.read_text() == text
+
+
+def test_a_part_of_a_sweep(sweep: Path, tmp_path: Path) -> None:
+    """Arms and seeds that are missing are named; what needs them is left out."""
+    write_document(tmp_path / "part.md", sweep, list(arms.ARMS[:3]), range(7))
+    text = (tmp_path / "part.md").read_text()
+    assert "short of the budget: none" in text
+    assert "Not complete: VAPO with seeds 6; DAPO with seeds 6; GRPO with seeds 6." in text
+    assert "Order of the nine arms" not in text and "VAPO against DAPO" in text
+
+
+def test_nothing_complete(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no run is complete"):
+        write_document(tmp_path / "table1.md", tmp_path, list(arms.ARMS), range(2))

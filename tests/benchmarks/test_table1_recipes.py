@@ -1,0 +1,85 @@
+"""The arms of the miniature table differ from VAPO in what they are named after, and have its budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.table1.arms import ARMS, RECIPES, Arm, arms
+from megatron_vapo.config import Recipe
+from megatron_vapo.errors import RecipeError
+from megatron_vapo.recipe import load_recipe, to_yaml
+from megatron_vapo.run_folder import changed_keys
+
+VAPO = load_recipe(ARMS[0].recipe)
+COUPLED = {"algorithm.decoupled_gae", "algorithm.length_adaptive_gae"}
+CHANGES = {
+    "no_value_pretraining": {"value_pretraining.enabled"},
+    "no_decoupled_gae": COUPLED,
+    "no_decoupled_gae_scaled": COUPLED | {"algorithm.lambda_policy"},
+    "no_decoupled_gae_lambda_1": COUPLED | {"algorithm.lambda_policy"},
+    "no_length_adaptive_gae": {"algorithm.length_adaptive_gae"},
+    "no_length_adaptive_gae_scaled": {"algorithm.length_adaptive_gae", "algorithm.lambda_policy"},
+    "no_clip_higher": {"algorithm.clip_high"},
+    "no_token_level_loss": {"algorithm.loss_reduction"},
+    "no_positive_lm_loss": {"algorithm.positive_lm_coefficient"},
+    "no_group_sampling": {"rollout.prompts_per_step", "rollout.samples_per_prompt"},
+    "lambda_policy_1": {"algorithm.length_adaptive_gae", "algorithm.lambda_policy"},
+    "critic_from_actor": {"critic.init", "critic.reward_model"},
+    "two_critic_updates": {"critic.epochs"},
+}
+
+
+def differences(arm: Arm) -> dict[str, object]:
+    changes = changed_keys(to_yaml(VAPO), to_yaml(load_recipe(arm.recipe)))
+    return {key: new for key, (_, new) in changes.items() if key not in ("name", "run_dir")}
+
+
+def by_name(name: str) -> Arm:
+    return next(arm for arm in ARMS if arm.name == name)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_arm_changes_what_it_is_named_after(name: str) -> None:
+    assert differences(by_name(name)).keys() == CHANGES[name]
+
+
+@pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
+def test_all_arms_have_one_budget_and_one_test(arm: Arm) -> None:
+    recipe: Recipe = load_recipe(arm.recipe)
+    assert recipe.name == arm.name
+    assert recipe.limits.sampled_tokens == VAPO.limits.sampled_tokens and recipe.steps == VAPO.steps
+    assert recipe.responses_per_step == VAPO.responses_per_step and recipe.minibatch_size == VAPO.minibatch_size
+    assert (recipe.model, recipe.actor, recipe.data) == (VAPO.model, VAPO.actor, VAPO.data)
+    assert recipe.evaluation == VAPO.evaluation and recipe.critic.optimizer == VAPO.critic.optimizer
+    assert recipe.rollout.max_response_tokens == VAPO.rollout.max_response_tokens
+
+
+def test_every_recipe_is_an_arm() -> None:
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {arm.name for arm in ARMS}
+
+
+def test_literal_and_scaled_differ_in_lambda_alone() -> None:
+    scaled = {load_recipe(arm.recipe).algorithm.lambda_policy for arm in ARMS if arm.name.endswith("_scaled")}
+    assert len(scaled) == 1 and scaled.pop() < 0.95
+    for arm in ARMS:
+        if arm.name.endswith("_scaled"):
+            literal = load_recipe(by_name(arm.name.removesuffix("_scaled")).recipe)
+            changes = changed_keys(to_yaml(literal), to_yaml(load_recipe(arm.recipe)))
+            assert changes.keys() - {"name", "run_dir"} == {"algorithm.lambda_policy"}
+            assert literal.algorithm.lambda_policy == 0.95
+
+
+def test_vanilla_ppo_and_vc_ppo_are_the_papers() -> None:
+    ppo, vc_ppo = (load_recipe(by_name(name).recipe) for name in ("ppo", "vc_ppo"))
+    algorithm = ppo.algorithm
+    assert not (algorithm.decoupled_gae or algorithm.length_adaptive_gae or ppo.value_pretraining.enabled)
+    assert (algorithm.clip_high, algorithm.loss_reduction, algorithm.positive_lm_coefficient) == (0.2, "sample", 0.0)
+    assert ppo.rollout.samples_per_prompt == 1 and ppo.critic.init == "reward_model"
+    changes = changed_keys(to_yaml(ppo), to_yaml(vc_ppo)).keys() - {"name", "run_dir"}
+    assert changes == {"algorithm.decoupled_gae", "value_pretraining.enabled"} and vc_ppo.algorithm.lambda_critic == 1
+
+
+def test_the_four_that_matter_most_run_first() -> None:
+    assert [arm.name for arm in arms()][:4] == ["vapo", "dapo", "grpo", "ppo"]
+    with pytest.raises(RecipeError, match="no arm is called vappo; there are vapo, dapo"):
+        arms(["vapo", "vappo"])
