@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+
+from megatron_vapo.weights.torch_dist import TorchDistReader
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +60,34 @@ def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
             for key in ("actor/policy_loss", "actor/lm_loss", "actor/entropy", "critic/loss", "critic/grad_norm"):
                 if key in one:
                     assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (world, one["step"], key)
+
+
+def test_offloading_changes_nothing_on_2_processes(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:
+    """Data parallel with the distributed optimizer, and a pipeline; main parameters beside bfloat16 ones."""
+    layout = ["actor.distributed_optimizer=true", "critic.pipeline_parallel=2", "model.dtype=bfloat16"]
+    kinds = ("parameters", "gradients", "main_parameters", "optimizer")
+    moves = [f"{role}.offload.{kind}=true" for role in ("actor", "critic") for kind in kinds]
+    for name, overrides in (("stays", []), ("moves", moves)):
+        steps = ["steps=2", "checkpoint.every=1", *layout, *overrides]
+        command = _command(2, tmp_path / name, checkpoint, tiny_problems, *steps)
+        subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    apart = ("seconds/", "cpu_seconds/", "throughput/", "time", "memory/")
+    stays, moved = (
+        [{k: v for k, v in record.items() if not k.startswith(apart)} for record in _metrics(tmp_path / name)]
+        for name in ("stays", "moves")
+    )
+    assert moved == stays
+    for role in ("actor", "critic"):
+        ours, theirs = (_tensors(tmp_path / name / "checkpoints" / "step_000002" / role) for name in ("moves", "stays"))
+        assert ours.keys() == theirs.keys() and len(ours) > 10
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    last = _metrics(tmp_path / "moves")[-2]
+    assert all(last[f"memory/rollout/{kind}"] == 0 < last[f"memory/actor_update/{kind}"] for kind in kinds)
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = TorchDistReader(checkpoint)
+    return {key: reader.read(key, (0,) * len(shape), shape) for key, shape in reader.shapes.items()}
 
 
 def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:

@@ -1,0 +1,408 @@
+"""What a run survives: kill -9 in every phase, damaged checkpoints, full disks, a second run, a clock that jumps.
+
+    python -m benchmarks.faults --base artifacts/tiny --folder FOLDER [--kills 24 12] [--write docs/reliability.md]
+
+1. For each number of ranks a small run of recipes/tiny.yaml goes to its end: the reference.
+2. Other runs of the same recipe are killed (all ranks, SIGKILL) at a random moment of a phase, started again, killed
+   again ... until each phase had its share. Each run that gets to its end is compared with the reference, bit by bit.
+3. Every kind of file of a checkpoint is truncated, changed in one bit and deleted.
+4. The rest of the table, one by one.
+
+What was found is kept in FOLDER/findings.json: started again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from megatron_vapo.checkpoint import Checkpoints, Progress, checkpoints, refuse_damaged
+from megatron_vapo.config import ActorConfig, CheckpointConfig
+from megatron_vapo.errors import CheckpointError
+from megatron_vapo.models.layout import ParallelLayout, init_world
+from megatron_vapo.models.roles import Actor
+from megatron_vapo.weights.architecture import read_architecture
+
+SETTINGS = ["minibatch_size=8", "epochs=2", "steps=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
+            "rollout.max_response_tokens=64", "value_pretraining.max_steps=2",
+            "value_pretraining.target_explained_variance=1.0", "evaluation.problems=16", "evaluation.every=2",
+            "evaluation.samples=2", "actor.optimizer.warmup_steps=20", "checkpoint.every=1",
+            "checkpoint.async_save=true", "observe.tensorboard=false"]  # fmt: skip
+LAYOUTS = {
+    2: ["critic.distributed_optimizer=true"],
+    4: ["actor.tensor_parallel=2", "critic.pipeline_parallel=2", "critic.first_stage_layers=2"],
+}
+PHASES = ("rollout", "values", "logprobs", "critic_update", "actor_update", "weight_sync", "checkpoint", "write",
+          "evaluation")  # fmt: skip
+"""`write` is a step that trains while the checkpoint before it is still being written."""
+
+
+@dataclass
+class Findings:
+    """What was seen, for the document."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    lost_steps: list[int] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    """Runs that were compared with their reference."""
+    resume_s: list[float] = field(default_factory=list)
+    damage: dict[str, Counter[str]] = field(default_factory=dict)
+    """By reference run."""
+    lines: dict[str, list[str]] = field(default_factory=dict)
+    """Rows of the table, by what made them."""
+    numbers: dict[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def load(folder: Path) -> Findings:
+        path = folder / "findings.json"
+        found = Findings(**json.loads(path.read_text())) if path.exists() else Findings()
+        found.kills = Counter(found.kills)
+        return found
+
+    def save(self, folder: Path) -> None:
+        (folder / "findings.json").write_text(json.dumps(vars(self), indent=1) + "\n")
+
+
+class Ranks:
+    """A run on several ranks, without a launcher that could help it."""
+
+    def __init__(self, world: int, run_dir: Path, overrides: list[str], **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.run_dir, self.began = run_dir, time.monotonic()
+        shared = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "benchmarks.faults_rank", "train", "recipes/tiny.yaml", f"run_dir={run_dir}"]
+        self.processes = [
+            subprocess.Popen(
+                [*command, *SETTINGS, *overrides],
+                env=shared | environment | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world)},
+                stdout=subprocess.PIPE if r == 0 else subprocess.DEVNULL,
+                stderr=(run_dir.parent / f"{run_dir.name}.{r}.log").open("ab"),
+                text=True,
+            )
+            for r in range(world)
+        ]
+
+    def said(self) -> Iterator[str]:
+        """What rank 0 announces, until it ends."""
+        for line in self.processes[0].stdout:
+            if line.startswith("@"):
+                yield line[1:].strip()
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> list[int]:
+        for process in self.processes:
+            if process.stdout:
+                process.stdout.read()
+        return [process.wait(timeout=300) for process in self.processes]
+
+
+def run_to_the_end(ranks: Ranks) -> str:
+    """Returns the last thing it said."""
+    said = list(ranks.said())
+    codes = ranks.wait()
+    if any(codes):
+        raise SystemExit(f"{ranks.run_dir}: exit codes {codes}; see {ranks.run_dir}.0.log")
+    return said[-1]
+
+
+def kill_runs(world: int, base: list[str], folder: Path, kills: int, dice: random.Random, found: Findings) -> None:
+    """Runs that die `kills` times in all, spread over the phases; the last one of them goes to its end too."""
+    overrides = [*base, *LAYOUTS[world]]
+    reference = folder / f"reference_{world}"
+    if not (reference / "summary.json").exists():
+        run_to_the_end(Ranks(world, reference, overrides))
+    wanted = Counter(f"{PHASES[i % len(PHASES)]} ({world} ranks)" for i in range(kills))
+    plan = [name.partition(" ")[0] for name in (wanted - found.kills).elements()]
+    dice.shuffle(plan)
+    while plan:
+        number = sum(name.startswith(f"killed_{world}_") for name in found.finished) + 1
+        run_dir = folder / f"killed_{world}_{number}"
+        finished = False
+        while not finished:
+            finished = start_and_kill(Ranks(world, run_dir, overrides), plan, dice, found)
+            found.save(folder)
+        differences = compare(run_dir, reference)
+        if differences:
+            raise SystemExit(f"{run_dir} differs from {reference}: {differences}")
+        found.finished.append(run_dir.name)
+        found.save(folder)
+        print(f"{run_dir.name} is bitwise {reference.name}", flush=True)
+
+
+def start_and_kill(ranks: Ranks, plan: list[str], dice: random.Random, found: Findings) -> bool:
+    """Kill the run in the phase that is next in the plan, entered for the n-th time; True if it ended before."""
+    target, left = (plan[-1] if plan else None), dice.randint(1, 3)
+    steps_before = steps_done(ranks.run_dir)
+    entered: dict[str, float] = {}
+    rollouts = 0
+    for said in ranks.said():
+        name = said.removeprefix("phase ")
+        rollouts += name == "rollout"
+        if rollouts == 2 and "second rollout" not in entered and steps_before:
+            entered["second rollout"] = time.monotonic()
+            found.resume_s.append(time.monotonic() - ranks.began)
+        left -= name == target
+        if name == target and left == 0:
+            time.sleep(dice.uniform(0, 0.05))
+            steps = steps_done(ranks.run_dir)
+            ranks.kill()
+            found.kills[f"{target} ({len(ranks.processes)} ranks)"] += 1
+            found.lost_steps.append(steps - checkpointed(ranks.run_dir))
+            plan.pop()
+            return False
+    codes = ranks.wait()
+    if any(codes):
+        raise SystemExit(f"{ranks.run_dir}: exit codes {codes}; see {ranks.run_dir}.0.log")
+    return True
+
+
+def steps_done(run_dir: Path) -> int:
+    """Training steps in the record."""
+    return sum(record["kind"] == "train" for record in records(run_dir))
+
+
+def checkpointed(run_dir: Path) -> int:
+    found = sorted((run_dir / "checkpoints").glob("step_*[0-9]"))
+    return int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def records(run_dir: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
+
+
+def compare(run_dir: Path, reference: Path) -> list[str]:
+    """What differs: metrics, sampled responses, a byte of tensors, optimizer states, generators, progress, export."""
+    differing = [] if records(run_dir) == records(reference) else ["metrics"]
+    newest = reference / "checkpoints" / "latest"
+    files = [newest / "state.json", newest / "sampling.pt", *newest.glob("*/*.distcp"), *reference.rglob("samples/*")]
+    files.append(reference / "export" / "model.safetensors")
+    for path in files:
+        ours = run_dir / path.relative_to(reference)
+        if not ours.is_file() or ours.read_bytes() != path.read_bytes():
+            differing.append(str(path.relative_to(reference)))
+    return differing
+
+
+# Damage.
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.randrange(len(content))] ^= 1 << random.randrange(8)
+    path.write_bytes(content)
+
+
+def damage_everything(run_dir: Path, found: Findings) -> None:
+    """Every file of the last checkpoint, harmed in three ways, must be refused and named."""
+    counts: Counter[str] = Counter()
+    checkpoint = (run_dir / "checkpoints" / "latest").resolve()
+    refuse_damaged(checkpoint)
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        content = path.read_bytes()
+        for harm in (truncate, flip, Path.unlink):
+            harm(path)
+            try:
+                refuse_damaged(checkpoint)
+            except CheckpointError as error:
+                # A manifest whose entry has changed blames the file of that entry.
+                if str(path) not in str(error) and path.name != "manifest.json":
+                    raise SystemExit(f"{path} was harmed, the message is: {error}") from error
+            else:
+                raise SystemExit(f"{harm.__name__} of {path} was not noticed")
+            path.write_bytes(content)
+            counts[f"{path.suffix or path.name} {harm.__name__}"] += 1
+    refuse_damaged(checkpoint)
+    found.damage[run_dir.name] = counts
+
+
+# The rest of the table.
+
+
+@contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(base: list[str], folder: Path) -> Iterator[str]:
+    if os.geteuid() != 0:
+        yield "| disk full during a save | skipped: mounting a small disk needs root | |"
+        return
+    for policy, code in (("stop", 8), ("continue", 0)):
+        with small_disk(folder / f"disk_{policy}", 22) as disk:
+            settings = ["checkpoint.keep=99", f"checkpoint.failed_save={policy}", "value_pretraining.enabled=false"]
+            run = Ranks(1, disk / "run", [*base, *settings])
+            run.processes[0].stdout.read()
+            log = Path(f"{disk / 'run'}.0.log").read_text()
+            codes = run.wait()
+            saved = checkpoints(disk / "run" / "checkpoints")
+            for checkpoint in saved:
+                refuse_damaged(checkpoint)
+            if codes != [code] or not saved:
+                raise SystemExit(f"full disk, {policy}: exit code {codes}, {len(saved)} checkpoints; {log[-2000:]}")
+            yield (
+                f"| disk full during a save, `failed_save={policy}` | exit code {codes[0]}; {len(saved)} checkpoints "
+                f"of before, all whole; {steps_done(disk / 'run')} of 8 steps | 1 |"
+            )
+
+
+def two_runs(base: list[str], folder: Path) -> Iterator[str]:
+    first = Ranks(2, folder / "shared", base)
+    for said in first.said():
+        if said == "phase rollout":
+            break
+    second = Ranks(1, folder / "shared", base)
+    second.processes[0].stdout.read()
+    codes = second.wait()
+    first.kill()
+    log = (folder / "shared.0.log").read_text()
+    if codes != [2] or "in use by another run" not in log:
+        raise SystemExit(f"two runs in one folder: exit code {codes}; {log[-2000:]}")
+    yield "| two runs in one folder | the second is refused, exit code 2, and the holder named | 1 |"
+
+
+def clock_jumps(base: list[str], folder: Path) -> Iterator[str]:
+    run_to_the_end(Ranks(2, folder / "jumps", [*base, *LAYOUTS[2]], CLOCK_JUMPS="1"))
+    differences = compare(folder / "jumps", folder / "reference_2")
+    if differences:
+        raise SystemExit(f"clock jumps change {differences}")
+    yield "| wall clock that jumps by up to a day at every reading | bitwise the reference | 1 |"
+
+
+# Numbers.
+
+
+def saving_seconds(folder: Path) -> dict[str, float]:
+    """Median seconds that training waits for a checkpoint of 26 million parameters with their optimizer states."""
+    tiny = read_architecture(folder / "reference_2" / "export")
+    large = replace(tiny, hidden=512, layers=8, heads=8, kv_heads=8, head_dim=64, ffn=1536, vocab=8192)
+    actor = Actor(ActorConfig(), large, torch.float32, ParallelLayout(ActorConfig(), 0))
+    seconds: dict[str, list[float]] = {"sync": [], "async": [], "async until complete": []}
+    for kind in ("sync", "async"):
+        settings = CheckpointConfig(async_save=kind == "async", keep=1)
+        saved = Checkpoints(folder / "saving", settings, {"actor": actor}, "", lambda text: None)
+        for step in range(5):
+            began = time.perf_counter()
+            saved.save(Progress(pretraining_done=True, steps=step + (10 if kind == "async" else 0)), [], {})
+            seconds[kind].append(time.perf_counter() - began)
+            saved.settle(wait=True)
+            if kind == "async":
+                seconds["async until complete"].append(time.perf_counter() - began)
+    size = sum(p.stat().st_size for p in (folder / "saving" / "latest").rglob("*") if p.is_file())
+    return {name: statistics.median(values) for name, values in seconds.items()} | {"bytes": float(size)}
+
+
+def bookkeeping(base: list[str], folder: Path) -> dict[str, float]:
+    """Seconds of bookkeeping a step, and its share, in steps of the size that recipes/tiny.yaml has."""
+    sizes = ["minibatch_size=32", "rollout.prompts_per_step=16", "rollout.samples_per_prompt=16", "epochs=1", "steps=4",
+             "rollout.max_response_tokens=200", "value_pretraining.enabled=false", "checkpoint.every=0"]  # fmt: skip
+    said = run_to_the_end(Ranks(1, folder / "bookkeeping", [*base, *sizes]))
+    spent = float(said.split()[1])
+    rows = [json.loads(line) for line in (folder / "bookkeeping" / "metrics.jsonl").read_text().splitlines()]
+    steps = sum(v for r in rows if r["kind"] == "train" for k, v in r.items() if k.startswith("seconds/"))
+    return {"bookkeeping": spent / 4, "bookkeeping share": spent / steps}
+
+
+def document(found: Findings) -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    rows = [
+        f"| {phase} | {found.kills[f'{phase} (2 ranks)']} | {found.kills[f'{phase} (4 ranks)']} |" for phase in PHASES
+    ]
+    damage = sum((Counter(counts) for counts in found.damage.values()), Counter())
+    numbers = found.numbers
+    return (
+        (Path(__file__).parent / "faults_document.md")
+        .read_text()
+        .format(
+            machine=f"{os.cpu_count()} cores, {platform.machine()}, shared (load {os.getloadavg()[2]:.0f})",
+            commit=commit,
+            date=time.strftime("%Y-%m-%d"),
+            kills=found.kills.total(),
+            runs=len(found.finished),
+            rows="\n".join(rows),
+            lost_kills=len(found.lost_steps),
+            lost=max(found.lost_steps),
+            mean_lost=statistics.mean(found.lost_steps),
+            damage="\n".join(f"| {name} | {count} | {count} |" for name, count in sorted(damage.items())),
+            harmed=damage.total(),
+            harmed_runs=" and ".join(sorted(name.removeprefix("reference_") for name in found.damage)),
+            rest="\n".join(line for lines in found.lines.values() for line in lines),
+            mib=numbers["bytes"] / 2**20,
+            sync=numbers["sync"],
+            asynchronous=numbers["async"],
+            complete=numbers["async until complete"],
+            resume=statistics.median(found.resume_s),
+            bookkeeping=numbers["bookkeeping"] * 1e3,
+            share=numbers["bookkeeping share"],
+        )
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--base", type=Path, default=Path("artifacts/tiny"), help="what tools/make_tiny_base.py made")
+    parser.add_argument("--folder", type=Path, required=True, help="for the runs and findings.json")
+    parser.add_argument("--kills", type=int, nargs=2, default=(24, 12), metavar="N", help="on 2 and on 4 ranks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="document to write")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    init_world()  # of this process alone, to look at checkpoints
+    found, dice = Findings.load(folder), random.Random(options.seed)
+    base = [f"model.path={options.base / 'base'}", f"data.train={options.base / 'train.jsonl'}",
+            f"evaluation.data={options.base / 'heldout.jsonl'}"]  # fmt: skip
+    kill_runs(2, base, folder, options.kills[0], dice, found)
+    for part in (full_disk, two_runs, clock_jumps):
+        if part.__name__ not in found.lines:
+            print(part.__name__, flush=True)
+            found.lines[part.__name__] = list(part(base, folder))
+            found.save(folder)
+    if not found.numbers:
+        found.numbers = saving_seconds(folder) | bookkeeping(base, folder)
+        found.save(folder)
+    kill_runs(4, base, folder, options.kills[1], dice, found)
+    for world in LAYOUTS:
+        damage_everything(folder / f"reference_{world}", found)
+    text = document(found)
+    print(text)
+    if options.write:
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

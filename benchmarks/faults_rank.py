@@ -1,0 +1,80 @@
+"""One rank of a run that `benchmarks.faults` watches: the command line, saying on stdout what it is about to do.
+
+    phase NAME          it enters this phase
+    write / written     the thread of an asynchronous save begins and ends
+    spent SECONDS       at the end: what the bookkeeping that makes resuming exact has taken, and the run as a whole
+
+CLOCK_JUMPS=1 makes the wall clock jump by up to a day at every reading.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from megatron_vapo import cli
+
+
+def main() -> int:
+    from megatron_vapo import checkpoint, interrupt, kept_rollouts, run, watchdog
+
+    if os.environ.get("CLOCK_JUMPS"):
+        true_time, jumps = time.time, random.Random(0)
+        time.time = lambda: true_time() + jumps.uniform(-86400, 86400)
+    _announce_phases(watchdog.Watchdog)
+    checkpoint._Pending.write = _around(checkpoint._Pending.write, lambda: say("write"), lambda: say("written"))
+    spent = [0.0]
+    for owner, name in (
+        (run.Run, "_mark"),
+        (run.Run, "_kept_rollout"),
+        (kept_rollouts.KeptRollouts, "save"),
+        (interrupt.Interrupt, "check"),
+    ):
+        setattr(owner, name, _timed(getattr(owner, name), spent))
+    began = time.perf_counter()
+    code = cli.main(sys.argv[1:])
+    say(f"spent {spent[0]} {time.perf_counter() - began}")
+    return code
+
+
+def say(text: str) -> None:
+    os.write(1, f"@{text}\n".encode())
+
+
+def _announce_phases(owner: type) -> None:
+    def set_(self: Any, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name == "phase":
+            say(f"phase {value}")
+
+    owner.__setattr__ = set_
+
+
+def _around(function: Callable, before: Callable[[], None], after: Callable[[], None]) -> Callable:
+    def wrapped(*args: Any) -> Any:
+        before()
+        try:
+            return function(*args)
+        finally:
+            after()
+
+    return wrapped
+
+
+def _timed(function: Callable, spent: list[float]) -> Callable:
+    def wrapped(*args: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*args)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""A prompt and the responses to it, from the first token to the score; it may take several steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+
+from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.rollout import Request, Response
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A response with its text and what the checker said: +1 or -1."""
+
+    response: Response
+    text: str
+    outcome: float
+
+
+@dataclass
+class Sample:
+    """One response of a group."""
+
+    seed: int
+    begun: Response | None = None
+    """What has been written so far, at least a token; its finish reason is `abort` until it is finished."""
+    scored: Scored | None = None
+    score: Future[Any] | None = None
+    """Of a finished response, while the checker is at it; only in the process that asked for it."""
+
+    @property
+    def finished(self) -> bool:
+        return self.begun is not None and self.begun.finish_reason != "abort"
+
+    def request(self, prompt: Prompt) -> Request:
+        """For what is left to write."""
+        written = tuple(self.begun.token_ids.tolist()) if self.begun else ()
+        return Request(prompt.token_ids, self.seed, written)
+
+    def take(self, response: Response) -> None:
+        """Append what the engine wrote; nothing where an abort came first."""
+        if len(response.token_ids):
+            self.begun = joined(self.begun, response) if self.begun else response
+
+    def truncate(self) -> None:
+        """End it where it is, if it has begun."""
+        if self.begun is not None and not self.finished:
+            self.begun = replace(self.begun, finish_reason="length")
+
+    def start_over(self) -> None:
+        """Forget what was written."""
+        self.begun = self.scored = self.score = None
+
+    def state(self) -> dict[str, Any]:
+        """What `of` takes: tensors, numbers and text."""
+        scored = None if self.scored is None else (self.scored.text, self.scored.outcome)
+        return {"seed": self.seed, "begun": self.begun and vars(self.begun), "scored": scored}
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Self:
+        """The sample that `state` was taken of."""
+        begun = state["begun"] and Response(**state["begun"])
+        return cls(state["seed"], begun, state["scored"] and Scored(begun, *state["scored"]))
+
+
+@dataclass
+class Group:
+    """The samples of one prompt."""
+
+    index: int
+    """Of the prompt in its set."""
+    prompt: Prompt
+    samples: list[Sample] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        """What `of` takes."""
+        return {"index": self.index, "samples": [sample.state() for sample in self.samples]}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], prompts: Sequence[Prompt]) -> Self:
+        """The group that `state` was taken of, in the same prompt set."""
+        index = state["index"]
+        return cls(index, prompts[index], [Sample.of(sample) for sample in state["samples"]])
+
+    @property
+    def complete(self) -> bool:
+        return all(sample.finished for sample in self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens written so far."""
+        return sum(len(sample.begun.token_ids) for sample in self.samples if sample.begun is not None)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether its outcomes differ."""
+        return len({sample.scored.outcome for sample in self.samples}) > 1
+
+
+def joined(first: Response, then: Response) -> Response:
+    """A response in two parts."""
+    return Response(
+        torch.cat([first.token_ids, then.token_ids]),
+        torch.cat([first.logprobs, then.logprobs]),
+        then.finish_reason,
+        first.weight_version,
+    )

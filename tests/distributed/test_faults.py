@@ -1,0 +1,156 @@
+"""Several ranks under torchrun: a rank that stops is named, a stop heard by one reaches all, a resumed run is the run.
+
+`python -m benchmarks.faults` does the same with kill -9 at random moments, many times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_vapo.errors import MachineError
+
+pytestmark = pytest.mark.slow
+
+SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "checkpoint.every=1",
+         "rollout.max_response_tokens=24", "value_pretraining.max_steps=1", "evaluation.problems=8",
+         "actor.optimizer.warmup_steps=6", "observe.tensorboard=false"]  # fmt: skip
+
+
+class Launched:
+    """A run of recipes/tiny.yaml on several ranks."""
+
+    def __init__(self, world: int, run_dir: Path, *overrides: str) -> None:
+        self.run_dir, self.world = run_dir, world
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        self.process = subprocess.Popen(
+            [*launcher, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", f"run_dir={run_dir}", *overrides],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        self._wait(lambda: step in [r["step"] for r in records(self.run_dir) if r["kind"] == "train"])
+
+    def ranks(self) -> list[psutil.Process]:
+        """Its processes by rank."""
+        found = psutil.Process(self.process.pid).children()
+        return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+
+    def end(self, timeout: float = 200) -> str:
+        return self.process.communicate(timeout=timeout)[0]
+
+    def _wait(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 200
+        while not happened():
+            assert self.process.poll() is None, self.end()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def launch(make_checkpoint: Callable[..., Path], tiny_problems: Path) -> Iterator[Callable[..., Launched]]:
+    started: list[Launched] = []
+    paths = [
+        f"model.path={make_checkpoint('qwen2')}",
+        f"data.train={tiny_problems}",
+        f"evaluation.data={tiny_problems}",
+    ]
+
+    def start(world: int, run_dir: Path, *overrides: str) -> Launched:
+        started.append(Launched(world, run_dir, *paths, *SMALL, *overrides))
+        return started[-1]
+
+    yield start
+    for launched in started:
+        if launched.process.poll() is None:
+            for process in [*psutil.Process(launched.process.pid).children(recursive=True), launched.process]:
+                process.kill()
+
+
+def records(run_dir: Path) -> list[dict]:
+    """Metrics without what depends on the clock."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
+
+
+def last_checkpoint(run_dir: Path) -> dict[str, bytes]:
+    newest = run_dir / "checkpoints" / "latest"
+    return {str(p.relative_to(newest)): p.read_bytes() for p in [*newest.glob("*/*.distcp"), newest / "state.json"]}
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_stops_is_named_with_its_phase(
+    launch: Callable[..., Launched], tmp_path: Path, stopped: int
+) -> None:
+    run = launch(2, tmp_path / "run", "steps=100000", "limits.silent_seconds=12")  # a busy machine is no silence
+    run.wait_for_step(20)  # seconds of work: every rank has told a phase
+    rank = run.ranks()[stopped]
+    rank.suspend()
+    began = time.monotonic()
+    output = run.end(timeout=120)  # of which torchrun takes 30 to give up on the rank that is stopped
+    assert time.monotonic() - began < 120
+    phases = "rollout|values|logprobs|critic_update|actor_update|weight_sync|checkpoint|evaluation"
+    assert re.search(
+        rf"rank {stopped} \(pid {rank.pid} on \S+\) was not heard of for 12 s; its phase was: ({phases})", output
+    )
+    assert f"exitcode  : {MachineError.exit_code}" in output
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
+    launch: Callable[..., Launched], tmp_path: Path
+) -> None:
+    settings = ["steps=4", "critic.distributed_optimizer=true", "actor.tensor_parallel=2"]  # all ranks write
+    launch(2, tmp_path / "whole", *settings).end()
+    run = launch(2, tmp_path / "run", *settings)
+    run.wait_for_step(2)
+    run.ranks()[1].send_signal(signal.SIGUSR1)
+    output = run.end()
+    assert run.process.returncode != 0 and "exitcode  : 75" in output
+    assert len([r for r in records(tmp_path / "run") if r["kind"] == "train"]) < 4
+    assert launch(2, tmp_path / "run", *settings).end().count("resumed from") == 1
+    for ours, theirs in zip(records(tmp_path / "run"), records(tmp_path / "whole"), strict=True):
+        assert ours == theirs
+    ours, theirs = last_checkpoint(tmp_path / "run"), last_checkpoint(tmp_path / "whole")
+    assert {name for name in ours if "/__1_" in name} and ours == theirs
+
+
+def test_a_run_goes_on_in_another_layout(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    """1 process, 2 (tensor-parallel), 4 (data-, pipeline- and context-parallel), a step each, as 1 process alone."""
+    assert launch(1, tmp_path / "whole", "steps=3", "rollout.save=true").end()
+    replay = f"rollout.replay={tmp_path / 'whole' / 'rollouts'}"
+    layouts = {
+        1: [],
+        2: ["actor.tensor_parallel=2", "actor.sequence_parallel=true"],
+        4: ["actor.pipeline_parallel=2", "critic.context_parallel=2", "actor.micro_batch_tokens=256"],
+    }
+    for step, (world, layout) in enumerate(layouts.items(), start=1):
+        output = launch(world, tmp_path / "run", f"steps={step}", replay, *layout).end()
+        assert step == 1 or "resumed from" in output
+    trained = [[r for r in records(tmp_path / name) if r["kind"] == "train"] for name in ("whole", "run")]
+    keys = ("actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm")
+    for one, several in zip(*trained, strict=True):
+        for key in keys:
+            assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (one["step"], key)
+    exports = [tmp_path / name / "export" / "model.safetensors" for name in ("whole", "run")]
+    from safetensors.torch import load_file
+
+    whole, pieces = map(load_file, exports)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=1e-5, atol=1e-5)
