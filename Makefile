@@ -8,26 +8,67 @@ RECIPE ?= recipes/tiny.yaml
 # More settings for `make train`, for example: make train ARGS="steps=10 seed=1 run_dir=runs/seed1"
 ARGS ?=
 
+# Rollout engine of `make train`: transformers (embedded) or sglang (servers in an environment of their own).
+ENGINE ?= transformers
+SGLANG_VENV ?= .venv-sglang
+SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
+
+# A third environment: Python 3.12 with the newer Megatron Core, as GPU nodes have it (docs/install.md).
+PYTHON_LATEST ?= python3.12
+LATEST_VENV ?= .venv-latest
+LATEST_INSTALLED := $(LATEST_VENV)/.installed
+# What proves the core there: models, layouts, weights, checkpoints, resuming, whole runs on 1, 2 and 4 processes.
+LATEST_TESTS ?= tests/test_installation.py tests/models tests/weights/test_convert.py \
+	tests/weights/test_convert_layouts.py tests/test_checkpoint.py tests/test_resume.py tests/test_learning.py \
+	tests/distributed/test_torchrun.py tests/crossing \
+	$(foreach world,1 2 4,"tests/distributed/test_layouts.py::test_layouts_agree[$(world)]")
+
 # The models of this project's CPU runs are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup train test lint layouts doctor clean
+.PHONY: setup sglang-cpu latest train test test-latest lint layouts doctor gpu-check clean
 
 setup: $(INSTALLED)
 
-# torch comes first: a CPU build of exactly this version, where there is one, keeps gigabytes of CUDA packages away.
+# An environment of this package in folder $(1) with interpreter $(2). torch comes first: a CPU build of exactly this
+# version, where there is one, keeps gigabytes of CUDA packages away.
+define install
+	$(2) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch==2.13.0; python_version < '3.12'" "torch==2.14.1; python_version >= '3.12'"
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable .[dev]
+	touch $(1)/.installed
+endef
+
 $(INSTALLED): pyproject.toml
-	$(shell command -v $(PYTHON) || command -v python3) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .[dev]
-	touch $@
+	$(call install,$(VENV),$(shell command -v $(PYTHON) || command -v python3))
 
-train: $(INSTALLED)
+# A second environment, in which an unmodified SGLang serves without a GPU; see tools/sglang_cpu/README.md.
+sglang-cpu: $(SGLANG_INSTALLED)
+
+$(SGLANG_INSTALLED): $(shell find tools/sglang_cpu -type f -not -path '*/__pycache__/*')
+	bash tools/sglang_cpu/install.sh $(SGLANG_VENV) $(PYTHON)
+
+latest: $(LATEST_INSTALLED)
+
+$(LATEST_INSTALLED): pyproject.toml
+	$(call install,$(LATEST_VENV),$(PYTHON_LATEST))
+
+ifeq ($(ENGINE),sglang)
+ENGINE_INSTALLED := $(SGLANG_INSTALLED)
+ENGINE_ARGS := rollout.engine=sglang rollout.sglang.python=$(SGLANG_VENV)/bin/python
+endif
+
+train: $(INSTALLED) $(ENGINE_INSTALLED)
 	$(BIN)/python tools/make_tiny_base.py --out artifacts/tiny
-	$(BIN)/megatron-vapo train $(RECIPE) $(ARGS)
+	$(BIN)/megatron-vapo train $(RECIPE) $(ENGINE_ARGS) $(ARGS)
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(INSTALLED) $(SGLANG_INSTALLED)
+	SGLANG_VENV=$(SGLANG_VENV) $(BIN)/python -m pytest -m "not gpu"
+
+# The path comes first because an environment may serve several checkouts, as CI's does.
+test-latest: $(INSTALLED) $(LATEST_INSTALLED)
+	PYTHONPATH=. VENV=$(VENV) LATEST_VENV=$(LATEST_VENV) $(LATEST_VENV)/bin/python -m pytest -m "not gpu" $(LATEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -37,8 +78,12 @@ lint: $(INSTALLED)
 layouts: $(INSTALLED)
 	$(BIN)/python -m benchmarks.layouts --write docs/layouts.md
 
+# What only a GPU can show, in minutes; writes docs/verified-on-gpu.md where there is one.
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check
+
 doctor: $(INSTALLED)
 	$(BIN)/megatron-vapo doctor
 
 clean:
-	rm -rf $(VENV) artifacts runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(LATEST_VENV) artifacts runs .pytest_cache .ruff_cache .hypothesis *.egg-info

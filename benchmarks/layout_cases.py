@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig
+from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
 
 ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
@@ -37,12 +37,11 @@ class Case:
     critic: dict[str, object] | None = None
     """Layout of the critic where it differs."""
 
-    fused: bool = False
-    """Log-probs from hidden states."""
+    logprobs: str = "whole"
     dtype: str = "float32"
 
     def actor_config(self) -> ActorConfig:
-        return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), fused_logprobs=self.fused)
+        return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), logprobs=self.logprobs)
 
     def critic_config(self) -> CriticConfig:
         return CriticConfig(**_DEFAULTS | (self.critic or self.role), optimizer=replace(OPTIMIZER))
@@ -74,12 +73,12 @@ CASES = [
     Case("Llama 3", family="llama"),
     Case("Qwen3-MoE", family="qwen3_moe"),
     Case("tied embeddings", family="tied"),
-    Case("fused log-probs", fused=True),
-    Case("fused log-probs, tied", family="tied", fused=True),
+    Case("fused log-probs", logprobs="chunked"),
+    Case("fused log-probs, tied", family="tied", logprobs="chunked"),
     Case("TP2", 2, role=tp(2)),
-    Case("TP2, fused log-probs", 2, role=tp(2), fused=True),
-    Case("TP2 + SP, fused log-probs, tied", 2, "tied", role=tp(2, sp=True), fused=True),
-    Case("PP2, fused log-probs, tied", 2, "tied", role=pp(2), fused=True),
+    Case("TP2, fused log-probs", 2, role=tp(2), logprobs="chunked"),
+    Case("TP2 + SP, fused log-probs, tied", 2, "tied", role=tp(2, sp=True), logprobs="chunked"),
+    Case("PP2, fused log-probs, tied", 2, "tied", role=pp(2), logprobs="chunked"),
     Case("TP2 + SP", 2, role=tp(2, sp=True)),
     Case("TP2 + SP, full recompute", 2, role=tp(2, sp=True) | {"recompute": "full"}),
     Case("TP2 + SP, Qwen3", 2, "qwen3", role=tp(2, sp=True)),
@@ -126,6 +125,22 @@ CASES = [
 ]
 
 
+def fp8(recipe: str) -> dict[str, object]:
+    return {"precision": PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format="hybrid", last_layers=1)}
+
+
+FP8_CASES = [
+    Case("FP8 tensorwise, PP2", 2, "wide", role=pp(2) | fp8("tensorwise")),
+    Case("FP8 blockwise, PP2 x VPP2", 2, "wide", role=pp(2, virtual_pipeline=2) | fp8("blockwise")),
+    Case("FP8 mxfp8, TP2 + SP", 2, "wide", role=tp(2, sp=True) | fp8("mxfp8") | {"recompute": "full"}),
+    Case("FP8 delayed, TP2", 2, "wide", role=tp(2) | fp8("delayed")),
+    Case("FP8 delayed, DP2 x ZeRO-1", 2, "wide", role=ZERO | fp8("delayed")),
+    Case("FP8 delayed, EP2", 2, "qwen3_moe", role=EP2 | fp8("delayed")),
+]
+"""Emulated FP8 where the layout must not matter: pipelines never; tensor parallelism where it cuts no block, or with
+delayed scaling; the scales of delayed scaling nowhere."""
+
+
 def take_updates(case: Case, folder: Path) -> dict:
     """Forward both models over the batch, update each `UPDATES` times; what came out, parameters included."""
     from megatron_vapo import objectives
@@ -158,6 +173,9 @@ def take_updates(case: Case, folder: Path) -> dict:
             for name, model in (("actor", actor), ("critic", critic))
             for key, tensor in hf_tensors(model)
         },
+        "delayed scales": {
+            name: state["scale"] for name, state in actor.modules[0].state_dict().items() if isinstance(state, dict)
+        },
     }
 
 
@@ -167,7 +185,7 @@ def main() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # A file, because a search for a free port collides under load.
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    for case in CASES:
+    for case in CASES + FP8_CASES:
         if case.name in names:
             result = take_updates(case, folder)
             if dist.get_rank() == 0:

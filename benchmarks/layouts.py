@@ -31,7 +31,8 @@ BFLOAT16_TOLERANCES = ((0.1, 0.02), (0.25, 0.02))
 """The same for bfloat16, against one process in bfloat16 and against plain PyTorch in float32: 8 bits a number, so the
 order of sums shows, and so does the format itself."""
 
-FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "tied")
+FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "tied", "wide")
+"""wide: each of two ranks has a multiple of 32 rows and columns of every matrix, so that MXFP8's blocks stay whole."""
 BATCHES = ("mixed", "no positive", "one positive", "one token", "two responses")
 _SHAPE = {
     "vocab_size": 43,  # divisible by no tensor-parallel size
@@ -196,6 +197,10 @@ def _model(family: str, seed: int, classifier: bool = False) -> torch.nn.Module:
     config_class, extra = {
         "qwen2": (transformers.Qwen2Config, {}),
         "tied": (transformers.Qwen2Config, {"tie_word_embeddings": True}),
+        "wide": (
+            transformers.Qwen2Config,
+            {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
+        ),
         "qwen3": (transformers.Qwen3Config, {"head_dim": 10}),
         "llama": (
             transformers.LlamaConfig,

@@ -35,7 +35,7 @@ from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.recipe import load_recipe
-from megatron_vapo.rollout import Request
+from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.weights.architecture import read_architecture
 
@@ -63,8 +63,7 @@ class Ours:
         architecture = read_architecture(folder)
         layout = ParallelLayout(recipe.actor, recipe.seed)
         self.actor = Actor(recipe.actor, architecture, torch.float32, layout)
-        classifier = replace(architecture, classifier=True, tied_embeddings=False)
-        self.critic = Critic(recipe.critic, classifier, torch.float32, layout)
+        self.critic = Critic(recipe.critic, architecture.as_critic(), torch.float32, layout)
         self.critic.set_head(random=False, seed=recipe.seed)
         for model in (self.actor, self.critic):
             load_hf(model, folder)
@@ -75,7 +74,10 @@ class Ours:
     def rollout(self, prompts: list[tuple[int, ...]], repeat: int) -> list[Tensor]:
         requests = [Request(prompt, seed=repeat * len(prompts) + i) for i, prompt in enumerate(prompts)]
         settings = self.recipe.rollout
-        return [r.token_ids for r in self.engine.generate(requests, settings.sampling, settings.max_response_tokens)]
+        return [
+            r.token_ids
+            for r in in_order(self.engine.generate(requests, settings.sampling, settings.max_response_tokens))
+        ]
 
     def update_critic(self, batch: Experience, order: list[Tensor]) -> list[float]:
         algorithm = self.recipe.algorithm

@@ -1,7 +1,8 @@
 """megatron-vapo: train, evaluate and look at runs from the command line.
 
-Exit codes: 0 done; 2 recipe or arguments; 3 data; 4 checkpoint; 5 layout; 6 training cannot go on; 75 stopped by a
-signal, with a checkpoint; 1 a bug.
+Exit codes: 0 done; 2 recipe or arguments; 3 data; 4 checkpoint; 5 layout; 6 training cannot go on; 7 rollout
+engine; 8 memory, disk or a process that no longer answers; 9 a package missing or of another version; 75 stopped by a
+signal or its time limit, with a checkpoint; 130 Ctrl-C twice; 1 a bug.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, UserError
+from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, LayoutError, ProcessError, UserError
 
 if TYPE_CHECKING:
     from megatron_vapo.config import Recipe
@@ -27,7 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, for a file may be missing on one node only
+        # Once a node, for a file may be missing on one node only.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"megatron-vapo: {error}", file=sys.stderr)
         return error.exit_code
 
@@ -68,6 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--samples", type=int, help="responses a problem; default: the recipe's evaluation.samples")
     sub.set_defaults(command=_evaluate)
 
+    text = "whether a recipe fits a cluster, what limits it, how much it moves and how long it takes"
+    sub = commands.add_parser("plan", help=text, description=text)
+    sub.add_argument("recipe", help="YAML recipe; of the model only config.json is read")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+    sub.add_argument("--gpu", choices=("a100-80", "h100-80", "h200-141", "b200-192"), default="h100-80")
+    sub.add_argument("--nodes", type=_at_least_one, default=16)
+    sub.add_argument("--assume", action="append", default=[], metavar="name=value", help="instead of an assumption")
+    sub.add_argument("--json", action="store_true", help="print everything as JSON")
+    sub.add_argument("--out", type=_picture, help="picture to write (.png, .pdf, .svg)")
+    sub.set_defaults(command=_plan)
+
     text = "draw the curves of one or several runs"
     sub = commands.add_parser("report", help=text, description=text)
     sub.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -85,6 +98,13 @@ def _picture(text: str) -> Path:
     if path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg and lie in a folder that exists")
     return path
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
 
 
 # Each command imports what it needs, when it needs it: `--help` and a wrong recipe answer at once.
@@ -119,6 +139,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     evaluate_checkpoint(options.checkpoint, options.recipe, options.overrides, options.data, options.samples)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    recipe = _recipe(options)
+    from megatron_vapo.plan.command import run_plan
+
+    return 0 if run_plan(recipe, options) else LayoutError.exit_code
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_vapo.config import Recipe
-from megatron_vapo.errors import CheckpointError, RecipeError, UserError
+from megatron_vapo.backend import look
+from megatron_vapo.config import PrecisionConfig, Recipe
+from megatron_vapo.determinism import be_deterministic
+from megatron_vapo.errors import CheckpointError, RecipeError, RolloutError
 from megatron_vapo.layout_checks import check_model, check_world
 from megatron_vapo.observe.progress import Progress
 from megatron_vapo.observe.report import plot_curves, write_summary
+from megatron_vapo.precision_checks import check_machine
 from megatron_vapo.preflight import Inputs, read_evaluation_inputs, read_inputs, world_size
 from megatron_vapo.recipe import load_recipe
-from megatron_vapo.run_folder import open_run_folder
+from megatron_vapo.run_folder import open_run_folder, sole_use
+from megatron_vapo.together import on_first_rank
 from megatron_vapo.weights.hf_folder import HFFolder
+
+if TYPE_CHECKING:
+    from megatron_vapo.run import Run
 
 
 def run_recipe(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
@@ -39,6 +47,8 @@ def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
 
 
 def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bool:
+    if recipe.deterministic:
+        be_deterministic()
     inputs = read_inputs(recipe)
     console = Console(quiet=not _first_process())
     if dry_run:
@@ -49,46 +59,69 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
 
 @record  # leaves the first failure of any process where torchrun reports it
 def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body: Callable) -> bool:
-    from megatron_vapo.interrupt import Interrupt
     from megatron_vapo.models.layout import init_world
-    from megatron_vapo.run import Run
 
-    init_world()
-    summary = _open_together(recipe, restart)
+    init_world()  # takes this process's device, which `look` asks
+    found = look()
+    for name, role in recipe.roles.items():
+        check_machine(name, role.precision, found)
+    with ExitStack() as stack:
+        summary = on_first_rank(lambda: _open(recipe, restart, stack, console))
+        if summary is not None:
+            console.print(f"{recipe.run_dir} is finished; --restart trains anew", highlight=False)
+        else:
+            summary = _supervised(recipe, inputs, console, body)
     if summary is not None:
-        console.print(f"{recipe.run_dir} is finished; --restart trains anew", highlight=False)
         _print_accuracy(console, summary["accuracy_before"], summary["accuracy_after"])
-        return True
-    with Progress(console, quiet=not _first_process()) as display, Interrupt() as interrupt:
-        run = Run(recipe, inputs, display)
+    return summary is not None
+
+
+def _open(recipe: Recipe, restart: bool, stack: ExitStack, console: Console) -> dict[str, Any] | None:
+    stack.enter_context(sole_use(Path(recipe.run_dir)))
+    return open_run_folder(recipe, restart, note=lambda text: console.print(text, markup=False, highlight=False))
+
+
+def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable) -> dict[str, Any] | None:
+    """The run, under the eyes of signals and watchdog; its progress, None where it was stopped (with a checkpoint)."""
+    from megatron_vapo.interrupt import Interrupt
+    from megatron_vapo.run import Run
+    from megatron_vapo.watchdog import Watchdog, name_machine_errors
+
+    with (
+        Progress(console, quiet=not _first_process()) as display,
+        Interrupt(recipe.limits) as interrupt,
+        Watchdog(recipe.limits, interrupt, recipe.run_dir) as watchdog,
+        name_machine_errors(watchdog),
+    ):
+        run = Run(recipe, inputs, display, interrupt, watchdog)
         try:
-            finished = body(run, interrupt)
+            finished = _until_stopped(run, body)
         finally:
             run.close()
-    if finished:
-        _print_accuracy(console, run.progress.accuracy_before, run.progress.accuracy_after)
-    return finished
+        run.leave_groups()  # never after an error: other processes may be gone
+    return asdict(run.progress) if finished else None
 
 
-def _open_together(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
-    """The first process opens the run folder; all learn what it found."""
-    outcome: list[Any] = [None]
-    if _first_process():
-        try:
-            outcome = [open_run_folder(recipe, restart)]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
+    from megatron_vapo.interrupt import StopRequested
+
+    try:
+        body(run)
+    except StopRequested:
+        run.save()
+        run.settle(wait=True)
+        return False
+    except RolloutError:  # on all ranks together, and engines are asked between updates only: nothing is half done
+        run.save()
+        run.settle(wait=True)
+        raise
+    return True
 
 
-def _train(run, interrupt) -> bool:
+def _train(run: Run) -> None:
     from megatron_vapo.loop import train
 
-    if not train(run, interrupt):
-        return False
+    train(run)
     export = run.export()
     if run.first_rank:
         write_summary(
@@ -98,16 +131,15 @@ def _train(run, interrupt) -> bool:
             seconds={k.split("/")[1]: v for k, v in run.timer.run_seconds().items() if k.startswith("seconds/")},
         )
         run.display.note(f"export: {export}   curves: {plot_curves(run.folder)}")
-    return True
 
 
-def _pretrain(run, interrupt) -> bool:
+def _pretrain(run: Run) -> None:
     from megatron_vapo.loop import pretrain_critic
 
-    finished = run.progress.pretraining_done or pretrain_critic(run, interrupt)
-    if finished:
-        run.display.note(f"critic: {run.folder / 'critic_pretrained'}")
-    return finished
+    if not run.progress.pretraining_done:
+        pretrain_critic(run)
+    run.settle(wait=True)
+    run.display.note(f"critic: {run.folder / 'critic_pretrained'}")
 
 
 def evaluate_checkpoint(
@@ -126,38 +158,62 @@ def evaluate_checkpoint(
     recipe = load_recipe(recipe_path, overrides)
     if recipe.evaluation.data is None:
         raise RecipeError("evaluation.data is not set: name a prompt set with --data")
+    if recipe.deterministic:
+        be_deterministic()
     inputs = read_evaluation_inputs(recipe)
     if not is_hf:
         check_world("actor", recipe.actor, world_size())
         check_model("actor", recipe.actor, inputs.architecture)
 
-    import torch
-
-    from megatron_vapo.evaluation import evaluate
-    from megatron_vapo.models.layout import init_world
-    from megatron_vapo.rewards.scorer import RewardScorer
-    from megatron_vapo.run import build_engine
-    from megatron_vapo.sampling import Sampler
-
-    init_world()
-    engine = build_engine(recipe, inputs, torch.device(torch.cuda.current_device()))
-    if is_hf:
-        folder = HFFolder(path)
-        engine.load_weights(((name, folder.read(name)) for name in sorted(folder.names)), version=0)
-    else:
-        engine.load_weights(_actor_tensors(recipe, inputs, checkpoint), version=0)
-    settings = recipe.evaluation
-    with RewardScorer(inputs.reward, workers=recipe.reward.workers, timeout_s=recipe.reward.timeout_seconds) as scorer:
-        sampler = Sampler(inputs, engine, scorer, recipe.seed, recipe.rollout, recipe.reward)
-        metrics = evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
-    engine.close()
+    metrics = _evaluated(recipe, inputs, checkpoint, is_hf)
     if _first_process():
-        k = settings.samples
+        k = recipe.evaluation.samples
         print(
             f"avg@{k} {metrics['evaluate/accuracy']:.4f} +- {metrics['evaluate/standard_error']:.4f}  "
             f"pass@{k} {metrics['evaluate/pass_at_k']:.4f}  ({len(inputs.held_out)} problems, mean length "
             f"{metrics['evaluate/length_mean']:.1f}, truncated {metrics['evaluate/truncated']:.1%})"
         )
+
+
+def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) -> dict[str, float]:
+    import torch
+
+    from megatron_vapo.checkpoint import refuse_damaged
+    from megatron_vapo.evaluation import evaluate
+    from megatron_vapo.models.layout import init_world
+    from megatron_vapo.rewards.scorer import RewardScorer
+    from megatron_vapo.run import build_engine, engine_form
+    from megatron_vapo.sampling import Sampler
+    from megatron_vapo.weight_sync import load_everywhere
+    from megatron_vapo.weights.fp8 import whole_tensors
+
+    init_world()
+    if not is_hf:
+        refuse_damaged(checkpoint)
+    # Whole tensors come from a file or a checkpoint, not from the actor's shards.
+    recipe.rollout.sglang.update = "flattened_bucket"
+    settings, reward = recipe.evaluation, recipe.reward
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,
+        RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds) as scorer,
+        closing(build_engine(recipe, inputs, torch.device(torch.cuda.current_device()), Path(logs))) as engine,
+    ):
+
+        def tensors() -> Iterable:
+            stored = _folder_tensors(checkpoint) if is_hf else _actor_tensors(recipe, inputs, checkpoint)
+            return whole_tensors(engine_form(recipe), stored)
+
+        def load_weights() -> None:
+            load_everywhere(engine, tensors, version=0)
+
+        load_weights()
+        sampler = Sampler(inputs, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
+        return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
+
+
+def _folder_tensors(folder: Path) -> Iterable:
+    source = HFFolder(folder)
+    return ((name, source.read(name)) for name in sorted(source.names))
 
 
 def _actor_tensors(recipe: Recipe, inputs: Inputs, checkpoint: Path) -> Iterable:
@@ -168,7 +224,8 @@ def _actor_tensors(recipe: Recipe, inputs: Inputs, checkpoint: Path) -> Iterable
     from megatron_vapo.weights.hf_folder import torch_dtype
 
     layout = ParallelLayout(recipe.actor, recipe.seed)
-    actor = Actor(recipe.actor, inputs.architecture, torch_dtype(recipe.model.dtype), layout)
+    role = replace(recipe.actor, precision=PrecisionConfig())  # nothing is computed
+    actor = Actor(role, inputs.architecture, torch_dtype(recipe.model.dtype), layout)
     load_trainable(actor, checkpoint / "actor", with_optimizer=False)
     return hf_tensors(actor)
 

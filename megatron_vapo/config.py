@@ -38,6 +38,42 @@ class OptimizerConfig:
 
 
 @dataclass
+class PrecisionConfig:
+    """Numbers that a role's linear layers compute with. Embeddings, norms, router and head keep `model.dtype`;
+    log-probs and losses are float32 always."""
+
+    linear: Literal["model", "fp8"] = "model"
+    """model: as `model.dtype` says. fp8: 8-bit products through Transformer Engine (or `emulate`)."""
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
+    """How FP8 numbers are scaled (linear=fp8). delayed: a tensor by its largest value in the steps before. tensorwise:
+    a tensor by its own. blockwise: 1 x 128 of an activation, 128 x 128 of a weight. mxfp8: 32 values by a power of
+    two."""
+    format: Literal["e4m3", "hybrid"] = "e4m3"
+    """e4m3 everywhere, or hybrid: e5m2 for gradients."""
+    first_layers: int = 0
+    """Layers at the start that keep `model.dtype`."""
+    last_layers: int = 0
+    """Layers at the end that keep `model.dtype`."""
+    fp8_parameters: bool = False
+    """Hold the linear layers' weights as FP8 too; the optimizer's main parameters keep what they lose."""
+    emulate: bool = False
+    """Round to FP8's numbers in PyTorch instead of computing in FP8: slow, for any device, to see what FP8 does."""
+
+
+@dataclass
+class OffloadConfig:
+    """What of a role waits in pinned host memory while other phases of a step have the device. No result changes."""
+
+    parameters: bool = False
+    gradients: bool = False
+    """Given up between updates, without a copy: they are zero then."""
+    main_parameters: bool = False
+    """The float32 ones that the optimizer keeps beside bfloat16 parameters."""
+    optimizer: bool = False
+    """Adam's moments."""
+
+
+@dataclass
 class RoleConfig:
     """What actor and critic each choose for themselves: parallel layout, batching, optimizer."""
 
@@ -65,6 +101,8 @@ class RoleConfig:
     """Tokens (prompt and response) that one packed micro-batch holds at most, per data-parallel rank."""
     balance: Literal["tokens", "flops"] = "tokens"
     """What micro-batches and data-parallel ranks share equally: tokens, or computation including attention's square."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -72,9 +110,10 @@ class RoleConfig:
 class ActorConfig(RoleConfig):
     """The policy."""
 
-    fused_logprobs: bool = False
-    """Compute log-probs and entropy from hidden states in chunks, so that the logits of a micro-batch never exist as a
-    whole: less memory, about 1.3 times the time of the output layer."""
+    logprobs: Literal["whole", "chunked", "triton"] = "whole"
+    """What log-probs and entropy are computed from. whole: the logits of a micro-batch. chunked: hidden states, so that
+    logits exist for a few columns at a time only: less memory, about 1.3 times the time of the output layer. triton:
+    chunked, with kernels in which logits never reach memory; needs CUDA and the package triton."""
 
 
 @dataclass
@@ -113,6 +152,17 @@ class AlgorithmConfig:
     """Lower bound on the objective of negative advantages, c in dual-clip PPO (10 in DAPO's script)."""
     loss_reduction: Literal["token", "sample"] = "token"
     """token: mean over all response tokens of the minibatch. sample: mean over responses of per-response means."""
+    mask_truncated: bool = False
+    """Leave truncated responses out of all losses (DAPO's overlong filtering); off, they are trained on as wrong."""
+    old_logprobs: Literal["actor", "rollout"] = "actor"
+    """Log-probs under which a batch counts as drawn, the denominator of the policy's ratio: the actor's own, computed
+    before the update, or the engine's."""
+    importance: Literal["auto", "none", "truncate", "mask"] = "auto"
+    """Correction for tokens that the engine drew from other probabilities than the actor's (old_logprobs=actor): each
+    token's policy loss is multiplied by w = exp(actor's - engine's log-prob). truncate: by min(w, importance_cap)
+    (TIS). mask: by w, and by 0 where w is above importance_cap. auto: truncate where the engine's numbers are FP8
+    (rollout.quantization, rollout.kv_cache), else none."""
+    importance_cap: float = 2.0
     positive_lm_coefficient: float = 0.1
     """mu, the weight of the language-model loss on correct responses; 0 turns it off."""
     value_clip: float | None = None
@@ -149,11 +199,37 @@ class SamplingConfig:
 
 
 @dataclass
+class SGLangConfig:
+    """The SGLang servers that the trainer starts (rollout.engine=sglang)."""
+
+    python: str | None = None
+    """Interpreter of the environment that has SGLang; null takes the trainer's own. `make sglang-cpu` makes
+    .venv-sglang/bin/python for machines without a GPU."""
+    update: Literal["direct", "flattened_bucket"] = "direct"
+    """How weights get into a server. direct: each rank hands over its shards of the server's own parameters.
+    flattened_bucket: the server's first process collects whole tensors, and the server cuts them."""
+    memory_fraction: float = 0.8
+    """Share of a GPU's memory for weights and keys and values."""
+    max_cache_tokens: int | None = None
+    """Tokens whose keys and values fit; null lets SGLang choose by memory (65,536 on CPU)."""
+    concurrency: int = 1024
+    """Requests that one server has at a time."""
+    start_seconds: float = 900.0
+    """Limit for a server's start."""
+    stall_seconds: float = 120.0
+    """A server that for so long neither answers nor makes progress counts as hung."""
+    max_restarts: int = 3
+    """Starts of one server after failures, in a run; then the run stops."""
+    arguments: dict[str, str] = field(default_factory=dict)
+    """More arguments of sglang.launch_server, by name without dashes."""
+
+
+@dataclass
 class RolloutConfig:
     """Responses that a step trains on, and the engine that writes them."""
 
-    engine: Literal["transformers"] = "transformers"
-    """transformers: embedded, for small models on one machine."""
+    engine: Literal["transformers", "sglang"] = "transformers"
+    """transformers: embedded, for small models on one machine. sglang: servers beside the trainer."""
     prompts_per_step: int = 512
     samples_per_prompt: int = 16
     """Group sampling; 1 turns it off (then raise prompts_per_step to keep the batch)."""
@@ -161,8 +237,22 @@ class RolloutConfig:
     """A response that has not ended by then is truncated and counts as wrong."""
     batch_size: int = 256
     """Responses that one embedded engine decodes at a time."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: linear layers' weights go to the engine in e4m3, in blocks of 128 x 128 with a scale each, and on a GPU
+    SGLang multiplies in FP8. The embedded engine rounds the weights so, and multiplies as ever."""
+    kv_cache: Literal["auto", "fp8"] = "auto"
+    """Keys and values that SGLang keeps: as the model's dtype, or in e4m3."""
+    tensor_parallel: int = 1
+    """Devices that one SGLang server spans."""
+    placement: Literal["colocated", "separate"] = "colocated"
+    """colocated: SGLang servers take turns with training on its devices, one on every `tensor_parallel` of them.
+    separate: they have devices of their own, those of each node after training's, and get weights by broadcast."""
+    servers: int = 1
+    """SGLang servers in all (placement=separate)."""
     check_weights_every: int = 1
     """Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it."""
+    max_logprob_difference: float | None = None
+    """Nats; a step whose mean |actor's - engine's log-prob| is above stops the run. null never stops it."""
     bucket_mib: int = 512
     """MiB that a rank sends, and receives, at a time in a weight sync."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -170,6 +260,21 @@ class RolloutConfig:
     """Draw new prompts for groups whose rewards are all equal (DAPO)."""
     dynamic_sampling_rounds: int = 10
     """Rounds of new prompts at most; then groups with equal rewards fill the batch."""
+    over_sampling: float = 1.0
+    """Groups begun for each group that is missing; once enough are complete the others are stopped. Above 1 it favours
+    short responses, unless partial=true brings the long ones back in the next step."""
+    partial: bool = False
+    """Keep the groups that over_sampling leaves unfinished, and go on with them in the next step."""
+    max_version_lag: int = 0
+    """Steps by which the weights that began a response may be older than the actor; older ones are begun anew."""
+    step_seconds: float | None = None
+    """Limit for one round of sampling; then as many of the unfinished groups as are missing are truncated. null sets
+    none."""
+    request_seconds: float | None = None
+    """Limit for one response (rollout.engine=sglang); it is truncated there. null sets none."""
+    retries: int = 3
+    """Times that a failed request is asked again before its server counts as failed."""
+    sglang: SGLangConfig = field(default_factory=SGLangConfig)
     save: bool = False
     """Keep every step's experience in RUN/rollouts."""
     replay: str | None = None
@@ -227,9 +332,37 @@ class CheckpointConfig:
     """Checkpoints in RUN/checkpoints; the newest is resumed by itself."""
 
     every: int = 20
-    """Training steps between checkpoints; 0 saves only at the end or when interrupted."""
+    """Steps, of value pretraining too, between checkpoints; 0 saves only at the end or when interrupted."""
     keep: int = 2
-    """Checkpoints kept, the newest first."""
+    """The newest checkpoints that are kept."""
+    keep_best: bool = True
+    """Also keep the one of the highest held-out accuracy."""
+    keep_every: int = 0
+    """Also keep those of every n-th training step; 0 keeps none more."""
+    async_save: bool = True
+    """Train on while a thread writes what was copied to the host; needs memory of the host for one copy."""
+    failed_save: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (a full disk) does to the run; older checkpoints stay in any case."""
+    resume_older: bool = False
+    """Where the newest checkpoint is damaged, set it aside and resume the one before, with a warning. Off: stop."""
+    rollouts: bool = True
+    """Save rollouts as they finish, until a checkpoint covers their step: a run that died after them uses them."""
+
+
+@dataclass
+class LimitsConfig:
+    """When a run ends before its last step."""
+
+    sampled_tokens: int | None = None
+    """End as after the last step once so many response tokens were sampled for training, those of groups that dynamic
+    sampling passed over included, value pretraining not; null sets no such budget."""
+    wall_clock_minutes: float | None = None
+    """Stop with a checkpoint after this time, as on a signal; less than the scheduler's limit by a step and a save."""
+    grace_seconds: float = 60.0
+    """After SIGTERM, SIGUSR1, Ctrl-C or the wall-clock limit, rollouts under way have this long to finish before they
+    are abandoned. The checkpoint follows. An optimizer update is always finished."""
+    silent_seconds: float = 300.0
+    """A process that is not heard of for this long ends the run with a message that names it; 0 never does."""
 
 
 @dataclass
@@ -251,8 +384,11 @@ class Recipe:
     run_dir: str = "runs/${name}"
     """Folder of everything the run writes; a run that is found there is resumed."""
     seed: int = 0
+    deterministic: bool = False
+    """Only kernels and collectives that give the same bits each time; slower, and an operation without one stops the
+    run. Rollouts of SGLang are not covered."""
     steps: int = 312
-    """Rollout steps of VAPO."""
+    """Rollout steps of VAPO, unless `limits.sampled_tokens` ends it sooner."""
     minibatch_size: int = 512
     """Responses per optimizer step."""
     epochs: int = 1
@@ -269,6 +405,7 @@ class Recipe:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
 
     @property
@@ -276,5 +413,15 @@ class Recipe:
         return self.algorithm.advantage == "gae"
 
     @property
+    def roles(self) -> dict[str, RoleConfig]:
+        """The models that are trained."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.uses_critic else {})
+
+    @property
     def responses_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
+
+    def ends_at(self, steps: int, sampled_tokens: int) -> bool:
+        """Whether training is over after so many rollout steps and so many sampled response tokens."""
+        budget = self.limits.sampled_tokens
+        return steps >= self.steps or (budget is not None and sampled_tokens >= budget)

@@ -9,6 +9,8 @@ import importlib.util
 import os
 import platform
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,10 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from megatron_vapo.backend import Found, apex_wgrad_kernel, choose, nvidia_apex
+from megatron_vapo.installation import MEGATRON_VERSIONS
+from megatron_vapo.precision_checks import MULTIPLES, fp8_refusal
 
 Status = Literal["ok", "absent", "warning", "failure"]
 MARKS: dict[Status, Text] = {
@@ -29,14 +35,11 @@ MARKS: dict[Status, Text] = {
 
 PACKAGE = "megatron-vapo"
 OPTIONAL = {
-    "sglang": "rollouts come from the embedded engine, or from an SGLang server in an environment of its own",
+    "triton": "actor.logprobs=triton is refused without it; chunked computes the same",
     "nemo-run": "torchrun and srun launch without it",
-    "wandb": "TensorBoard and metrics.jsonl are always written",
+    "wandb": "metrics.jsonl is always written, TensorBoard unless observe.tensorboard=false",
 }
 """Packages that a run can use, and what happens without them."""
-
-FP8_CAPABILITY = (8, 9)
-"""Ada; Hopper is 9.0."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,13 @@ class Machine:
     backends: Sequence[str] = ()
     """Communication libraries that torch was built with, of gloo and nccl."""
     nvidia_driver: bool = False
+    cuda: str | None = None
+    """Version of CUDA that torch was built with."""
     apex_is_nvidias: bool = False
+    apex_wgrad: bool = False
+    """Whether Apex's kernel for weight gradients is there."""
+    sglang: tuple[str, str] | None = None
+    """An interpreter that has SGLang, and its version."""
 
 
 def run_doctor(console: Console) -> int:
@@ -103,8 +112,9 @@ def examine(machine: Machine) -> list[Check]:
         check_communication(machine),
         check_fp8(machine),
         check_bfloat16(machine),
-        check_grouped_gemm(machine),
+        *check_choices(machine),
         check_transformers_engine(machine),
+        check_sglang(machine),
         *check_optional(machine),
     ]
 
@@ -119,7 +129,10 @@ def look() -> Machine:
         gpus=find_gpus() if has_torch else (),
         backends=find_backends() if has_torch else (),
         nvidia_driver=shutil.which("nvidia-smi") is not None,
-        apex_is_nvidias=find_nvidia_apex(),
+        cuda=find_cuda() if has_torch else None,
+        apex_is_nvidias=nvidia_apex(),
+        apex_wgrad=apex_wgrad_kernel(),
+        sglang=find_sglang(),
     )
 
 
@@ -139,6 +152,12 @@ def find_gpus() -> list[Gpu]:
     return [Gpu(found.name, found.total_memory / 2**30, (found.major, found.minor)) for found in properties]
 
 
+def find_cuda() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
 def find_backends() -> list[str]:
     import torch.distributed as dist
 
@@ -146,11 +165,16 @@ def find_backends() -> list[str]:
     return [name for name, present in available.items() if present]
 
 
-def find_nvidia_apex() -> bool:
-    """NVIDIA Apex has `apex.optimizers`; the package called apex on PyPI is an unrelated one from 2013."""
-    spec = importlib.util.find_spec("apex")
-    folders = (spec.submodule_search_locations or ()) if spec else ()
-    return any((Path(folder) / "optimizers").is_dir() for folder in folders)
+def find_sglang() -> tuple[str, str] | None:
+    """In this environment, or in the one that `make sglang-cpu` makes here."""
+    made = Path(os.environ.get("SGLANG_VENV", ".venv-sglang")) / "bin" / "python"
+    for python in (sys.executable, str(made)):
+        if Path(python).exists():
+            ask = [python, "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
+            answer = subprocess.run(ask, capture_output=True, text=True)
+            if answer.returncode == 0:
+                return python, answer.stdout.strip()
+    return None
 
 
 def check_package(machine: Machine) -> Check:
@@ -171,6 +195,8 @@ def check_pin(requirement: Requirement, version: str | None) -> Check:
     name, wanted = requirement.name, str(requirement.specifier)
     if version is None:
         return Check(name, "failure", f"not installed: pip install '{name}{wanted}'")
+    if name == "megatron-core" and version not in MEGATRON_VERSIONS:
+        return Check(name, "failure", f"{version}: only {' and '.join(MEGATRON_VERSIONS)} work; here {wanted}")
     if not requirement.specifier.contains(version, prereleases=True):
         return Check(name, "warning", f"{version}, but tested with {wanted}")
     return Check(name, "ok", version)
@@ -224,9 +250,10 @@ def check_communication(machine: Machine) -> Check:
 
 
 def check_fp8(machine: Machine) -> Check:
-    capable = bool(machine.gpus) and all(gpu.capability >= FP8_CAPABILITY for gpu in machine.gpus)
-    if capable and machine.version("transformer-engine") is not None:
-        return Check("FP8", "ok", "through Transformer Engine")
+    refusals = {recipe: fp8_refusal(recipe, found_on(machine)) for recipe in MULTIPLES}
+    possible = [recipe for recipe, refusal in refusals.items() if refusal is None]
+    if possible:
+        return Check("FP8", "ok", f"through Transformer Engine: {', '.join(possible)}")
     return Check("FP8", "absent", "needs CUDA devices of compute capability 8.9+ and Transformer Engine")
 
 
@@ -236,10 +263,23 @@ def check_bfloat16(machine: Machine) -> Check:
     return Check("bfloat16", "ok", "" if machine.gpus else "on the CPU, slowly")
 
 
-def check_grouped_gemm(machine: Machine) -> Check:
-    if machine.gpus:
-        return Check("grouped GEMM", "ok", "mixture of experts in one kernel")
-    return Check("grouped GEMM", "absent", "needs CUDA; experts run one after another instead")
+def check_choices(machine: Machine) -> list[Check]:
+    """What a bfloat16 model is built from here."""
+    return [
+        Check(choice.what, "ok", f"{choice.chosen} ({choice.why})")
+        for choice in choose(found_on(machine), sixteen_bits=True).choices()
+    ]
+
+
+def found_on(machine: Machine) -> Found:
+    """What decides which implementations are chosen; of several devices, the oldest."""
+    return Found(
+        capability=min((gpu.capability for gpu in machine.gpus), default=None),
+        cuda=machine.cuda,
+        transformer_engine=machine.version("transformer-engine"),
+        apex=machine.apex_is_nvidias,
+        apex_wgrad=machine.apex_wgrad,
+    )
 
 
 def check_transformers_engine(machine: Machine) -> Check:
@@ -247,6 +287,22 @@ def check_transformers_engine(machine: Machine) -> Check:
     if machine.version("transformers") is None:
         return Check(name, "failure", "needs transformers")
     return Check(name, "ok", "transformers, in the training process")
+
+
+def check_sglang(machine: Machine) -> Check:
+    name = "SGLang rollout engine"
+    if machine.sglang is not None:
+        python, version = machine.sglang
+        slow = "" if machine.gpus else "; on CPU slowly, and it releases no memory"
+        return Check(name, "ok", f"{version}, rollout.sglang.python={python}{slow}")
+    if machine.gpus:
+        return Check(
+            name, "absent", "not in this environment: install sglang, or name another by rollout.sglang.python"
+        )
+    system = (platform.system(), platform.machine(), platform.libc_ver()[0])
+    if system != ("Linux", "x86_64", "glibc"):
+        return Check(name, "absent", "without a GPU it needs Linux on x86-64 with glibc 2.34 or newer")
+    return Check(name, "absent", "make sglang-cpu makes an environment in which it serves without a GPU")
 
 
 def check_optional(machine: Machine) -> list[Check]:

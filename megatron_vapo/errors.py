@@ -4,6 +4,8 @@ The command line prints only the message of these, never a traceback. A message 
 what to write instead. Everything else is a bug of ours and keeps its traceback (exit code 1).
 """
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Base of all errors that the command line reports as one message."""
@@ -41,5 +43,39 @@ class TrainingError(UserError):
     exit_code = 6
 
 
+class RolloutError(UserError):
+    """A rollout engine that cannot start, or fails again and again."""
+
+    exit_code = 7
+
+
+class MachineError(UserError):
+    """What the machine did to a run: out of memory, a full disk, a process that no longer answers. The same command may
+    go on from the last checkpoint once that is mended."""
+
+    exit_code = 8
+
+
+class ProcessError(MachineError):
+    """One process's own: it speaks for itself whatever its rank, since the others do not know."""
+
+
+class InstallationError(UserError):
+    """A package that is missing, or of a version that this project was not written for."""
+
+    exit_code = 9
+
+
 INTERRUPTED_EXIT_CODE = 75
 """A run that was asked to stop and did, with a checkpoint (EX_TEMPFAIL: start it again to go on)."""
+
+
+def few(names: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
+    """The first of some names, and how many more there are."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return separator.join(names[:limit]) + rest
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line of at most 500 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -9,7 +9,8 @@ import torch
 from megatron_vapo.algorithm.statistics import average_at_k, pass_at_k
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.sampling import Sampler, Scored
+from megatron_vapo.groups import Scored
+from megatron_vapo.sampling import Sampler
 
 
 @dataclass(frozen=True)

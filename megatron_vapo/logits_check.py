@@ -44,23 +44,26 @@ def hf_logits(folder: str | Path, architecture: Architecture, tokens: Tensor) ->
 @torch.no_grad()
 def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: Tensor) -> Tensor:
     """tokens [S] -> logits [S, V], or values [S, 1], by the model that the checkpoint's actor or critic trains."""
-    from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_vapo.config import RoleConfig
+    from megatron_vapo.backend import Backend
+    from megatron_vapo.config import PrecisionConfig, RoleConfig
     from megatron_vapo.models.attention import pack_sequences
     from megatron_vapo.models.build import build_chunks
+    from megatron_vapo.models.checkpointing import load_module, readable
     from megatron_vapo.models.layout import ParallelLayout, init_world
+    from megatron_vapo.models.megatron_versions import load_checkpoint
     from megatron_vapo.models.roles import ValueModel
     from megatron_vapo.models.transformer_config import transformer_config
 
     init_world()
     device = torch.device(torch.cuda.current_device())
-    config = transformer_config(architecture, RoleConfig(), torch.float32)
+    config = transformer_config(architecture, RoleConfig(), torch.float32, Backend(on_gpu=device.type == "cuda"))
     with ParallelLayout(RoleConfig(), seed=0).active():
         kind = ValueModel if architecture.classifier else GPTModel
-        (model,) = build_chunks(config, architecture, kind, device)
-        model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))["model"])
+        (model,) = build_chunks(config, architecture, kind, device, PrecisionConfig())
+        wanted = {"model": readable(model.sharded_state_dict(), present=set())}
+        load_module(model, load_checkpoint(wanted, Path(checkpoint))["model"])
         output = model.eval()(
             input_ids=tokens[None].to(device),
             position_ids=torch.arange(len(tokens))[None].to(device),

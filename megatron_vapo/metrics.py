@@ -9,10 +9,11 @@ import torch
 from megatron_vapo.algorithm.statistics import explained_variance, logprob_difference, mean_by_relative_position
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.sampling import Scored
+from megatron_vapo.errors import TrainingError
+from megatron_vapo.groups import Scored
 
-POSITION_BINS = 4
-"""Quarters of a response: a critic whose start biases it shows in the first (VC-PPO, figure 2)."""
+POSITION_BINS = 10
+"""Tenths of a response: a critic whose start biases it shows in the first (VC-PPO, figure 2)."""
 
 MISMATCH_THRESHOLD = 0.1
 """Nats; tokens whose log-prob differs by more between engine and trainer are counted."""
@@ -34,9 +35,29 @@ def rollout_metrics(batch: Experience) -> dict[str, float]:
         "response/length_max": float(lengths.max()),
         "response/truncated": float(batch.truncated.double().mean()),
     }
+    if batch.weight_versions is not None:
+        metrics["rollout/version_spread"] = float(batch.weight_versions.max() - batch.weight_versions.min())
     if correct.any():
         metrics["response/length_correct"] = float(lengths[correct].mean())
     return metrics
+
+
+def check_logprobs(batch: Experience, limit: float | None) -> None:
+    """Refuse to train on a batch that the engine drew from other probabilities than the actor's.
+
+    Raises:
+        TrainingError: with the likely causes.
+    """
+    if limit is None:
+        return
+    mean = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)["mean_absolute"]
+    if not mean <= limit:
+        raise TrainingError(
+            f"mean |actor's - engine's log-prob| is {mean:.3g}, above rollout.max_logprob_difference={limit:g}. Likely "
+            "causes: the engine holds other weights (set rollout.check_weights_every=1), another dtype or quantisation "
+            "than the actor's, responses of older weights (rollout.max_version_lag), or a model that SGLang and "
+            "Megatron compute differently (rope scaling, norm epsilon)"
+        )
 
 
 def token_metrics(batch: Experience) -> dict[str, float]:
@@ -63,7 +84,7 @@ def token_metrics(batch: Experience) -> dict[str, float]:
 
 def _by_position(name: str, values: torch.Tensor, batch: Experience) -> dict[str, float]:
     means = mean_by_relative_position(values, batch.cu_seqlens, POSITION_BINS).mean_K
-    return {f"{name}_quarter_{k + 1}": float(mean) for k, mean in enumerate(means)}
+    return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means)}
 
 
 def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ Denominators are those of the whole minibatch, which every process holds, so the
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,9 +61,7 @@ def monte_carlo_returns(batch: Experience, gamma: float) -> Experience:
 
 def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     """The critic's loss: half the squared error, mean over response tokens."""
-    weights = losses.token_weights(
-        minibatch.response_lengths, "token", total_tokens=int(minibatch.cu_seqlens[-1]), total_samples=len(minibatch)
-    )
+    weights = _weights(minibatch, "token", algorithm)
 
     def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         (values,) = outputs
@@ -77,10 +76,11 @@ def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
 
 def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     """The actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
-    lengths = minibatch.response_lengths
-    weights = losses.token_weights(
-        lengths, algorithm.loss_reduction, total_tokens=int(minibatch.cu_seqlens[-1]), total_samples=len(minibatch)
-    )
+    weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
+    old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.logprobs
+    # Where rollout is FP8, reading the recipe has written out what auto means.
+    mode = "none" if algorithm.importance == "auto" else algorithm.importance
+    importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
     positive = minibatch.per_token(minibatch.correct)
     positive_tokens = int(positive.sum())
 
@@ -89,12 +89,13 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
         part = _part(token_index, logprobs.device)
         policy, statistics = losses.policy_loss(
             logprobs,
-            part(minibatch.logprobs),
+            part(old_logprobs),
             part(minibatch.advantages),
             part(weights),
             algorithm.clip_low,
             algorithm.clip_high,
             algorithm.dual_clip,
+            None if importance is None else part(importance),
         )
         lm = losses.positive_lm_loss(logprobs, part(positive), positive_tokens)
         share = policy + algorithm.positive_lm_coefficient * lm
@@ -103,6 +104,15 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
         return share, named | statistics
 
     return loss
+
+
+def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algorithm: AlgorithmConfig) -> Tensor:
+    """Each token's weight in a loss [T]: none for those of responses that are left out."""
+    trained = ~minibatch.truncated if algorithm.mask_truncated else torch.ones_like(minibatch.truncated)
+    lengths = minibatch.response_lengths
+    tokens, responses = int(lengths[trained].sum()), int(trained.sum())
+    weights = losses.token_weights(lengths, reduction, total_tokens=max(tokens, 1), total_samples=max(responses, 1))
+    return weights * minibatch.per_token(trained)
 
 
 def _part(token_index: Tensor, device: torch.device):

@@ -43,7 +43,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
+    _choose_importance(recipe)
     return recipe
+
+
+def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """A copy with `key=value` overrides, not validated."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(recipe), OmegaConf.from_dotlist(list(overrides))))
+
+
+def _choose_importance(recipe: Recipe) -> None:
+    """Write out what algorithm.importance=auto means where the engine's numbers are FP8; elsewhere it is none."""
+    rollout, algorithm = recipe.rollout, recipe.algorithm
+    fp8 = "fp8" in (rollout.quantization, rollout.kv_cache)
+    if fp8 and algorithm.importance == "auto" and algorithm.old_logprobs == "actor":
+        algorithm.importance = "truncate"
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_vapo import checkpoint, objectives
+from megatron_vapo import objectives
+from megatron_vapo.backend import linear_layers, machine_backend
+from megatron_vapo.checkpoint import Checkpoints
+from megatron_vapo.checkpoint import Progress as RunProgress
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import PromptOrder
 from megatron_vapo.errors import DataError, TrainingError
 from megatron_vapo.evaluation import evaluate
-from megatron_vapo.metrics import evaluation_rows, rollout_metrics, sample_rows, token_metrics
+from megatron_vapo.groups import Group
+from megatron_vapo.interrupt import Interrupt
+from megatron_vapo.kept_rollouts import KeptRollouts, Notes
+from megatron_vapo.metrics import check_logprobs, evaluation_rows, rollout_metrics, sample_rows, token_metrics
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+from megatron_vapo.models.generators import read_generators, seed_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout, init_world, layout_sizes
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
@@ -27,40 +36,77 @@ from megatron_vapo.observe.metrics import Kind, MetricsWriter
 from megatron_vapo.observe.progress import Phase, Progress
 from megatron_vapo.observe.report import write_samples
 from megatron_vapo.observe.timer import PhaseTimer
+from megatron_vapo.phase_memory import PhaseMemory
 from megatron_vapo.preflight import Inputs
+from megatron_vapo.recipe import to_yaml
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.sampling import Sampler, seeds
+from megatron_vapo.together import barrier, gathered
+from megatron_vapo.watchdog import Watchdog
 from megatron_vapo.weight_sync import WeightSync
+from megatron_vapo.weights.fp8 import Form, in_blocks, in_full, rounded_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype, write_hf_folder
 
 
 class Run:
-    """Built once the recipe and its inputs are known to be good. All processes hold one."""
+    """Built once the recipe and its inputs are known to be good. All processes hold one.
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, display: Progress) -> None:
+    `progress` is as of the end of the last finished step or evaluation, with what else a checkpoint holds besides the
+    models (`_mark`), whatever has begun since.
+    """
+
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, display: Progress, interrupt: Interrupt, watchdog: Watchdog
+    ) -> None:
         init_world()
         self.recipe, self.inputs, self.display = recipe, inputs, display
+        self.interrupt, self._watchdog = interrupt, watchdog
         self.folder = Path(recipe.run_dir)
         self.first_rank = dist.get_rank() == 0
         self.timer = PhaseTimer()
         self._skipped: Counter[str] = Counter()
+        self._failures_before = 0
+        self._step_failures = (0, 0)
+        self._rollout_metrics: dict[str, float] = {}
+        self._tell_backend()
         self.models = build_models(recipe, inputs)
+        self._memory = PhaseMemory(self.models)
         self.scorer = RewardScorer(
             inputs.reward, workers=recipe.reward.workers, timeout_s=recipe.reward.timeout_seconds
         )
-        self.engine = build_engine(recipe, inputs, self.actor.device)
+        self.engine = build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
         self._sync = WeightSync(
-            self.actor, self.engine, recipe.rollout.check_weights_every, recipe.rollout.bucket_mib * 2**20
+            self.actor,
+            self.engine,
+            recipe.rollout.check_weights_every,
+            recipe.rollout.bucket_mib * 2**20,
+            engine_form(recipe),
         )
-        self.sampler = Sampler(inputs, self.engine, self.scorer, recipe.seed, recipe.rollout, recipe.reward)
+        self.sampler = Sampler(
+            inputs,
+            self.engine,
+            self.scorer,
+            recipe.seed,
+            recipe.rollout,
+            recipe.reward,
+            self.sync_weights,
+            interrupt.overdue,
+        )
+        interrupt.on_overdue = self.engine.abort
         self.order = PromptOrder(len(inputs.prompts), recipe.seed)
+        self._layouts = list({id(model.layout): model.layout for model in self.models.values()}.values())
+        self.kept = KeptRollouts(self.folder / "kept_rollouts")
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", recipe.checkpoint, self.models, to_yaml(recipe), display.note
+        )
         self.progress = self._restore()
         self.writer = self._open_records() if self.first_rank else None
         self.phase: Phase | None = None
         self.sampler.on_tokens = lambda count: self.phase.add(count * dist.get_world_size())
         self.sync_weights()
+        self._mark()
 
     @property
     def actor(self) -> Actor:
@@ -70,76 +116,88 @@ class Run:
     def critic(self) -> Critic:
         return self.models["critic"]
 
+    @property
+    def over(self) -> bool:
+        """Whether the last training step is done."""
+        return self.recipe.ends_at(self.progress.steps, self.progress.sampled_tokens)
+
     def rollout(self, purpose: Kind, step: int) -> Experience:
         """Group-sample the next prompts with the present policy and score the responses."""
-        self._show("rollout (tokens)")
-        name = f"{purpose}_{step:06d}.safetensors"
+        name = f"{purpose}_{step:06d}"
         if self.recipe.rollout.replay:
-            return _replayed(Path(self.recipe.rollout.replay) / name)
-        with self.timer("rollout"):
-            batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
-        if self.first_rank and purpose == "train":
-            write_samples(self.folder, step, sample_rows(rows), self.recipe.observe.samples_per_step)
+            return _replayed(Path(self.recipe.rollout.replay) / f"{name}.safetensors")
+        with self._phase("rollout", "rollout (tokens)"):
+            batch = self._kept_rollout(name) or self._sampled_rollout(name, purpose, step)
         if self.first_rank and self.recipe.rollout.save:
             (self.folder / "rollouts").mkdir(exist_ok=True)
-            batch.save(self.folder / "rollouts" / name)
+            batch.save(self.folder / "rollouts" / f"{name}.safetensors")
+        self._sleep()
         return batch
 
     def values(self, batch: Experience) -> Experience:
         """Add the critic's values."""
-        self._show("values")
-        with self.timer("values"):
+        with self._phase("values"):
             (values,) = self.critic.forward(batch)
         return replace(batch, values=values)
 
     def logprobs(self, batch: Experience) -> Experience:
         """Add the actor's log-probs and entropy."""
-        self._show("log-probs")
-        with self.timer("logprobs"):
+        with self._phase("logprobs", "log-probs"):
             logprobs, entropy = self.actor.forward(batch)
-        return replace(batch, logprobs=logprobs, entropy=entropy)
+        batch = replace(batch, logprobs=logprobs, entropy=entropy)
+        check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
+        return batch
 
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Minibatch updates towards the value targets; metrics are means over them."""
-        self._show("critic update")
-        with self.timer("critic_update"):
+        with self._phase("critic_update", "critic update"):
             return self._update(self.critic, objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
         """Minibatch updates of the policy; metrics are means over them."""
-        self._show("actor update")
-        with self.timer("actor_update"):
+        with self._phase("actor_update", "actor update"):
             return self._update(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
-        self._show("weight sync")
-        with self.timer("weight_sync"):
+        with self._phase("weight_sync", "weight sync"):
+            torch.cuda.empty_cache()  # for engines in other processes
             self._sync(version=self.progress.steps)
 
-    def evaluate(self) -> float:
+    def evaluate(self) -> None:
         """Held-out accuracy of the present policy, recorded."""
-        settings = self.recipe.evaluation
+        settings, step = self.recipe.evaluation, self.progress.steps
         training_phase = self.phase
         with self.display.phase("evaluate", total=1) as self.phase:
-            self._show("evaluation (tokens)")
-            with self.timer("evaluation"):
+            with self._phase("evaluation", "evaluation (tokens)"):
                 result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
-            self._write("evaluate", self.progress.steps, result.metrics)
+            self._write("evaluate", step, result.metrics)
             self.phase.advance(result.metrics)
         self.phase = training_phase
         if self.first_rank:
             rows = evaluation_rows(self.inputs.held_out, result.responses, settings.samples)
-            write_samples(self.folder / "evaluation", self.progress.steps, rows, 64)
-        return result.metrics["evaluate/accuracy"]
+            write_samples(self.folder / "evaluation", step, rows, 64)
+        when = "accuracy_before" if step == 0 else "accuracy_after"
+        setattr(self.progress, when, result.metrics["evaluate/accuracy"])
+        failures, timeouts = self._new_failures()
+        self.progress.reward_failures += failures
+        self.progress.reward_timeouts += timeouts
+        self.progress.evaluated_at = step
+        self._mark()
 
     def finish_step(self, kind: Kind, step: int, batch: Experience, metrics: dict[str, float]) -> None:
-        """Record the step."""
+        """Record the step, which is now finished."""
         tokens = int(batch.cu_seqlens[-1])
+        sampled = int(self._rollout_metrics.get("rollout/sampled_tokens", tokens))  # a replayed batch counts as sampled
         if kind == "pretrain":
-            self.progress.pretraining_tokens += tokens
+            self.progress.pretraining_steps = step
+            self.progress.pretraining_tokens += sampled
         else:
-            self.progress.sampled_tokens += tokens
+            self.progress.steps = step
+            self.progress.sampled_tokens += sampled
+        self.progress.reward_failures += self._step_failures[0]
+        self.progress.reward_timeouts += self._step_failures[1]
+        self._mark()
         seconds = self.timer.step_seconds()
         spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
         everything = (
@@ -148,30 +206,42 @@ class Run:
             | metrics
             | seconds
             | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": self.progress.sampled_tokens}
-            | {"reward/failures": self.scorer.failures, "reward/timeouts": self.scorer.timeouts}
+            | {"reward/failures": self.progress.reward_failures, "reward/timeouts": self.progress.reward_timeouts}
+            | self._rollout_metrics
+            | self._memory.metrics()
         )
         self._write(kind, step, everything)
         self.phase.advance(everything)
         self.timer.start_step()
 
     def save(self) -> None:
-        """Checkpoint models and progress."""
-        self._show("checkpoint")
-        self.progress.prompt_order = self.order.state_dict()
-        with self.timer("checkpoint"):
-            path = checkpoint.save_checkpoint(
-                self.folder / "checkpoints", self.progress, self.models, self.recipe.checkpoint.keep
-            )
-        self.display.note(f"checkpoint saved: {path}")
+        """Start a checkpoint of models and progress; `settle` completes it."""
+        with self._phase("checkpoint"):
+            if self._memory.moves:
+                self._sleep()  # what comes back to be saved takes the engine's room
+            self.checkpoints.save(self.progress, self._unfinished, self._generators)
+
+    def settle(self, wait: bool = False) -> None:
+        """Complete the checkpoint under way, if all ranks have written their part of it or `wait` says so."""
+        if not self.checkpoints.pending:
+            return
+        with self._phase("checkpoint"):
+            covered = self.checkpoints.settle(wait)
+        if covered is not None and self.first_rank:
+            self.kept.drop(covered.pretraining_steps, covered.steps)
 
     def save_pretrained_critic(self) -> None:
         """Keep the critic that value pretraining made, so that other runs can start from it."""
-        folder = self.folder / "critic_pretrained"
+        folder, part = self.folder / "critic_pretrained", self.folder / "critic_pretrained.part"
         if self.first_rank:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        dist.barrier()
-        save_trainable(self.critic, folder)
+            for old in (folder, part):
+                shutil.rmtree(old, ignore_errors=True)
+            part.mkdir(parents=True)
+        barrier()
+        save_trainable(self.critic, part)
+        if self.first_rank:
+            part.rename(folder)
+        barrier()
 
     def load_pretrained_critic(self, folder: str) -> None:
         """Start from a critic that an earlier run pretrained."""
@@ -186,7 +256,7 @@ class Run:
         else:
             for _ in hf_tensors(self.actor):
                 pass
-        dist.barrier()
+        barrier()
         return folder
 
     def close(self) -> None:
@@ -195,6 +265,51 @@ class Run:
             self.writer.close()
         self.scorer.close()
         self.engine.close()
+
+    def leave_groups(self) -> None:
+        """Give the models' process groups back; nothing can be trained any more."""
+        for layout in self._layouts:
+            layout.close()
+
+    def _sampled_rollout(self, name: str, purpose: Kind, step: int) -> Experience:
+        if self.engine.asleep:
+            self.sync_weights()
+        before = self._position()
+        batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
+        self._sleep()  # before its metrics are read
+        self._step_failures, self._rollout_metrics = self._new_failures(), self.sampler.metrics()
+        if self.first_rank and purpose == "train":
+            write_samples(self.folder, step, sample_rows(rows), self.recipe.observe.samples_per_step)
+        if self.recipe.checkpoint.rollouts:
+            generators = gathered(read_generators(self._layouts))
+            if self.first_rank:
+                notes = Notes(before, self._position(), self._step_failures, self._rollout_metrics, generators)
+                self.kept.save(name, batch, notes)
+        return batch
+
+    def _sleep(self) -> None:
+        with self.timer("sleep"):
+            self.engine.sleep()
+
+    def _new_failures(self) -> tuple[int, int]:
+        """Rewards of all ranks that raised, and that timed out, since this was last asked."""
+        now = torch.tensor([self.scorer.failures, self.scorer.timeouts], device=self.actor.device)
+        new = now - self._failures_before
+        self._failures_before = now
+        dist.all_reduce(new)
+        return tuple(new.tolist())
+
+    def _kept_rollout(self, name: str) -> Experience | None:
+        """What a run that died had sampled for this step, and everything as it was after that."""
+        found = self.kept.load(name, self._position(), dist.get_world_size())
+        if found is None:
+            return None
+        batch, notes = found
+        self._go_to(notes.after)
+        self._step_failures, self._rollout_metrics = notes.failures, notes.metrics
+        write_generators(notes.generators[dist.get_rank()], self._layouts)
+        self.display.note(f"{name}: rollouts kept by the run before")
+        return batch
 
     def _update(
         self, model: Trainable, objective: Callable[..., Loss], batch: Experience, epochs: int, step: int
@@ -222,14 +337,36 @@ class Run:
             for indices in order.split(self.recipe.minibatch_size):
                 yield batch.select(indices)
 
-    def _restore(self) -> checkpoint.Progress:
-        found = checkpoint.checkpoints(self.folder / "checkpoints")
-        if not found:
-            return checkpoint.Progress()
-        progress = checkpoint.load_checkpoint(found[-1], self.models)
-        self.order.load_state_dict(progress.prompt_order)
-        self.display.note(f"resumed from {found[-1]}")
+    def _restore(self) -> RunProgress:
+        found = self.checkpoints.load()
+        if found is None:
+            seed_generators(self.recipe.seed, dist.get_rank())
+            return RunProgress()
+        progress, unfinished, generators = found
+        if generators is not None:
+            write_generators(generators, self._layouts)
+        self._go_to({"order": progress.prompt_order, "unfinished": unfinished})
+        if self.first_rank:
+            self.kept.drop(progress.pretraining_steps, progress.steps)
         return progress
+
+    def _tell_backend(self) -> None:
+        for name, role in self.recipe.roles.items():
+            backend = machine_backend(torch_dtype(self.recipe.model.dtype), role.precision)
+            self.display.note("; ".join([f"{name}: {linear_layers(role.precision)}", *map(str, backend.choices())]))
+
+    def _mark(self) -> None:
+        """What a checkpoint would hold besides the models."""
+        self.progress.prompt_order, self._unfinished = self._position().values()
+        self._generators = read_generators(self._layouts)
+
+    def _position(self) -> dict[str, Any]:
+        """Where sampling is: the place in the order of prompts, and the groups that were begun."""
+        return {"order": self.order.state_dict(), "unfinished": [group.state() for group in self.sampler.unfinished]}
+
+    def _go_to(self, position: dict[str, Any]) -> None:
+        self.order.load_state_dict(position["order"])
+        self.sampler.unfinished = [Group.of(state, self.inputs.prompts) for state in position["unfinished"]]
 
     def _open_records(self) -> MetricsWriter:
         project = self.recipe.observe.wandb_project
@@ -238,8 +375,9 @@ class Run:
             start_at={
                 "pretrain": self.progress.pretraining_steps + 1,
                 "train": self.progress.steps + 1,
-                "evaluate": self.progress.steps + bool(self.progress.accuracy_before is not None),
+                "evaluate": 0 if self.progress.evaluated_at is None else self.progress.evaluated_at + 1,
             },
+            tensorboard=self.recipe.observe.tensorboard,
             wandb={"project": project, "name": self.recipe.name} if project else None,
         )
 
@@ -247,9 +385,14 @@ class Run:
         if self.writer is not None:
             self.writer.write(step, metrics, kind)
 
-    def _show(self, activity: str) -> None:
+    @contextmanager
+    def _phase(self, name: str, shown: str | None = None) -> Iterator[None]:
+        """Times a part of a step, shows it, tells the watchdog, and has on the device what it needs."""
         if self.phase is not None:
-            self.phase.activity(activity)
+            self.phase.activity(shown or name)
+        self._watchdog.phase = name
+        with self.timer(name), self._memory(name):
+            yield
 
 
 def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
@@ -259,6 +402,7 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
     layout = ParallelLayout(recipe.actor, recipe.seed)
     actor = Actor(recipe.actor, inputs.architecture, dtype, layout, temperature)
     load_hf(actor, recipe.model.path)
+    actor.residence.keep()
     models: dict[str, Trainable] = {"actor": actor}
     if inputs.critic_architecture is not None:
         if layout_sizes(recipe.critic) != layout_sizes(recipe.actor):
@@ -266,21 +410,34 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
         critic = Critic(recipe.critic, inputs.critic_architecture, dtype, layout)
         critic.set_head(recipe.critic.init == "fresh_head", recipe.seed)
         load_hf(critic, recipe.critic.reward_model or recipe.model.path)
+        critic.residence.keep()
         models["critic"] = critic
     return models
 
 
-def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device) -> RolloutEngine:
+def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folder: Path) -> RolloutEngine:
     """The engine that the recipe names."""
+    dtype = torch_dtype(recipe.model.dtype)
+    if recipe.rollout.engine == "sglang":
+        from megatron_vapo.rollout.sglang.engine import SGLangEngine
+
+        return SGLangEngine(recipe.rollout, recipe.model.path, inputs.end_ids, dtype, device, log_folder)
     tokenizer = inputs.tokenizer
     return TransformersEngine(
         recipe.model.path,
         end_ids=inputs.end_ids,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else inputs.end_ids[0],
         batch_size=recipe.rollout.batch_size,
-        dtype=torch_dtype(recipe.model.dtype),
+        dtype=dtype,
         device=device,
     )
+
+
+def engine_form(recipe: Recipe) -> Form:
+    """What the engine holds of a parameter."""
+    if recipe.rollout.quantization == "none":
+        return in_full
+    return in_blocks if recipe.rollout.engine == "sglang" else rounded_in_blocks
 
 
 def _replayed(path: Path) -> Experience:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,30 @@ from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.observe.files import replace_text
 from megatron_vapo.recipe import to_yaml
 
-HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "observe",
+HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe",
             "rollout.batch_size", "rollout.check_weights_every",
             "rollout.bucket_mib", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
 """Settings, or groups of them, that may change when a run is resumed; any other would make it another run, or compare
 accuracies of different tests."""
 
-_RECIPE, _SUMMARY = "recipe.yaml", "summary.json"
+_LAYOUT = ("tensor_parallel", "sequence_parallel", "pipeline_parallel", "first_stage_layers", "last_stage_layers",
+           "virtual_pipeline", "context_parallel", "expert_parallel", "expert_tensor_parallel", "overlap_grad_reduce",
+           "recompute", "micro_batch_tokens", "balance", "offload")  # fmt: skip
+HARMLESS += ("deterministic", *(f"{role}.{key}" for role in ("actor", "critic") for key in _LAYOUT))
+"""How a step is computed, not what: results agree but for the order in which numbers are added."""
+
+_RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
 _MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
 """First line of a run's recipe; tells a run's folder from one that holds a recipe of the user's own."""
 
 
-def open_run_folder(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
+def open_run_folder(
+    recipe: Recipe, restart: bool, note: Callable[[str], None] = lambda text: None
+) -> dict[str, Any] | None:
     """Make or reopen the run's folder and leave the resolved recipe in it. Called by one process.
+
+    Args:
+        note: hears of settings that have changed since the last start.
 
     Returns:
         The summary, where the run that is there has already finished.
@@ -36,22 +52,56 @@ def open_run_folder(recipe: Recipe, restart: bool) -> dict[str, Any] | None:
         CheckpointError: the folder holds something other than a run.
     """
     folder = Path(recipe.run_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"run_dir={folder}: not a folder that can be made or used: {error.strerror}") from error
-    before = _read_recipe(folder)
-    if before is None and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: not empty and no run folder: choose another run_dir")
+    before = _made(folder)
     if restart:
         _empty(folder)
     elif before is not None:
-        _refuse_another_recipe(folder, before, to_yaml(recipe))
+        _compare(folder, changed_keys(before, to_yaml(recipe)), note)
         summary = _read_summary(folder)
-        if summary is not None and summary["steps"] >= recipe.steps:
+        if summary is not None and recipe.ends_at(summary["steps"], summary["sampled_tokens"]):
             return summary
     replace_text(folder / _RECIPE, _MARK + to_yaml(recipe))
     return None
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. The lock dies with its process, however that ends.
+
+    It is the kernel's (flock): on one machine it is certain; between machines that share a file system it holds as far
+    as that file system passes flock on (NFS since Linux 2.6.12, Lustre with `-o flock`; not with `local_lock`).
+
+    Raises:
+        RecipeError: another process has it (the message says which), or no folder can be there.
+        CheckpointError: the folder holds something other than a run.
+    """
+    _made(folder)
+    with (folder / _LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RecipeError(
+                f"run_dir={folder}: in use by another run ({file.read().strip()}): wait for its end, or choose another "
+                "run_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _made(folder: Path) -> str | None:
+    """Make the folder where it is missing; the recipe of the run in it, if there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o775)  # never for everyone to write, whatever the umask
+        before = _read_recipe(folder)
+        foreign = before is None and any(path.name != _LOCK for path in folder.iterdir())
+    except OSError as error:
+        raise RecipeError(f"run_dir={folder}: not a folder that can be made or used: {error.strerror}") from error
+    if foreign:
+        raise CheckpointError(f"{folder}: not empty and no run folder: choose another run_dir")
+    return before
 
 
 def changed_keys(before: str, after: str) -> dict[str, tuple[Any, Any]]:
@@ -74,11 +124,16 @@ def _read_recipe(folder: Path) -> str | None:
     return text if text.startswith(_MARK) else None
 
 
-def _refuse_another_recipe(folder: Path, before: str, after: str) -> None:
-    harmful = {key: change for key, change in changed_keys(before, after).items() if not is_harmless(key)}
+def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[str], None]) -> None:
+    """Tell of harmless changes, refuse others."""
+    told = {key: f"{key} was {old}, is {new}" for key, (old, new) in changes.items()}
+    harmful = [text for key, text in told.items() if not is_harmless(key)]
     if harmful:
-        lines = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in harmful.items())
-        raise RecipeError(f"{folder} holds a run of another recipe: {lines}. Set run_dir, or start over: --restart")
+        raise RecipeError(
+            f"{folder} holds a run of another recipe: {'; '.join(harmful)}. Set run_dir, or start over: --restart"
+        )
+    if told:
+        note(f"the run goes on with other settings: {'; '.join(told.values())}")
 
 
 def is_harmless(key: str) -> bool:
@@ -95,5 +150,5 @@ def _empty(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        else:
+        elif entry.name != _LOCK:
             entry.unlink()

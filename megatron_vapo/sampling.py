@@ -1,21 +1,27 @@
-"""Prompts to scored experience: group sampling over all processes, rewards, dynamic sampling."""
+"""Prompts to scored experience: group sampling over all engines, rewards, dynamic sampling, partial rollouts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_vapo.algorithm.advantages import soft_overlong_penalty
 from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.groups import Group, Sample, Scored
+from megatron_vapo.interrupt import stop_together
 from megatron_vapo.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
-from megatron_vapo.rollout import Request, Response, RolloutEngine
+from megatron_vapo.rollout import RolloutEngine
+from megatron_vapo.together import any_rank, gathered
 
 PURPOSES = {"train": 0, "pretrain": 1, "evaluate": 2, "minibatches": 3}
 """Every random draw is keyed by (recipe's seed, purpose, step): a resumed run draws what the uninterrupted one does."""
@@ -27,21 +33,13 @@ def seeds(recipe_seed: int, purpose: str, step: int, count: int) -> list[int]:
     return [int(s >> 1) for s in sequence.generate_state(count, dtype=np.uint64)]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A response with its text and what the checker said: +1 or -1."""
-
-    response: Response
-    text: str
-    outcome: float
-
-
 class Sampler:
-    """Engine, tokenizer and reward of a run. All processes call it alike; each writes a share of the responses and all
-    hold the whole result.
+    """Engine, tokenizer and reward of a run. All processes call it alike; those that ask an engine write a share of the
+    groups, and all hold the whole result.
 
     Args:
-        on_tokens: hears of tokens as this process's engine writes them.
+        refresh: gives all engines the present weights again, after one of them failed.
+        overdue: whether responses under way should be abandoned; then all processes raise StopRequested.
     """
 
     def __init__(
@@ -52,10 +50,15 @@ class Sampler:
         seed: int,
         rollout: RolloutConfig,
         reward: RewardConfig,
+        refresh: Callable[[], None],
+        overdue: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.engine, self.scorer, self.seed = engine, scorer, seed
-        self._tokenizer, self._rollout, self._reward = inputs.tokenizer, rollout, reward
+        self.engine, self.scorer, self.seed, self.refresh, self._overdue = engine, scorer, seed, refresh, overdue
+        self.unfinished: list[Group] = []
+        """What earlier steps began and did not need (rollout.partial); the same on all processes."""
         self.on_tokens: Callable[[int], None] = lambda count: None
+        self._tokenizer, self._rollout, self._reward = inputs.tokenizer, rollout, reward
+        self._counts: Counter[str] = Counter()
 
     def sample(
         self,
@@ -66,53 +69,157 @@ class Sampler:
         sampling: SamplingConfig,
     ) -> list[Scored]:
         """`samples` responses to each prompt, those of a prompt one after another."""
-        prompts = [prompt for prompt in prompts for _ in range(samples)]
-        drawn = seeds(self.seed, purpose, step, len(prompts))
-        rank, world = dist.get_rank(), dist.get_world_size()
-        mine = range(rank, len(prompts), world)
-        responses = self.engine.generate(
-            [Request(prompts[i].token_ids, drawn[i]) for i in mine],
-            sampling,
-            self._rollout.max_response_tokens,
-            self.on_tokens,
-        )
-        scored = self._score(responses, [prompts[i].answer for i in mine])
-        shares: list[list[Scored]] = [scored]
-        if world > 1:
-            shares = [[] for _ in range(world)]
-            dist.all_gather_object(shares, scored)
-        return [shares[i % world][i // world] for i in range(len(prompts))]
+        groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
+        self._write(groups, sampling, quota=None)
+        return [sample.scored for group in groups for sample in group.samples]
 
     def experience(
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
     ) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
         """The responses of one step, and each with its prompt."""
-        count, samples = self._rollout.prompts_per_step, self._rollout.samples_per_prompt
-        kept: list[tuple[Prompt, list[Scored]]] = []
-        passed_over: list[tuple[Prompt, list[Scored]]] = []
-        rounds = self._rollout.dynamic_sampling_rounds if self._rollout.dynamic_sampling else 1
+        settings = self._rollout
+        count, samples = settings.prompts_per_step, settings.samples_per_prompt
+        kept: list[Group] = []
+        passed_over: list[Group] = []
+        rounds = settings.dynamic_sampling_rounds if settings.dynamic_sampling else 1
+        carried, self.unfinished = self._young_enough(self.unfinished), []
+        sampled = -sum(group.tokens for group in carried)
         for number in range(rounds):
-            chosen = [prompts[i] for i in order.take(count)]
-            scored = self.sample(chosen, samples, purpose, step * rounds + number, self._rollout.sampling)
-            groups = [(prompt, scored[g * samples : (g + 1) * samples]) for g, prompt in enumerate(chosen)]
+            missing = count - len(kept)
+            fresh = order.take(max(0, math.ceil(settings.over_sampling * missing) - len(carried)))
+            groups = carried + self._begin(fresh, prompts, samples, purpose, step * rounds + number)
+            carried = []
+            self._write(groups, settings.sampling, quota=missing if len(groups) > missing else None)
+            sampled += sum(group.tokens for group in groups)
             for group in groups:
-                (kept if self._teaches(group[1]) else passed_over).append(group)
+                taught = not settings.dynamic_sampling or (group.complete and group.teaches)
+                (self.unfinished if not group.complete else kept if taught else passed_over).append(group)
             if len(kept) >= count:
                 break
         # Short of groups after the last round, the batch keeps its size with groups that teach nothing.
-        rows = [(prompt, s) for prompt, group in (kept + passed_over)[:count] for s in group]
+        chosen = (kept + passed_over)[:count]
+        self.unfinished = self.unfinished + kept[count:] if settings.partial else []
+        self._count("rollout/sampled_tokens", sampled)
+        rows = [(group.prompt, sample.scored) for group in chosen for sample in group.samples]
         return self._pack(rows, samples), rows
 
-    def _teaches(self, group: list[Scored]) -> bool:
-        return not self._rollout.dynamic_sampling or len({s.outcome for s in group}) > 1
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call, over all processes."""
+        mine, self._counts = dict(self._counts), Counter()
+        total: Counter[str] = Counter()
+        for counts in gathered(self.engine.metrics() | mine):
+            total.update(counts)
+        asked = total.pop("rollout/prompt_tokens", 0)
+        cached = total.pop("rollout/cached_prompt_tokens", 0)
+        carried = {"rollout/unfinished_groups": float(len(self.unfinished))} if self._rollout.partial else {}
+        return dict(total) | ({"rollout/cached_prompt_share": cached / asked} if asked else {}) | carried
 
-    def _score(self, responses: list[Response], answers: list[str]) -> list[Scored]:
-        texts = self._tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
-        outcomes = self.scorer.score(texts, answers)
-        return [
-            Scored(r, text, outcome if r.finish_reason == "stop" else -1.0)
-            for r, text, outcome in zip(responses, texts, outcomes, strict=True)
-        ]
+    def _begin(
+        self, indices: Sequence[int], prompts: Sequence[Prompt], samples: int, purpose: str, step: int
+    ) -> list[Group]:
+        drawn = iter(seeds(self.seed, purpose, step, len(indices) * samples))
+        return [Group(i, prompts[i], [Sample(next(drawn)) for _ in range(samples)]) for i in indices]
+
+    def _young_enough(self, groups: list[Group]) -> list[Group]:
+        """Carried groups, in which responses that too old weights began are begun anew."""
+        oldest = self.engine.version - self._rollout.max_version_lag
+        for group in groups:
+            for sample in group.samples:
+                if sample.begun is not None and sample.begun.weight_version < oldest:
+                    sample.start_over()
+                    self._count("rollout/discarded", 1)
+        return groups
+
+    def _count(self, name: str, number: int) -> None:
+        """Count what all processes see alike: `metrics` adds up the counts of all."""
+        if self.engine.place is not None and self.engine.place.engine == 0:
+            self._counts[name] += number
+
+    def _write(self, groups: list[Group], sampling: SamplingConfig, quota: int | None) -> None:
+        """Finish all groups, or, with a quota, at least so many. Engines share them by whole groups: the samples of one
+        have a common prefix."""
+        place = self.engine.place
+        mine = groups[place.engine :: place.engines] if place else []
+        enough = len(range(place.engine, quota, place.engines)) if place and quota is not None else len(mine)
+        while True:
+            self._ask(mine, sampling, enough)
+            stop_together(self._overdue())
+            if not any_rank(self.engine.failure is not None):
+                break
+            self.refresh()
+        begun = [sample.score for group in mine for sample in group.samples if sample.score is not None]
+        outcomes = iter(self.scorer.finish(begun))
+        for group in mine:
+            for sample in group.samples:
+                if sample.score is not None:
+                    sample.scored, sample.score = replace(sample.scored, outcome=next(outcomes)), None
+        self._share(groups, [group.samples for group in mine])
+
+    def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
+        """Ask the engine for what is missing, until so many groups are complete, the time is over or it fails."""
+        open_ = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
+        complete = sum(group.complete for group in groups)
+        if complete >= enough or not open_:
+            return
+        requests = [sample.request(group.prompt) for group, sample in open_]
+        longest = self._rollout.max_response_tokens
+        with self._time_limit() as over:
+            for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens):
+                group, sample = open_[number]
+                sample.take(response)
+                if sample.finished:
+                    self._score(group.prompt, sample)
+                    complete += group.complete
+                    if complete >= enough:
+                        self.engine.abort()
+        if over.is_set() and self.engine.failure is None:
+            incomplete = [group for group in groups if not group.complete]
+            self._cut_short(incomplete[: max(0, enough - len(groups) + len(incomplete))], sampling)
+
+    @contextmanager
+    def _time_limit(self) -> Iterator[threading.Event]:
+        """Aborts the engine after rollout.step_seconds; yields the event that says so."""
+        over = threading.Event()
+
+        def end() -> None:
+            over.set()
+            self.engine.abort()
+
+        timer = threading.Timer(self._rollout.step_seconds or 0, end)
+        if self._rollout.step_seconds is not None:
+            timer.start()
+        try:
+            yield over
+        finally:
+            timer.cancel()
+            if timer.is_alive():  # an abort that came later would end what is asked next
+                timer.join()
+
+    def _cut_short(self, groups: list[Group], sampling: SamplingConfig) -> None:
+        """The time is over: responses that have begun are truncated there, the others after their first token."""
+        unfinished = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
+        unbegun = [(group, sample) for group, sample in unfinished if sample.begun is None]
+        requests = [sample.request(group.prompt) for group, sample in unbegun]
+        for number, response in self.engine.generate(requests, sampling, 1, self.on_tokens):
+            unbegun[number][1].take(response)
+        for group, sample in unfinished:
+            sample.truncate()
+            if sample.finished:  # all, unless the engine failed
+                self._score(group.prompt, sample)
+
+    def _score(self, prompt: Prompt, sample: Sample) -> None:
+        """Begin to score a finished response; one that did not end by itself is wrong."""
+        text = self._tokenizer.decode(sample.begun.token_ids, skip_special_tokens=True)
+        sample.scored = Scored(sample.begun, text, -1.0)
+        if sample.begun.finish_reason == "stop":
+            sample.score = self.scorer.begin(text, prompt.answer)
+
+    def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
+        """All processes learn what each one's engine wrote."""
+        shares = [samples for samples in gathered((self.engine.place, mine)) if samples[0] is not None]
+        for place, written in shares:
+            for group, samples in zip(groups[place.engine :: place.engines], written, strict=True):
+                group.samples = samples
 
     def _pack(self, rows: list[tuple[Prompt, Scored]], samples: int) -> Experience:
         responses = [scored.response for _, scored in rows]
@@ -128,6 +235,7 @@ class Sampler:
             rollout_logprobs=torch.cat([r.logprobs for r in responses]),
             outcomes=outcomes,
             rewards=outcomes.clone(),  # safetensors refuses tensors that share memory
+            weight_versions=torch.tensor([r.weight_version for r in responses]),
         )
         cache = self._reward.overlong.cache_tokens
         if cache:

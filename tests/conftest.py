@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,8 @@ torch.set_num_threads(1)
 VOCAB = 43
 """Symbols of the tiny tokenizer; not divisible by 2 or 4."""
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
 def build_tokenizer():
@@ -150,3 +152,12 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the data folder ../shared/data is not there")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    """Interpreter of the environment that `make sglang-cpu` makes; `make test` sees to it."""
+    python = Path(os.environ.get("SGLANG_VENV", REPOSITORY / ".venv-sglang")).absolute() / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"no SGLang environment at {python}: make sglang-cpu")
+    return str(python)

@@ -14,7 +14,7 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
-from megatron_vapo.rollout import Request
+from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.weights.architecture import read_architecture
 
@@ -46,7 +46,7 @@ class Trainer:
         self.engine.load_weights(hf_tensors(self.actor), version=self.seed)
         requests = [Request(PROMPT, self.seed + i) for i in range(RESPONSES)]
         self.seed += RESPONSES
-        responses = self.engine.generate(requests, SamplingConfig(), TOKENS)
+        responses = in_order(self.engine.generate(requests, SamplingConfig(), TOKENS))
         outcomes = torch.tensor([1.0 if r.token_ids[0] == self.wanted else -1.0 for r in responses])
         batch = Experience(
             tokens=torch.cat([t for r in responses for t in (torch.tensor(PROMPT), r.token_ids)]),

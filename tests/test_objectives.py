@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -260,3 +261,128 @@ def test_shares_of_any_split_add_up(batch, reduction, data):
         torch.testing.assert_close(torch.autograd.grad(total_loss, model[0])[0], gradient, rtol=1e-5, atol=1e-8)
         for name in statistics:
             close(sum(part[name] for _, part in shares), statistics[name])
+
+
+# Which probabilities a batch counts as drawn from.
+
+
+def brute_force_policy_loss(batch: Experience, new: Tensor, old: Tensor, weight: Callable[[float], float]) -> float:
+    """Token by token in float64, as the formulas read."""
+    total = 0.0
+    rows = zip(new.tolist(), old.tolist(), batch.advantages.tolist(), batch.logprobs.tolist(), batch.rollout_logprobs)
+    for now, before, advantage, actor, engine in rows:
+        ratio = math.exp(now - before)
+        bounded = min(max(ratio, 0.8), 1.28)
+        total -= min(ratio * advantage, bounded * advantage) * weight(math.exp(actor - float(engine)))
+    return total / len(new)
+
+
+@pytest.mark.parametrize(
+    ("importance", "weight"),
+    [
+        ("none", lambda w: 1.0),
+        ("truncate", lambda w: min(w, 1.5)),
+        ("mask", lambda w: w if w <= 1.5 else 0.0),
+    ],
+)
+def test_importance_corrects_for_what_the_engine_drew_from(batch, importance, weight):
+    """Some weights are below the cap and some above; the ratio's denominator stays the actor's."""
+    ratios = (batch.logprobs - batch.rollout_logprobs).exp()
+    assert (ratios > 1.5).any() and (ratios < 1).any()
+    new = outputs(batch)[0]
+    statistics = policy(batch, importance=importance, importance_cap=1.5)
+    expected = brute_force_policy_loss(batch, new, batch.logprobs, weight)
+    assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-5)
+    plain = policy(batch)
+    assert {n for n in statistics if not torch.equal(statistics[n], plain[n])} == (
+        set() if importance == "none" else {"loss", "policy_loss"}
+    )
+
+
+@pytest.mark.parametrize("importance", ["truncate", "mask"])
+def test_importance_weights_have_no_gradient(batch, importance):
+    """The gradient is the plain one's, token by token times the weight."""
+    weights = (batch.logprobs - batch.rollout_logprobs).exp()
+    weights = weights.clamp(max=1.5) if importance == "truncate" else weights * (weights <= 1.5)
+    algorithms = [replace(VAPO, positive_lm_coefficient=0.0, importance=mode) for mode in ("none", importance)]
+    gradients = []
+    for algorithm in algorithms:
+        new = outputs(batch)[0].requires_grad_()
+        loss = policy_objective(batch, replace(algorithm, importance_cap=1.5))
+        gradients += torch.autograd.grad(loss((new, outputs(batch)[1]), whole(batch))[0], new)
+    torch.testing.assert_close(gradients[1], gradients[0] * weights, rtol=1e-5, atol=1e-9)
+    assert gradients[0].any()
+
+
+def test_the_engine_s_log_probs_as_the_old_ones(batch):
+    new = outputs(batch)[0]
+    statistics = policy(batch, old_logprobs="rollout")
+    expected = brute_force_policy_loss(batch, new, batch.rollout_logprobs, lambda w: 1.0)
+    assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(policy(batch)["policy_loss"]) != pytest.approx(expected, rel=1e-3)
+    ratio = (new.double() - batch.rollout_logprobs.double()).exp()
+    close(statistics["kl_k1"].double(), -ratio.log().mean())
+    alone = policy_objective(replace(batch, logprobs=None), replace(VAPO, old_logprobs="rollout"))
+    assert torch.equal(alone(outputs(batch), whole(batch))[0], statistics["loss"])
+
+
+# Truncated responses left out (DAPO's overlong filtering).
+
+TRUNCATED = torch.tensor([False, False, True, False, False, True, True, False])
+"""Wrong ones, as all truncated responses are."""
+
+
+@pytest.fixture(scope="module")
+def cut(batch) -> Experience:
+    assert not (TRUNCATED & batch.correct).any()
+    return replace(batch, truncated=TRUNCATED)
+
+
+def loss_and_gradient(
+    batch: Experience, objective: Callable[..., Loss], model: tuple, **changes: object
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    first = model[0].clone().requires_grad_()
+    loss, statistics = objective(batch, replace(VAPO, **changes))((first, *model[1:]), whole(batch))
+    return loss.detach(), torch.autograd.grad(loss, first)[0], statistics
+
+
+CASES = [
+    (policy_objective, outputs, {"loss_reduction": "token"}),
+    (policy_objective, outputs, {"loss_reduction": "sample", "dual_clip": 3.0}),
+    (policy_objective, outputs, {"importance": "truncate", "positive_lm_coefficient": 0.7}),
+    (policy_objective, outputs, {"old_logprobs": "rollout"}),
+    (value_objective, values, {}),
+    (value_objective, values, {"value_clip": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("objective", "model", "changes"), CASES)
+def test_masked_responses_are_as_if_they_were_not_there(cut, objective, model, changes):
+    """Loss, statistics and gradient are those of the minibatch without them; their own tokens have no gradient."""
+    kept = ~cut.truncated
+    tokens = cut.per_token(kept)
+    without = cut.select(kept.nonzero().flatten())
+    masked = loss_and_gradient(cut, objective, model(cut), mask_truncated=True, **changes)
+    alone = loss_and_gradient(without, objective, tuple(x[tokens] for x in model(cut)), **changes)
+    close(masked[0], alone[0])
+    torch.testing.assert_close(masked[1][tokens], alone[1], rtol=1e-5, atol=1e-9)
+    assert not masked[1][~tokens].any() and masked[1][tokens].any()
+    for name in masked[2]:
+        close(masked[2][name], alone[2][name])
+    unmasked = loss_and_gradient(cut, objective, model(cut), **changes)
+    assert not torch.equal(unmasked[0], masked[0]) and unmasked[1][~tokens].any()
+
+
+@pytest.mark.parametrize(("objective", "model", "changes"), CASES)
+def test_a_minibatch_of_truncated_responses_teaches_nothing(cut, objective, model, changes):
+    only = replace(cut, truncated=torch.ones_like(TRUNCATED), outcomes=-torch.ones(len(cut)))
+    loss, gradient, statistics = loss_and_gradient(only, objective, model(only), mask_truncated=True, **changes)
+    assert loss == 0 and not gradient.any()
+    assert all(value == 0 for value in statistics.values())
+
+
+def test_truncated_responses_are_no_positive_examples(cut):
+    """They are wrong whatever they say, so the language-model loss need not mask them."""
+    masked, unmasked = (policy(cut, mask_truncated=m) for m in (True, False))
+    assert masked["lm_loss"] == unmasked["lm_loss"] != 0
+    assert not cut.correct[cut.truncated].any()

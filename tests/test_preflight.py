@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_what_is_right_is_read(read: Callable[..., Inputs], base: Path, tiny_pro
 def test_an_output_layer_beside_tied_embeddings_is_ignored(read: Callable[..., Inputs], base: Path) -> None:
     edit(base / "config.json", tie_word_embeddings=True)
     assert read().architecture.tied_embeddings
+
+
+def test_kernels_need_a_gpu_and_triton(
+    read: Callable[..., Inputs], refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cuda, spec, words in ((False, object(), "needs a CUDA device"), (True, None, "triton is not installed")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr("megatron_vapo.preflight.find_spec", lambda _, spec=spec: spec)
+        text = refusal(RecipeError, "actor.logprobs=triton")
+        assert words in text and "actor.logprobs=chunked" in text
+    monkeypatch.setattr("megatron_vapo.preflight.find_spec", lambda _: object())
+    assert read("actor.logprobs=triton").prompts
 
 
 # The model folder.
@@ -253,6 +266,24 @@ def test_a_tokenizer_is_missing_or_damaged(refusal: Callable[..., str], base: Pa
     (base / "tokenizer.json").write_text(whole)
     (base / "tokenizer_config.json").write_text("")
     assert f"{base / 'tokenizer_config.json'}: not valid JSON" in refusal(CheckpointError)
+
+
+@pytest.mark.parametrize("ends", ["[[]]", "1.5", '"2"', "true", "[-1]", "{}"])
+def test_end_tokens_that_are_none(refusal: Callable[..., str], base: Path, ends: str) -> None:
+    (base / "generation_config.json").write_text(f'{{"eos_token_id": {ends}}}')
+    assert f"{base / 'generation_config.json'}: eos_token_id=" in refusal(CheckpointError)
+
+
+def test_a_tokenizer_that_fails_in_use(refusal: Callable[..., str], base: Path) -> None:
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": []}))
+    assert f"{base}: not a tokenizer that transformers can load" in refusal(CheckpointError)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model": null}', '{"model": {"type": "WordLevel", "vocab": 3}}'])
+def test_valid_json_that_is_no_tokenizer(refusal: Callable[..., str], base: Path, content: str) -> None:
+    (base / "tokenizer.json").write_text(content)
+    assert f"{base}: not a tokenizer that transformers can load" in refusal(CheckpointError)
 
 
 def test_a_tokenizer_of_a_larger_model(refusal: Callable[..., str], base: Path) -> None:
@@ -505,3 +536,77 @@ def test_evaluation_needs_no_training_data_no_critic_and_no_layout(
     gone = ["data.train=gone", "critic.init=reward_model", "critic.reward_model=gone", "actor.tensor_parallel=8"]
     inputs = read_evaluation_inputs(load_recipe(path, [*gone, f"evaluation.data={tiny_problems}"]))
     assert len(inputs.held_out) == 40 and inputs.critic_architecture is None
+
+
+# The rollout engine.
+
+
+@pytest.fixture
+def with_sglang(tmp_path: Path) -> str:
+    """An interpreter that finds a module named sglang."""
+    folder = tmp_path / "packages" / "sglang"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{folder.parent}" exec "{sys.executable}" "$@"\n')
+    script.chmod(0o755)
+    return f"rollout.sglang.python={script}"
+
+
+@pytest.fixture
+def wide(make_checkpoint: Callable[..., Path]) -> str:
+    """A model whose feed-forward size SGLang takes on CPU, by 2 ranks too; 4 heads, 2 key-value heads."""
+    return f"model.path={make_checkpoint('qwen2', intermediate_size=64)}"
+
+
+SGLANG = "rollout.engine=sglang"
+
+
+def test_an_interpreter_without_sglang(
+    monkeypatch: pytest.MonkeyPatch, refusal: Callable[..., str], tmp_path: Path, wide: str, with_sglang: str
+) -> None:
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -I "$@"\n')
+    bare.chmod(0o755)
+    for python in (bare, tmp_path / "nowhere", "no-such-program"):
+        text = refusal(RecipeError, wide, SGLANG, f"rollout.sglang.python={python}")
+        assert text.startswith(f"rollout.sglang.python={python}") and f"{python} has no SGLang" in text
+        assert "make sglang-cpu" in text and ".venv-sglang/bin/python" in text
+
+
+def test_an_engine_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, read: Callable[..., Inputs], wide: str, with_sglang: str
+) -> None:
+    read(wide, SGLANG, with_sglang)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    read(wide, SGLANG, with_sglang, "rollout.tensor_parallel=2")
+    read(wide, SGLANG, with_sglang, "rollout.tensor_parallel=2", "rollout.placement=separate", "rollout.servers=4")
+
+
+def test_the_embedded_engine_needs_no_sglang(read: Callable[..., Inputs]) -> None:
+    read("rollout.sglang.python=nowhere")
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "words"),
+    [
+        (1, "rollout.tensor_parallel=2", ["parallelism of 2", "the 1 ranks that host engines"]),
+        (3, "rollout.tensor_parallel=2", ["parallelism of 2", "the 3 ranks that host engines"]),
+        (3, "rollout.tensor_parallel=3", ["parallelism of 3 does not divide", "4 attention heads"]),
+        (1, "rollout.placement=separate rollout.tensor_parallel=3", ["parallelism of 3", "4 attention heads"]),
+        (4, "rollout.placement=separate rollout.servers=3", ["rollout.servers=3 must divide the 4 processes"]),
+        (2, "rollout.placement=separate rollout.servers=4", ["rollout.servers=4 must divide the 2 processes"]),
+    ],
+)
+def test_rollout_layouts_that_processes_or_model_cannot_take(
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: Callable[..., str],
+    wide: str,
+    with_sglang: str,
+    processes: int,
+    overrides: str,
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    text = refusal(LayoutError, wide, SGLANG, with_sglang, *overrides.split())
+    assert all(word in text for word in words), text

@@ -56,6 +56,35 @@ def test_settings_that_a_recipe_leaves_out_keep_their_defaults(recipe_file: Path
     assert recipe.run_dir == "runs/good"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "mode"),
+    [
+        ([], "auto"),
+        (["rollout.quantization=fp8"], "truncate"),
+        (["rollout.quantization=fp8", "algorithm.importance=mask"], "mask"),
+        (["rollout.quantization=fp8", "algorithm.importance=none"], "none"),
+        (["rollout.quantization=fp8", "algorithm.old_logprobs=rollout"], "auto"),
+        (["rollout.kv_cache=fp8", "rollout.engine=sglang"], "truncate"),
+    ],
+)
+def test_fp8_rollout_is_corrected_unless_the_recipe_says_otherwise(
+    recipe_file: Path, overrides: list[str], mode: str
+) -> None:
+    assert load_recipe(recipe_file, overrides).algorithm.importance == mode
+    assert Recipe().algorithm.importance_cap == 2.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rollout.kv_cache=fp8"], "rollout.kv_cache=fp8 needs rollout.engine=sglang"),
+        (["rollout.quantization=fp8", "rollout.engine=sglang"], "set model.dtype=bfloat16"),
+    ],
+)
+def test_fp8_rollout_that_no_engine_has_is_refused(recipe_file: Path, overrides: list[str], words: str) -> None:
+    assert words in message(recipe_file, *overrides)
+
+
 def test_a_base_is_read_first_relative_to_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     write(tmp_path / "shared" / "base.yaml", GOOD | {"steps": 7, "seed": 3})
@@ -111,7 +140,10 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path, recipe_file: Pat
     assert load_recipe(write(tmp_path / "resolved.yaml", to_yaml(recipe))) == recipe
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+PUBLISHED = sorted(path for path in (REPOSITORY / "recipes").rglob("*.yaml") if path.parent.name != "parts")
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_recipes_are_valid(path: Path) -> None:
     load_recipe(path)
 
@@ -144,7 +176,7 @@ def test_words_that_are_no_override(recipe_file: Path, word: str) -> None:
         ("critic.optimizer.lr=1", "learning_rate"),
         ("learning_rate=1", "did you mean actor.optimizer.learning_rate?"),
         ("actor.reward_model=x", "did you mean critic.reward_model?"),
-        ("critic.fused_logprobs=true", "did you mean actor.fused_logprobs?"),
+        ("critic.logprobs=chunked", "did you mean actor.logprobs?"),
         ("actor.optimizer.beta3=0.9", "did you mean actor.optimizer.beta"),
     ],
 )
@@ -226,11 +258,15 @@ OUT_OF_BOUNDS = {
         *("evaluation.problems", "checkpoint.keep", "actor.tensor_parallel", "actor.pipeline_parallel"),
         *("actor.virtual_pipeline", "actor.context_parallel", "actor.expert_parallel", "actor.expert_tensor_parallel"),
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),
-        *("critic.micro_batch_tokens",),
+        *("critic.micro_batch_tokens", "rollout.tensor_parallel", "rollout.servers", "rollout.sglang.concurrency"),
+        *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib"),
+        *("algorithm.importance_cap",),
     ),
     "above 0": (
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.temperature", "rollout.sampling.top_p"),
-        *("evaluation.sampling.temperature", "evaluation.sampling.top_p"),
+        *("evaluation.sampling.temperature", "evaluation.sampling.top_p", "rollout.step_seconds"),
+        *("rollout.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
+        *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction"),
     ),
     "at least 0": (
         *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.workers", "reward.overlong.cache_tokens"),
@@ -238,7 +274,8 @@ OUT_OF_BOUNDS = {
         *("algorithm.positive_lm_coefficient", "actor.moe_aux_loss", "actor.optimizer.learning_rate"),
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),
-        *("critic.optimizer.beta2",),
+        *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.retries", "rollout.sglang.max_restarts"),
+        *("rollout.check_weights_every",),
     ),
     "between 0 and 1": ("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic"),
 }
@@ -259,6 +296,7 @@ def test_lower_bounds(recipe_file: Path, bound: str, key: str) -> None:
         ("algorithm.lambda_critic=2", "between 0 and 1"),
         ("rollout.sampling.top_p=1.1", "at most 1"),
         ("evaluation.sampling.top_p=2", "at most 1"),
+        ("rollout.sglang.memory_fraction=1.01", "at most 1"),
         ("algorithm.clip_low=1", "below 1"),
         ("actor.optimizer.beta1=1", "below 1"),  # Adam divides by 1 - beta
         ("critic.optimizer.beta2=1", "below 1"),
@@ -288,6 +326,20 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["rollout.dynamic_sampling=true", "rollout.samples_per_prompt=1"],
             ["rollout.dynamic_sampling", "rollout.samples_per_prompt", "2 or more"],
         ),
+        (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel above 1", "rollout.engine=sglang"]),
+        (["rollout.placement=separate"], ["rollout.placement=separate", "rollout.engine=sglang"]),
+        (
+            ["rollout.partial=true", "rollout.max_version_lag=1"],
+            ["rollout.partial", "rollout.over_sampling", "above 1"],
+        ),
+        (
+            ["rollout.partial=true", "rollout.over_sampling=1.5"],
+            ["rollout.partial", "rollout.max_version_lag to 1 or more"],
+        ),
+        (
+            ["algorithm.importance=mask", "algorithm.old_logprobs=rollout"],
+            ["algorithm.importance=mask", "algorithm.old_logprobs=rollout", "turn one of them off"],
+        ),
         (["critic.init=reward_model"], ["critic.reward_model", "critic.init to actor or fresh_head"]),
         (["critic.reward_model=rm"], ["critic.reward_model", "critic.init=actor", "critic.init=reward_model"]),
         (
@@ -313,6 +365,20 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
 def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[str], words: list[str]) -> None:
     text = message(recipe_file, *overrides)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.engine=sglang", "rollout.tensor_parallel=2", "rollout.placement=separate", "rollout.servers=2"],
+        ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
+        ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.request_seconds=30"],
+        ["algorithm.importance=truncate", "algorithm.importance_cap=1"],
+        ["algorithm.old_logprobs=rollout", "rollout.max_logprob_difference=0.05", "rollout.check_weights_every=0"],
+    ],
+)
+def test_rollout_settings_that_go_together(recipe_file: Path, overrides: list[str]) -> None:
+    load_recipe(recipe_file, overrides)
 
 
 def test_a_critic_that_is_not_used_is_not_judged(recipe_file: Path) -> None:

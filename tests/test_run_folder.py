@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from megatron_vapo.config import Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.observe.report import write_summary
 from megatron_vapo.recipe import load_recipe, to_yaml
-from megatron_vapo.run_folder import HARMLESS, changed_keys, is_harmless, open_run_folder
+from megatron_vapo.run_folder import HARMLESS, changed_keys, is_harmless, open_run_folder, sole_use
 
 
 @pytest.fixture
@@ -60,6 +63,7 @@ def test_an_empty_folder_may_become_a_run(recipe_file: Path, folder: Path) -> No
         "evaluation.every=5",
         "checkpoint.every=1",
         "checkpoint.keep=9",
+        "limits.wall_clock_minutes=230",
         "observe.samples_per_step=0",
         "rollout.batch_size=3",
         "rollout.save=true",
@@ -70,8 +74,12 @@ def test_an_empty_folder_may_become_a_run(recipe_file: Path, folder: Path) -> No
 def test_a_harmless_change_goes_on_under_the_new_recipe(recipe_file: Path, folder: Path, override: str) -> None:
     open_run_folder(load_recipe(recipe_file), restart=False)
     changed = load_recipe(recipe_file, [override])
-    assert open_run_folder(changed, restart=False) is None
+    notes: list[str] = []
+    assert open_run_folder(changed, restart=False, note=notes.append) is None
     assert load_recipe(folder / "recipe.yaml") == changed
+    assert len(notes) == 1 and f"{override.partition('=')[0]} was " in notes[0]
+    assert open_run_folder(changed, restart=False, note=notes.append) is None
+    assert len(notes) == 1
 
 
 def test_a_run_folder_may_be_moved(recipe_file: Path, folder: Path, tmp_path: Path) -> None:
@@ -139,20 +147,27 @@ def test_changed_keys_tell_both_values(recipe_file: Path) -> None:
 def test_a_finished_run_answers_with_its_summary(recipe_file: Path, folder: Path) -> None:
     recipe = load_recipe(recipe_file)
     open_run_folder(recipe, restart=False)
-    write_summary(folder, steps=10, accuracy_before=0.25, accuracy_after=0.5)
+    write_summary(folder, steps=10, sampled_tokens=900, accuracy_before=0.25, accuracy_after=0.5)
     before = contents(folder)
     summary = open_run_folder(recipe, restart=False)
-    assert summary == {"steps": 10, "accuracy_before": 0.25, "accuracy_after": 0.5}
+    assert summary == {"steps": 10, "sampled_tokens": 900, "accuracy_before": 0.25, "accuracy_after": 0.5}
     assert contents(folder) == before
     assert open_run_folder(load_recipe(recipe_file, ["steps=9"]), restart=False) == summary
 
 
 def test_more_steps_or_a_restart_go_on_after_the_end(recipe_file: Path, folder: Path) -> None:
     open_run_folder(load_recipe(recipe_file), restart=False)
-    write_summary(folder, steps=10)
+    write_summary(folder, steps=10, sampled_tokens=900)
     assert open_run_folder(load_recipe(recipe_file, ["steps=11"]), restart=False) is None
     assert open_run_folder(load_recipe(recipe_file), restart=True) is None
     assert not (folder / "summary.json").exists()
+
+
+def test_a_run_that_sampled_its_tokens_is_finished_before_its_last_step(recipe_file: Path, folder: Path) -> None:
+    open_run_folder(load_recipe(recipe_file), restart=False)
+    write_summary(folder, steps=7, sampled_tokens=900)
+    assert open_run_folder(load_recipe(recipe_file, ["limits.sampled_tokens=900"]), restart=False)["steps"] == 7
+    assert open_run_folder(load_recipe(recipe_file, ["limits.sampled_tokens=901"]), restart=False) is None
 
 
 # What is deleted, and what never.
@@ -206,3 +221,49 @@ def test_a_file_where_the_folder_should_be(recipe_file: Path, folder: Path, belo
     with pytest.raises(RecipeError, match="run_dir="):
         open_run_folder(load_recipe(recipe_file, [f"run_dir={folder / below}"]), restart=True)
     assert folder.read_text() == "a file"
+
+
+# One run a folder.
+
+HOLDER = """
+import sys
+from pathlib import Path
+from megatron_vapo.run_folder import sole_use
+with sole_use(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(recipe_file: Path, folder: Path) -> None:
+    open_run_folder(load_recipe(recipe_file), restart=False)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(RecipeError, match=f"in use by another run .pid {first.pid} on"), sole_use(folder):
+            pass
+        first.kill()  # no clean-up of any kind
+        first.wait()
+    with sole_use(folder):
+        assert open_run_folder(load_recipe(recipe_file), restart=True) is None
+        with pytest.raises(RecipeError, match="in use"), sole_use(folder):
+            pass
+    assert load_recipe(folder / "recipe.yaml") == load_recipe(recipe_file)
+
+
+def test_a_lock_leaves_foreign_folders_alone(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match="no run folder"), sole_use(folder):
+        pass
+    assert contents(folder) == {"thesis.tex": "mine"}
+
+
+def test_folders_are_not_for_everyone_to_write(recipe_file: Path, folder: Path) -> None:
+    before = os.umask(0)
+    try:
+        open_run_folder(load_recipe(recipe_file), restart=False)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o002 == 0

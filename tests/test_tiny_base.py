@@ -116,7 +116,12 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
 def test_interruption_leaves_no_half_made_base(tmp_path, kind):
     out = tmp_path / "tiny"
     process = subprocess.Popen(
-        [*MAKE_BASE, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*MAKE_BASE, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # Tests that a shell started in its background ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert "step" in process.stdout.readline()
     os.kill(process.pid, kind)

@@ -65,13 +65,16 @@ class Stage:
     learning_rate: float
 
 
-CURRICULUM = (
-    Stage(Mixture(p_short=0.1, p_sloppy=0.1), steps=1000, learning_rate=3e-3),
-    Stage(Mixture(p_sloppy=0.25), steps=600, learning_rate=2e-3),
-    Stage(Mixture(), steps=500, learning_rate=1.5e-3),
-)
-"""Careful work first, long enough that 99 of 100 careful steps are right: what the base cannot do at all when it works
-carefully, reinforcement finds much later."""
+def curriculum(mixture: Mixture, most: int | None = None) -> list[Stage]:
+    """Careful work first, long enough that 99 of 100 careful steps are right: what the base cannot do at all when it
+    works carefully, reinforcement finds much later. A stage takes at most `most` steps."""
+    stages = (
+        Stage(dataclasses.replace(mixture, p_short=0.1, p_sloppy=0.1), steps=1000, learning_rate=3e-3),
+        Stage(dataclasses.replace(mixture, p_sloppy=0.25), steps=600, learning_rate=2e-3),
+        Stage(mixture, steps=500, learning_rate=1.5e-3),
+    )
+    return [dataclasses.replace(stage, steps=min(stage.steps, most or stage.steps)) for stage in stages]
+
 
 BATCH_SIZE = 32
 INITIALIZER_RANGE = 0.08
@@ -83,21 +86,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/tiny"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace an existing base and its problems")
+    parser.add_argument("--short", type=float, default=Mixture.p_short, help="share of responses that only guess")
+    parser.add_argument("--sloppy", type=float, default=Mixture.p_sloppy, help="share of steps done in the head")
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # of each stage, at most: for tests
     args = parser.parse_args()
 
     if (args.out / "base").is_dir() and not args.force:
         print(f"{args.out / 'base'} exists; --force makes it anew")
         return
-    curriculum = [dataclasses.replace(stage, steps=min(stage.steps, args.steps or stage.steps)) for stage in CURRICULUM]
+    for name in ("short", "sloppy"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} {getattr(args, name)}: a share, from 0 to 1")
+    stages = curriculum(Mixture(p_short=args.short, p_sloppy=args.sloppy), args.steps)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as building:
-        make(Path(building), args.seed, curriculum)
+        make(Path(building), args.seed, stages)
         publish(Path(building), out)
 
 
-def make(out: Path, seed: int, curriculum: Sequence[Stage]) -> None:
+def make(out: Path, seed: int, stages: Sequence[Stage]) -> None:
     """Write the problems and the trained model into the empty folder `out`, and print what the model can do."""
     prepare(seed)
     train, held_out = make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
@@ -108,7 +116,7 @@ def make(out: Path, seed: int, curriculum: Sequence[Stage]) -> None:
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     started = time.monotonic()
-    train_model(model, tokenizer, train, curriculum, random.Random(seed))
+    train_model(model, tokenizer, train, stages, random.Random(seed))
     print(f"trained in {time.monotonic() - started:.0f} s")
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
@@ -180,14 +188,14 @@ def train_model(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
     problems: Sequence[Problem],
-    curriculum: Sequence[Stage],
+    stages: Sequence[Stage],
     rng: random.Random,
 ) -> None:
     """Supervised training through all stages, with one optimiser."""
     optimizer = make_optimizer(model)
     done = 0
-    with progress("supervised training, step", sum(stage.steps for stage in curriculum)) as report:
-        for stage in curriculum:
+    with progress("supervised training, step", sum(stage.steps for stage in stages)) as report:
+        for stage in stages:
             for step, batch in enumerate(demonstration_batches(stage, tokenizer, problems, rng)):
                 loss = backward(model, batch)
                 optimizer_step(model, optimizer, learning_rate_at(step, stage.steps, stage.learning_rate))

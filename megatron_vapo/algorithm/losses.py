@@ -109,19 +109,19 @@ def positive_lm_loss(logprobs_T: Tensor, positive_mask_T: Tensor, positive_token
 def importance_correction(
     train_logprobs_T: Tensor,
     rollout_logprobs_T: Tensor,
-    mode: Literal["off", "truncate", "mask"],
+    mode: Literal["none", "truncate", "mask"],
     cap: float,
 ) -> Tensor | None:
     """Per-token weights [T] for sampling with an engine whose log-probs differ from the trainer's; no gradient.
 
     With `rho = exp(train - rollout)`, both of the weights that sampled: "truncate" gives `min(rho, cap)` (truncated
-    importance sampling), "mask" gives rho, or 0 where rho > cap, and "off" None.
+    importance sampling), "mask" gives rho, or 0 where rho > cap, and "none" None.
     """
-    if mode == "off":
+    if mode == "none":
         return None
     ratio_T = (train_logprobs_T - rollout_logprobs_T).detach().exp()
     if mode == "truncate":
         return ratio_T.clamp(max=cap)
     if mode == "mask":
         return torch.where(ratio_T > cap, 0.0, ratio_T)
-    raise ValueError(f"mode must be 'off', 'truncate' or 'mask', not {mode!r}")
+    raise ValueError(f"mode must be 'none', 'truncate' or 'mask', not {mode!r}")

@@ -5,6 +5,7 @@ Legend: B responses, T response tokens of the batch, N tokens of prompts and res
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ class Experience:
     """[B] float32, what the checker said, +1 or -1."""
     rewards: Tensor
     """[B] float32, what is trained on: the outcome, and penalties where set."""
+    weight_versions: Tensor | None = None
+    """[B] int64, the oldest weights that wrote a part of the response."""
     logprobs: Tensor | None = None
     """[T] float32, the actor's before this batch's updates."""
     entropy: Tensor | None = None
@@ -79,9 +82,11 @@ class Experience:
         return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
 
     def save(self, path: Path) -> None:
-        """Write all tensors that are set to a safetensors file; it has its name only once complete."""
+        """Write all tensors that are set to a safetensors file; it has its name only once complete and on disk."""
         part = path.with_suffix(".part")
         save_file({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
         part.rename(path)
 
     @staticmethod

@@ -87,8 +87,8 @@ def read_prompts(path: str | Path, *, template: str | None = None, limit: int | 
     if template is not None and template.count("{problem}") != 1:
         raise RecipeError(f"the template must contain {{problem}} exactly once: {template!r}")
     prompts: dict[tuple[tuple[Message, ...], str], Prompt] = {}
-    for source, row in _rows(Path(path)):
-        context, text, answer = _parse_row(row, source, template or "{problem}")
+    for source, row in read_rows(Path(path)):
+        context, text, answer = parse_row(row, source, template or "{problem}")
         first = prompts.get((context, text))
         if first is not None and first.answer != answer:
             raise DataError(
@@ -176,7 +176,8 @@ class PromptOrder:
 # Containers: each yields (source, row).
 
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
+def read_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """Source (file and line or row) and content of every row, unchecked. Raises DataError for an unreadable file."""
     if not path.exists():
         raise DataError(f"{path} does not exist: give a .jsonl or .parquet file, or a folder of save_to_disk")
     if path.is_dir():
@@ -245,7 +246,8 @@ def _known_columns(names: Sequence[str], path: Path) -> list[str]:
 # Rows: each to (context, text, answer).
 
 
-def _parse_row(row: object, source: str, template: str) -> tuple[tuple[Message, ...], str, str]:
+def parse_row(row: object, source: str, template: str) -> tuple[tuple[Message, ...], str, str]:
+    """Context, rendered text and answer of a row. Raises DataError for one that cannot be trained on."""
     if not isinstance(row, dict):
         raise DataError(f"{source}: expected an object with prompt and answer, not {_kind(row)}")
     if "prompt" not in row and "question" in row:

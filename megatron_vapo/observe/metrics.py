@@ -6,10 +6,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from megatron_vapo.errors import RecipeError, UserError
 from megatron_vapo.observe.files import complete_lines, replace_text, to_json
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Kind = Literal["pretrain", "train", "evaluate"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -30,6 +33,7 @@ class MetricsWriter:
     Args:
         folder: run folder; made if absent.
         start_at: the step each kind goes on with; zeros for a run that starts over in an old folder.
+        tensorboard: write TensorBoard's events too.
         wandb: arguments of `wandb.init` such as `{"project": "vapo", "mode": "offline"}`; None: no W&B.
 
     Raises:
@@ -37,27 +41,28 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, folder: Path, start_at: Mapping[Kind, int] | None = None, wandb: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        start_at: Mapping[Kind, int] | None = None,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
     ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         start_at = start_at or {}
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = None if wandb is None else _Wandb(folder, wandb)
         _drop_records(folder / FILE_NAME, start_at)
         self._file = (folder / FILE_NAME).open("a", encoding="utf-8")
-        self._tensorboard = {
-            kind: SummaryWriter(str(folder / "tensorboard" / kind), purge_step=start_at.get(kind)) for kind in KINDS
-        }
+        self._tensorboard = _event_writers(folder / "tensorboard", start_at) if tensorboard else {}
 
     def write(self, step: int, metrics: Mapping[str, float], kind: Kind) -> None:
         """Records `metrics` (names with slashes, such as `critic/loss`) for one step of one kind."""
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(to_json({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._tensorboard[kind].add_scalar(name, value, step)
-        self._tensorboard[kind].flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard[kind].add_scalar(name, value, step)
+            self._tensorboard[kind].flush()
         if self._wandb is not None:
             self._wandb.log(step, values, kind)
 
@@ -98,6 +103,12 @@ def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _event_writers(folder: Path, start_at: Mapping[Kind, int]) -> dict[Kind, "SummaryWriter"]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return {kind: SummaryWriter(str(folder / kind), purge_step=start_at.get(kind)) for kind in KINDS}
+
+
 def _drop_records(path: Path, start_at: Mapping[Kind, int]) -> None:
     """Keeps the records before `start_at`; also mends a torn last line, to which the next would be appended."""
     if not path.exists():
@@ -116,7 +127,7 @@ class _Wandb:
         except ImportError as error:
             raise RecipeError(
                 "the recipe asks for Weights & Biases, but the package `wandb` is not installed: "
-                "`pip install wandb`, or leave W&B out of the recipe (TensorBoard and metrics.jsonl are always written)"
+                "`pip install wandb`, or leave W&B out of the recipe (metrics.jsonl is always written)"
             ) from error
         self._run = wandb.init(dir=str(folder), **settings)
         self._known: set[str] = set()

@@ -251,6 +251,6 @@ def test_importance_correction_modes():
     torch.testing.assert_close(truncated, torch.tensor([2.0, 0.5, 4.0]))
     torch.testing.assert_close(masked, torch.tensor([2.0, 0.5, 0.0]))
     assert not truncated.requires_grad and not masked.requires_grad
-    assert importance_correction(train, rollout, "off", cap=4.0) is None
+    assert importance_correction(train, rollout, "none", cap=4.0) is None
     with pytest.raises(ValueError, match="'clip'"):
         importance_correction(train, rollout, "clip", cap=4.0)

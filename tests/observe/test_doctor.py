@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from megatron_vapo import doctor
+from megatron_vapo.backend import nvidia_apex
 from megatron_vapo.doctor import Gpu, Machine, diagnose, examine, run_doctor
 
 VERSIONS = {"megatron-vapo": "0.1.0", "torch": "2.13.0+cpu", "megatron-core": "0.16.1", "transformers": "5.19.0"}
@@ -44,7 +45,7 @@ def test_a_laptop_without_accelerator_can_train():
     assert "ruff" not in found
     assert (found["gloo"].status, found["FP8"].status, found["CUDA"].status) == ("ok", "absent", "absent")
     assert found["embedded rollout engine"].status == "ok"
-    assert found["sglang"].status == "absent"
+    assert found["SGLang rollout engine"].status == "absent"
 
 
 def test_a_missing_package_fails_with_what_to_install():
@@ -57,6 +58,16 @@ def test_another_version_than_the_pinned_one_is_a_warning():
     check = checks_of(with_packages(LAPTOP, transformers="4.57.0"))["transformers"]
     assert check.status == "warning"
     assert "4.57.0" in check.detail and "5.19.0" in check.detail
+
+
+def test_an_unknown_megatron_is_refused():
+    check = checks_of(with_packages(LAPTOP, **{"megatron-core": "0.17.1"}))["megatron-core"]
+    assert check.status == "failure"
+    assert "0.17.1" in check.detail and "0.16.1 and 0.19.2" in check.detail
+
+
+def test_the_megatron_of_another_python_is_a_warning():
+    assert checks_of(with_packages(LAPTOP, **{"megatron-core": "0.19.2"}))["megatron-core"].status == "warning"
 
 
 def test_transformer_engine_is_for_cuda_machines_only():
@@ -76,10 +87,20 @@ def test_transformer_engine_is_for_cuda_machines_only():
         ([H100, A100], TE, "absent"),
         ([H100], TE, "ok"),
         ([Gpu("L40", 48.0, (8, 9))], TE, "ok"),
+        ([H100], {"transformer-engine": "1.14.0"}, "absent"),
     ],
 )
 def test_fp8_needs_new_devices_and_transformer_engine(gpus, packages, status):
     assert checks_of(replace(with_packages(LAPTOP, **packages), gpus=gpus))["FP8"].status == status
+
+
+def test_what_a_model_is_built_from_is_shown():
+    laptop, cluster = checks_of(LAPTOP), checks_of(replace(with_packages(LAPTOP, **TE), gpus=[H100], cuda="13.0"))
+    assert laptop["layers"].detail == "Megatron's local ones (no CUDA device)"
+    assert cluster["layers"].detail == "Transformer Engine (transformer-engine 2.20.2)"
+    assert cluster["Adam"].detail.startswith("Transformer Engine")
+    assert cluster["FP8"].detail.endswith("delayed, tensorwise, blockwise")
+    assert checks_of(replace(LAPTOP, gpus=[H100]))["layers"].detail.endswith("(transformer-engine is not installed)")
 
 
 def test_old_devices_have_no_bfloat16():
@@ -102,9 +123,9 @@ def test_pypis_apex_is_told_from_nvidias(tmp_path, monkeypatch):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise SystemError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor.find_nvidia_apex() is False
+    assert nvidia_apex() is False
     (tmp_path / "apex" / "optimizers").mkdir()
-    assert doctor.find_nvidia_apex() is True
+    assert nvidia_apex() is True
 
 
 def test_a_package_that_is_not_installed_itself_is_said():
@@ -116,7 +137,8 @@ def test_this_machine_is_diagnosed():
     found = {check.name: check for check in diagnose()}
     import torch
 
-    assert found["torch"].detail.startswith(torch.__version__)
+    # Packages from PyPI leave out of their version what they were built for (+cu130).
+    assert found["torch"].detail.split("+")[0] == torch.__version__.split("+")[0]
     assert found["megatron-core"].status != "failure"
 
 

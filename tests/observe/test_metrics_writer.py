@@ -41,6 +41,11 @@ def test_every_record_is_one_line_of_strict_json_and_reads_back(tmp_path):
     assert {name: record[name] for name in numbers} == pytest.approx(numbers, rel=0, abs=0, nan_ok=True)
 
 
+def test_tensorboard_can_be_left_out(tmp_path):
+    write_steps(tmp_path, "train", range(2), 1.0, tensorboard=False)
+    assert len(read_metrics(tmp_path, "train")) == 2 and not (tmp_path / "tensorboard").exists()
+
+
 def test_a_record_is_on_disk_before_the_writer_is_closed(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"actor/loss": 1.0}, "train")
