@@ -22,9 +22,10 @@ from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.table import hf_shapes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 16  # more than a run can take between being asked to stop and stopping
 SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
          "rollout.max_response_tokens=24", "value_pretraining.max_steps=1", "evaluation.problems=8",
-         "actor.optimizer.warmup_steps=3", "checkpoint.every=0", "steps=4"]  # fmt: skip
+         "actor.optimizer.warmup_steps=3", "checkpoint.every=0", f"steps={STEPS}"]  # fmt: skip
 
 
 def load_cluster():
@@ -173,7 +174,7 @@ def test_a_pre_empted_run_goes_on_where_it_was(user: User, settings: list[str], 
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
     other = user.submit("--nodes=2", "--exclusive", "--output=other.log", "--wrap", "true")
     other.wait_for("COMPLETED")
-    assert 1 <= train_steps(run) < 4
+    assert 1 <= train_steps(run) < STEPS
     job.wait_for("COMPLETED", "FAILED", requeued=True)
     assert job.state == "COMPLETED", job.outputs()
     assert job.show("Restarts") == "1" and "stopped with a checkpoint" in job.log
@@ -188,7 +189,7 @@ def test_the_time_limit_requeues_with_a_checkpoint(user: User, settings: list[st
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
     user.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     wait(lambda: "requeued to go on" in job.log, 120, job.outputs)
-    assert 1 <= train_steps(run) < 4 and list((run / "checkpoints").glob("step_*"))
+    assert 1 <= train_steps(run) < STEPS and list((run / "checkpoints").glob("step_*"))
     job.wait_for("COMPLETED", "FAILED", requeued=True)
     assert job.state == "COMPLETED", job.outputs()
     assert "time limit is near" in job.log and job.show("Restarts") == "1"
