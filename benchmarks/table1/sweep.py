@@ -51,7 +51,7 @@ class Size:
     reward_model_arguments: tuple[str, ...] = ()
 
 
-FULL = Size(base_arguments=("--short", "0.3", "--sloppy", "0.5"))
+FULL = Size()
 """The table's: the recipes as they are."""
 
 SMOKE = Size(
