@@ -21,6 +21,7 @@ from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
 from megatron_vapo.plan.rehearsal import Rehearsal, parameter_shapes, rehearse, smallest_world
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_parameters
+from megatron_vapo.weights.fp8 import bytes_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
 
@@ -273,7 +274,8 @@ def cache_of(recipe: Recipe, actor: Model, rollout: Phase, world: int) -> Cache:
     """The engine's cache in the bytes that are left for it."""
     a, size = actor.architecture, engine_size(recipe)
     heads = max(a.kv_heads // size, 1)
-    per_token = 2 * a.layers * heads * a.head_dim * actor.itemsize
+    itemsize = 1 if recipe.rollout.kv_cache == "fp8" else actor.itemsize
+    per_token = 2 * a.layers * heads * a.head_dim * itemsize
     return Cache(per_token, rollout.parts["keys and values"] // per_token, (engine_gpus(recipe) or world) // size)
 
 
@@ -283,9 +285,10 @@ def engine_size(recipe: Recipe) -> int:
 
 
 def engine_weights(recipe: Recipe, actor: Model) -> int:
-    """Bytes of one rank of the engine."""
-    size = engine_size(recipe)
-    parameters = sglang_parameters(actor.architecture, 0, size)
+    """Bytes of one rank of the engine; the embedded one holds FP8 numbers in the model's dtype."""
+    parameters = sglang_parameters(actor.architecture, 0, engine_size(recipe))
+    if recipe.rollout.engine == "sglang" and recipe.rollout.quantization == "fp8":
+        return sum(bytes_in_blocks(parameter, actor.itemsize) for parameter in parameters)
     return sum(math.prod(parameter.shape) for parameter in parameters) * actor.itemsize
 
 

@@ -81,6 +81,15 @@ def in_blocks(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tenso
     yield parameter.name + SCALE_SUFFIX, scales.view(*leading, len(scales) // max(1, math.prod(leading)), -1)
 
 
+def bytes_in_blocks(parameter: Parameter, itemsize: int) -> int:
+    """Bytes of what `in_blocks` makes of a parameter whose numbers have `itemsize` bytes."""
+    numbers = math.prod(parameter.shape)
+    if not is_quantised(parameter.boxes[0].tensor):
+        return numbers * itemsize
+    scales = scale_shape((math.prod(parameter.shape[:-1]), parameter.shape[-1]))
+    return numbers * torch.float8_e4m3fn.itemsize + math.prod(scales) * torch.float32.itemsize
+
+
 def rounded_in_blocks(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What `in_blocks` stands for, in the parameter's own dtype: for whole tensors in an engine without FP8."""
     if is_quantised(parameter.name):

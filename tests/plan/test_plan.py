@@ -106,6 +106,17 @@ def test_the_engine_holds_an_eighth_of_the_model(recipe, architectures) -> None:
     assert cache.engines == 16
 
 
+def test_an_engine_in_fp8_is_half_as_large(recipe, architectures) -> None:
+    """By hand: linear layers of a byte a number and 4 a block of 128 x 128; the rest as before; the cache half."""
+    in_fp8 = with_overrides(recipe, ["rollout.quantization=fp8", "rollout.kv_cache=fp8"])
+    models = roles_of(in_fp8, *architectures)
+    whole = engine_weights(recipe, models["actor"])
+    linear = 64 * (5120 * 2 * 5120 + 5120 * 2 * 1024 + 3 * 5120 * 27648) / 8
+    assert engine_weights(in_fp8, models["actor"]) == whole - 2 * linear + linear * (1 + 4 / 128**2)
+    rollout = phases(in_fp8, models, cluster(16))[0]
+    assert cache_of(in_fp8, models["actor"], rollout, 128).bytes_per_token == 64 * 2 * 128
+
+
 def test_fewer_gpus_do_not_fit_and_the_fewest_nodes_do(recipe, architectures) -> None:
     least = fewest_nodes(recipe, architectures, cluster(1))
     assert least is not None and fits(recipe, architectures, cluster(least))

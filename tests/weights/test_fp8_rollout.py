@@ -18,7 +18,7 @@ from megatron_vapo.weights.architecture import Architecture, read_architecture
 from megatron_vapo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_vapo.weights.engine_layout import sglang_parameters, sglang_shards, whole_model
 from megatron_vapo.weights.reshard import make_plan
-from megatron_vapo.weights.slices import Parameter
+from megatron_vapo.weights.slices import Box, Parameter
 from megatron_vapo.weights.table import hf_shapes
 from megatron_vapo.weights.training_layout import TrainingLayout, training_ranks
 from megatron_vapo.weights.transfer import stream
@@ -157,6 +157,17 @@ def test_sglangs_own_model_holds_the_same_as_one_that_read_the_checkpoint(folder
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["differing"] == {"direct": [], "load": [], "direct, broken": [broken]}
     assert set(found["parameters"]) == tensors.keys() | constants.keys()
+
+
+def test_bytes_in_blocks_are_those_of_the_tensors():
+    for name, shape in (
+        ("mlp.down_proj.weight", (200, 140)),
+        ("experts.0.gate_proj.weight", (3, 256, 140)),
+        ("norm.weight", (200,)),
+    ):
+        parameter = Parameter(name, shape, (Box(name, 0, 1, 0, 1),))
+        held = dict(fp8.in_blocks(parameter, torch.randn(shape, dtype=torch.bfloat16)))
+        assert fp8.bytes_in_blocks(parameter, 2) == sum(tensor.nbytes for tensor in held.values())
 
 
 def test_an_engine_without_fp8_gets_what_the_blocks_stand_for():
