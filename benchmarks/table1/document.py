@@ -81,7 +81,7 @@ def _runs(results: Results, arms: list[Arm], seeds: list[int]) -> dict[str, Any]
         "complete": len(every),
         "whole_seeds": [s for s in seeds if all(s in results.get(arm.name, {}) for arm in arms)],
         "missing": {name: list_ for name, list_ in missing.items() if list_},
-        "commits": sorted({o["commit"][:10] + (" (changed)" if o["changed"] else "") for o in origins}),
+        "commits": sorted({run.commit for run in every}),
         "first": min(o["started"] for o in origins),
         "last": max(o["finished"] for o in origins),
         "hours": sum(o["seconds"] for o in origins) / 3600,

@@ -68,6 +68,11 @@ class Result:
         return bool(self.tokens[-1] < self.budget)
 
     @property
+    def commit(self) -> str:
+        """Of the sources that made it, and whether they differed from it."""
+        return self.origin["commit"][:10] + (" (changed)" if self.origin["changed"] else "")
+
+    @property
     def line(self) -> str:
         return f"{self.base:.3f} -> {self.final:.3f} after {self.tokens[-1]:,.0f} tokens, {len(self.train)} steps"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.results import read_result
-from benchmarks.table1.sweep import Job, source
+from benchmarks.table1.sweep import ORIGIN, Job
 from megatron_vapo.errors import RecipeError
 
 GRID = (5e-5, 1e-4, 2e-4)
@@ -36,12 +36,15 @@ def choose(jobs: list[Job]) -> dict[str, Any]:
     found = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.is_file() else {}
     for arm in _tuned([job.arm.name for job in jobs]):
         finals: dict[str, list[float]] = {}
+        commits: set[str] = set()
         for job in jobs:
-            if job.arm == arm and (job.folder / "origin.json").is_file():
-                finals.setdefault(job.folder.name.rsplit("_", 1)[1], []).append(round(read_result(job.folder).final, 4))
+            if job.arm == arm and (job.folder / ORIGIN).is_file():
+                result = read_result(job.folder)
+                finals.setdefault(job.folder.name.rsplit("_", 1)[1], []).append(round(result.final, 4))
+                commits.add(result.commit)
         if len(finals) == len(GRID) and all(len(values) == len(SEEDS) for values in finals.values()):
             best = max(finals, key=lambda rate: sum(finals[rate]))
-            found[arm.name] = {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, **source()}
+            found[arm.name] = {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, "commits": sorted(commits)}
     return found
 
 
