@@ -44,7 +44,8 @@ def choose(jobs: list[Job]) -> dict[str, Any]:
                 commits.add(result.commit)
         if len(finals) == len(GRID) and all(len(values) == len(SEEDS) for values in finals.values()):
             best = max(finals, key=lambda rate: sum(finals[rate]))
-            found[arm.name] = {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, "commits": sorted(commits)}
+            choice = {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, "commits": sorted(commits)}
+            found[arm.name] = choice
     return found
 
 
