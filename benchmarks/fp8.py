@@ -231,8 +231,8 @@ is small, and errors, which do not cancel with it, are large beside it. 64 respo
 
 
 def run_report(runs: dict[str, list[list[dict]]], steps: int, picture: str) -> str:
-    return f"""`recipes/tiny.yaml`, {steps} steps. Numbers in a cell are those of seeds 0, 1, ... Runs differ from the
-first step on, because other numbers sample other tokens. The embedded engine computes in float32, with FP8 rollout on
+    return f"""`recipes/tiny.yaml`, {steps} steps. Numbers in a cell are those of seeds 0, 1, ..., each with a base
+model of its own. Runs differ from the first step on, because other numbers sample other tokens. The embedded engine computes in float32, with FP8 rollout on
 weights rounded in blocks of 128 x 128. FP8 rollout is corrected by truncated importance sampling
 (`algorithm.importance=auto`).
 
@@ -252,7 +252,7 @@ speed.
 
 {body}
 2 CPU cores; torch {torch.__version__}; {datetime.date.today()}; commit {commit.stdout.strip()};
-`python -m benchmarks.fp8 --steps {steps}`.
+`python -m benchmarks.fp8 --folder DIR --bases BASE... --steps {steps}`.
 """
 
 
