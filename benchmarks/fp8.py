@@ -232,9 +232,9 @@ is small, and errors, which do not cancel with it, are large beside it. 64 respo
 
 def run_report(runs: dict[str, list[list[dict]]], steps: int, picture: str) -> str:
     return f"""`recipes/tiny.yaml`, {steps} steps. Numbers in a cell are those of seeds 0, 1, ..., each with a base
-model of its own. Runs differ from the first step on, because other numbers sample other tokens. The embedded engine computes in float32, with FP8 rollout on
-weights rounded in blocks of 128 x 128. FP8 rollout is corrected by truncated importance sampling
-(`algorithm.importance=auto`).
+model of its own. Runs differ from the first step on, because other numbers sample other tokens. The embedded engine
+computes in float32, with FP8 rollout on weights rounded in blocks of 128 x 128. FP8 rollout is corrected by truncated
+importance sampling (`algorithm.importance=auto`).
 
 {run_table(runs)}
 
