@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_vapo.installation import MEGATRON_VERSIONS
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("crossing_ranks.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -71,17 +72,6 @@ def test_checkpoints_cross(
 def run(python: Path, verb: str, world: int, folder: Path) -> dict:
     """What rank 0 of `world` processes of this interpreter saw."""
     result = folder / f"{verb}.pt"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world), "PYTHONPATH": str(REPOSITORY)}
     command = [python, SCRIPT, verb, folder / f"rendezvous {verb}", folder, result]
-    logs = [folder / f"log {verb} {rank}" for rank in range(world)]
-    ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(r)}, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for r, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(world, command, folder / f"log {verb}", PYTHONPATH=str(REPOSITORY))
     return torch.load(result, weights_only=True)

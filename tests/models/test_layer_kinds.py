@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
 from megatron_vapo.weights.table import table_name
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("layer_kind_ranks.py")
 
@@ -29,23 +29,8 @@ def test_both_kinds_of_layers_are_one_model(make_model, make_experience, tmp_pat
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, tmp_path / "batch.pt")
     paths = os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent / "stand_ins")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "PYTHONPATH": paths}
-    logs = [tmp_path / f"log {rank}" for rank in range(2)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path],
-            env=environment | {"RANK": str(rank)},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [rank.wait(timeout=300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    command = [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path]
+    run_ranks(2, command, tmp_path / "log", PYTHONPATH=paths)
 
 
 def test_names_of_transformer_engines_layers_are_those_of_the_table():

@@ -4,7 +4,6 @@ what its compiler makes of the kernels for GPUs, which need not be there."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("triton_ranks.py")
 WORLD = 2
@@ -42,16 +42,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """Of each case, what each rank found. Processes of their own, because Triton decides when it is imported whether it
     interprets."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "TRITON_INTERPRET": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, SCRIPT, folder / "rendezvous", folder], env=environment | {"RANK": str(rank)})
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [rank.wait(timeout=400) for rank in ranks] == [0] * WORLD
-    finally:
-        for rank in ranks:
-            rank.kill()
+    command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
+    run_ranks(WORLD, command, folder / "log", seconds=400, TRITON_INTERPRET="1")
     return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(WORLD)] for name in RANKS.CASES}
 
 

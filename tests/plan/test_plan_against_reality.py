@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.memory import Model
 from megatron_vapo.plan.rehearsal import rehearse, rehearse_whole
 from megatron_vapo.plan.work import training_flops
+from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("plan_ranks.py")
 WORLD = 2
@@ -39,16 +38,8 @@ REAL = load()
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """Of each case, what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(WORLD), "KINETO_LOG_LEVEL": "5"}
-    ranks = [
-        subprocess.Popen([sys.executable, SCRIPT, folder / "rendezvous", folder], env=environment | {"RANK": str(rank)})
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [rank.wait(timeout=400) for rank in ranks] == [0] * WORLD
-    finally:
-        for rank in ranks:
-            rank.kill()
+    command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
+    run_ranks(WORLD, command, folder / "log", seconds=400, KINETO_LOG_LEVEL="5")
     return {
         name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(WORLD)] for name in REAL.CASES
     }
