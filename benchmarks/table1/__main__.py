@@ -38,7 +38,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="recipes of recipes/table1; default: all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--bases", type=int, default=5, help="base models; seed i takes the one of number i mod BASES")
     parser.add_argument("--out", type=Path, default=Path("artifacts/table1"), help="folder of all runs")
     parser.add_argument("--document", type=Path, default=Path("docs/table1.md"), help="document, its JSON and figures")
     parser.add_argument("--tune", action="store_true", help="choose learning rates, then stop")
@@ -62,7 +61,7 @@ def _tune(options: argparse.Namespace) -> int:
 def _table(options: argparse.Namespace) -> int:
     chosen = arms(options.arms)
     rates = {} if options.smoke or options.untuned or options.report else tuning.read_rates(chosen)
-    jobs = list(sweep_jobs(options.out, chosen, range(options.seeds), options.bases, rates))
+    jobs = list(sweep_jobs(options.out, chosen, range(options.seeds), rates))
     failed = [] if options.report else _run(options, jobs)
     from benchmarks.table1.document import write_document  # matplotlib and scipy: not before they are needed
 

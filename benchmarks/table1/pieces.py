@@ -1,6 +1,6 @@
 """What the arms of a seed share, each made once: base model and problems, reward model, pretrained critic.
 
-OUT/bases/3/                     of the seeds that have base 3
+OUT/bases/3/                     of seed 3; tuning seeds have theirs here too
     base/  train.jsonl  heldout.jsonl  reward_model/
 OUT/runs/seed_003/
     critic/                      run folder of value pretraining, from the reward model

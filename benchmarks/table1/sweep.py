@@ -11,7 +11,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -77,8 +76,6 @@ class Job:
 
     arm: Arm
     seed: int
-    base: int
-    """Which base model."""
     seed_folder: Path
     """Of what this seed's arms share."""
     folder: Path
@@ -99,7 +96,6 @@ class Sweep:
     size: Size
     workers: int
     _processes: Processes = field(default_factory=Processes)
-    _base_locks: dict[int, threading.Lock] = field(default_factory=lambda: defaultdict(threading.Lock))
 
     def run(self, jobs: list[Job]) -> list[str]:
         """Do all jobs, printing a line for each; names and reasons of those that failed.
@@ -142,22 +138,21 @@ class Sweep:
 
     def _make_pieces(self, jobs: list[Job]) -> None:
         """Base, reward model and critics for all jobs of a seed."""
-        number = jobs[0].base
-        base, log = self._base_folder(number), self.out / "bases" / f"{number}.log"
-        with self._base_locks[number]:
-            if not (base / "base").is_dir():
-                self._process(pieces.base_command(base, number, self.size.base_arguments), log)
-            if not (base / "reward_model").is_dir():
-                self._process(pieces.reward_model_command(base, number, self.size.reward_model_arguments), log)
+        seed = jobs[0].seed
+        base, log = self._base_folder(seed), self.out / "bases" / f"{seed}.log"
+        if not (base / "base").is_dir():
+            self._process(pieces.base_command(base, seed, self.size.base_arguments), log)
+        if not (base / "reward_model").is_dir():
+            self._process(pieces.reward_model_command(base, seed, self.size.reward_model_arguments), log)
         for arm in {pieces.critic_arm(job.arm) for job in jobs} - {None}:
             folder = pieces.critic_folder(jobs[0].seed_folder, arm)
-            overrides = (*pieces.overrides(arm, jobs[0].seed, base, folder), *self.size.settings)
+            overrides = (*pieces.overrides(arm, seed, base, folder), *self.size.settings)
             self._product("pretrain-critic", arm, overrides, folder)
 
     def _run_arm(self, job: Job, ready: Future[None]) -> float:
         """Seconds that it took, 0 where it was complete."""
         ready.result()
-        overrides = [*pieces.overrides(job.arm, job.seed, self._base_folder(job.base), job.folder)]
+        overrides = [*pieces.overrides(job.arm, job.seed, self._base_folder(job.seed), job.folder)]
         critic = pieces.critic_arm(job.arm)
         if critic is not None:
             critic_folder = pieces.critic_folder(job.seed_folder, critic)
@@ -183,8 +178,8 @@ class Sweep:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise TrainingError(f"exit code {code}, {log}: {lines[-1] if lines else 'no output'}")
 
-    def _base_folder(self, number: int) -> Path:
-        return self.out / "bases" / str(number)
+    def _base_folder(self, seed: int) -> Path:
+        return self.out / "bases" / str(seed)
 
 
 def _refuse_other_recipe(arm: Arm, overrides: Iterable[str], folder: Path) -> None:
@@ -240,10 +235,10 @@ class _Left:
         return (self.jobs - self.done) * sum(self.seconds) / len(self.seconds) / self.workers / 3600
 
 
-def sweep_jobs(out: Path, arms: list[Arm], seeds: range, bases: int, rates: dict[str, float]) -> Iterator[Job]:
+def sweep_jobs(out: Path, arms: list[Arm], seeds: range, rates: dict[str, float]) -> Iterator[Job]:
     """Of the table: seed by seed all arms, each with its family's learning rate."""
     for seed in seeds:
         folder = out / "runs" / f"seed_{seed:03d}"
         for arm in arms:
             settings = (f"actor.optimizer.learning_rate={rates[arm.family]}",) if rates else ()
-            yield Job(arm, seed, seed % bases, folder, folder / arm.name, settings)
+            yield Job(arm, seed, folder, folder / arm.name, settings)

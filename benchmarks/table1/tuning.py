@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from megatron_vapo.errors import RecipeError
 
 GRID = (5e-5, 1e-4, 2e-4)
 SEEDS = (1000, 1001)
-"""Each with a base model of its own."""
 
 CHOSEN = Path(__file__).with_name("learning_rates.json")
 """What the sweep reads: written by --tune, and committed."""
@@ -27,26 +27,31 @@ def tuning_jobs(out: Path, families: Collection[str]) -> Iterator[Job]:
         for arm in _tuned(families):
             for rate in GRID:
                 settings = (f"actor.optimizer.learning_rate={rate}",)
-                yield Job(arm, seed, seed, folder, folder / f"{arm.name}_{rate:g}", settings)
+                yield Job(arm, seed, folder, folder / f"{arm.name}_{rate:g}", settings)
 
 
 def choose(jobs: list[Job]) -> dict[str, Any]:
     """The learning rate of the best mean final accuracy over the tuning seeds, for each family whose runs are complete;
     families tuned earlier stay."""
     found = json.loads(CHOSEN.read_text(encoding="utf-8")) if CHOSEN.is_file() else {}
+    complete = [job for job in jobs if (job.folder / ORIGIN).is_file()]
     for arm in _tuned([job.arm.name for job in jobs]):
-        finals: dict[str, list[float]] = {}
-        commits: set[str] = set()
-        for job in jobs:
-            if job.arm == arm and (job.folder / ORIGIN).is_file():
-                result = read_result(job.folder)
-                finals.setdefault(job.folder.name.rsplit("_", 1)[1], []).append(round(result.final, 4))
-                commits.add(result.commit)
-        if len(finals) == len(GRID) and all(len(values) == len(SEEDS) for values in finals.values()):
-            best = max(finals, key=lambda rate: sum(finals[rate]))
-            choice = {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, "commits": sorted(commits)}
-            found[arm.name] = choice
+        grid = [job for job in complete if job.arm == arm]
+        if len(grid) == len(GRID) * len(SEEDS):
+            found[arm.name] = _choice(grid)
     return found
+
+
+def _choice(grid: list[Job]) -> dict[str, Any]:
+    """From all runs of a family."""
+    finals: dict[str, list[float]] = defaultdict(list)
+    commits: set[str] = set()
+    for job in grid:
+        result = read_result(job.folder)
+        finals[job.folder.name.rsplit("_", 1)[1]].append(round(result.final, 4))
+        commits.add(result.commit)
+    best = max(finals, key=lambda rate: sum(finals[rate]))
+    return {"learning_rate": float(best), "finals": finals, "seeds": SEEDS, "commits": sorted(commits)}
 
 
 def write_choice(found: dict[str, Any]) -> None:

@@ -62,8 +62,8 @@ class MadeUp:
         pass
 
 
-def jobs(out: Path, arms: list[Arm], seeds: int, bases: int = 2) -> list[Job]:
-    return list(sweep_jobs(out, arms, range(seeds), bases, {}))
+def jobs(out: Path, arms: list[Arm], seeds: int) -> list[Job]:
+    return list(sweep_jobs(out, arms, range(seeds), {}))
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_seed_by_seed_with_shared_pieces_made_once(swept: Callable[..., MadeUp])
         "0/base", "0/reward_model", "seed_000/critic",
         "1/base", "1/reward_model", "seed_001/critic",
         "seed_000/vapo", "seed_000/dapo", "seed_000/ppo",
-        "seed_002/critic",  # its base is that of seed 0
+        "2/base", "2/reward_model", "seed_002/critic",
         "seed_001/vapo", "seed_001/dapo", "seed_001/ppo",
         "seed_002/vapo", "seed_002/dapo", "seed_002/ppo",
     ]  # fmt: skip
@@ -125,7 +125,7 @@ def test_a_complete_run_of_other_settings_is_refused(
     tmp_path: Path, write_run: Callable[..., Path], swept: Callable[..., MadeUp]
 ) -> None:
     swept([VAPO], 1)
-    other = list(sweep_jobs(tmp_path, [VAPO], range(1), 2, {"vapo": 1e-3}))
+    other = list(sweep_jobs(tmp_path, [VAPO], range(1), {"vapo": 1e-3}))
     (failed,) = Sweep(tmp_path, FULL, 1, MadeUp(write_run)).run(other)
     assert "complete with other settings (actor.optimizer.learning_rate): delete it" in failed
 
@@ -137,7 +137,7 @@ def test_tuning_uses_one_grid_and_other_seeds(
     with pytest.raises(RecipeError, match="no learning rate was chosen for dapo, vapo: run --tune first"):
         tuning.read_rates([VAPO, DAPO])
     tuned = list(tuning.tuning_jobs(tmp_path, ["vapo", "dapo"]))
-    assert {job.seed for job in tuned} == {job.base for job in tuned} == {1000, 1001}
+    assert {job.seed for job in tuned} == {1000, 1001}
     rates = {name: [job.settings for job in tuned if job.arm.name == name] for name in ("vapo", "dapo")}
     assert rates["vapo"] == rates["dapo"] and len(set(rates["vapo"])) == len(tuning.GRID) == 3
     for job in tuned:  # VAPO is best at the largest rate, DAPO at the smallest
@@ -152,10 +152,10 @@ def test_tuning_uses_one_grid_and_other_seeds(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_smoke_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """Real processes: a base and a reward model, two critics, two arms with two seeds, a few steps each."""
+    """Real processes: two bases, reward models and critics, two arms with two seeds, a few steps each."""
     out, document = tmp_path / "out", tmp_path / "docs" / "table1.md"
     command = [sys.executable, "-m", "benchmarks.table1", "--smoke", "--seeds", "2", "--arms", "vapo", "grpo"]
-    command += ["--bases", "1", "--out", str(out), "--document", str(document)]
+    command += ["--out", str(out), "--document", str(document)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first = process.stdout.readline()
     assert "[1/4" in first, first + process.stdout.read()
