@@ -25,6 +25,15 @@ ORDERS = {
 }
 """The paper's nine ablation arms, in every reading; the first is the one that the aim is judged by."""
 
+ON_THE_WAY = {
+    "response length": "response/length_mean",
+    "entropy": "actor/entropy_before",
+    "clipped above": "actor/clip_fraction_high",
+    "clipped below": "actor/clip_fraction_low",
+    "explained variance": "critic/explained_variance",
+}
+"""What is said of each arm's training besides its scores: metrics of its steps."""
+
 PAPER = {arm.name: arm.paper for arm in ARMS}
 PAPER_NOISE = 4.5
 """Points between two numbers of the paper that its evaluation alone can make: avg@32 of 30 problems has a standard
@@ -67,6 +76,7 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
         "steps": _mean(len(run.train) for run in every),
         "evaluations": _mean(len(run.accuracy) for run in every),
         "seconds": _mean(run.origin["seconds"] for run in every),
+        "on_the_way": {name: _on_the_way(every, metric) for name, metric in ON_THE_WAY.items()},
         "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
         "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],
         "vapo_minus_arm": difference,
@@ -79,6 +89,12 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
             for seed, run in sorted(runs.items())
         },
     }
+
+
+def _on_the_way(runs: list[Result], metric: str) -> float | None:
+    """Mean over runs of each run's median over its steps; None where there is no such metric."""
+    medians = [np.median(found) for run in runs if (found := [r[metric] for r in run.train if metric in r])]
+    return float(np.mean(medians)) if medians else None
 
 
 def _differences(results: Results) -> dict[str, dict[str, Any]]:

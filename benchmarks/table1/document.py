@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import PAPER_NOISE, Results, analyse
+from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, Results, analyse
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.figures import draw_all
 from benchmarks.table1.results import read_results
@@ -39,9 +39,8 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     document.parent.mkdir(parents=True, exist_ok=True)
     figures = draw_all(results, document.with_suffix(""))
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-    text = "\n".join(
-        [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_orders(numbers), *_speed(numbers)]
-    )
+    lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_orders(numbers), *_speed(numbers)]
+    text = "\n".join([*lines, *_on_the_way(numbers)])
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
     print(f"wrote {document}")
@@ -159,6 +158,17 @@ def _tables(numbers: dict[str, Any]) -> list[str]:
         shown = [arm for arm in ARMS if arm.group == group and arm.name in numbers["arms"]]
         lines += [f"### {title}", "", *_table(HEADER, [_row(arm, numbers) for arm in shown]), ""] if shown else []
     return lines
+
+
+def _on_the_way(numbers: dict[str, Any]) -> list[str]:
+    """What training looked like in each arm."""
+    rows = []
+    for arm in ARMS:
+        if arm.name in numbers["arms"]:
+            found = numbers["arms"][arm.name]["on_the_way"].values()
+            rows.append([arm.title, *("" if value is None else f"{value:.3g}" for value in found)])
+    text = "Of each run the median over its steps, of these the mean over seeds; clipped: share of tokens in an update."
+    return ["### On the way", "", text, "", *_table(["arm", *ON_THE_WAY], rows), ""]
 
 
 HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "p (Holm)", "detectable",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 TITLES = {arm.name: arm.title for arm in ARMS}
 GRID_POINTS = 60
+CURVE_COLUMNS = 5
 WATCHED = ("vapo", "dapo", "grpo", "ppo", "ppo_scaled", "no_value_pretraining")
 """Arms whose signals are drawn."""
 SIGNALS = (
-    ("response length (tokens)", "response/length_mean"),
-    ("entropy (nats per token)", "actor/entropy_before"),
-    ("explained variance (cut at -1)", "critic/explained_variance"),
+    ("response length (tokens)", "response/length_mean", (0, 120)),
+    ("entropy (nats per token)", "actor/entropy_before", (0, 1.2)),
+    ("explained variance (cut at -1)", "critic/explained_variance", (-1, 1)),
 )
 POSITIONS = (("value", "critic/value"), ("advantage", "advantage"))
 ALPHAS = (0.05, 0.1, 0.25, 1.0)
@@ -38,7 +40,7 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         ("Final score of each arm: mean and 95 % interval over seeds, beside the paper's number", "scores", _scores),
-        ("Held-out accuracy over sampled tokens: mean and 95 % interval over seeds", "curves", _curves),
+        ("Held-out accuracy over sampled tokens: mean and 95 % interval over seeds; VAPO in black", "curves", _curves),
         ("Response length, entropy and the critic's explained variance over sampled tokens", "signals", _signals),
         (
             "Mean value and mean advantage by position in the response, in the first step, at half of the budget and "
@@ -57,11 +59,14 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     return files
 
 
-def _new_figure(columns: int, rows: int = 1, height: float = 3.4) -> tuple[Figure, np.ndarray]:
+def _new_figure(
+    columns: int, rows: int = 1, height: float = 3.4, width: float = 4.6, shared: bool = False
+) -> tuple[Figure, np.ndarray]:
+    """Of panels so high and wide (inches), which may share their axes."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
-    figure = Figure(figsize=(4.6 * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared)
     for axis in axes.flat:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
@@ -90,30 +95,23 @@ def _scores(results: Results) -> Figure | None:
 
 
 def _curves(results: Results) -> Figure | None:
-    """Three panels: baselines, ablations, other rows; VAPO in each."""
-    groups = [
-        ("Baselines", ["dapo", "grpo", "ppo", "ppo_scaled", "vc_ppo", "vc_ppo_scaled"]),
-        ("VAPO without ...", [arm.name for arm in ARMS if arm.name.startswith("no_")]),
-        ("Other settings", [a.name for a in ARMS if a.group == "more" and not a.name.startswith("vc_ppo")]),
-    ]
-    groups = [(title, [name for name in names if results.get(name)]) for title, names in groups]
-    groups = [(title, names) for title, names in groups if names]
-    if not groups:
+    """A panel for each arm, VAPO in all of them."""
+    shown = [arm for arm in ARMS if results.get(arm.name) and arm.name != "vapo"]
+    if not shown:
         return None
-    figure, (axes,) = _new_figure(len(groups), height=4.6)
-    for axis, (title, names) in zip(axes, groups, strict=True):
-        for number, name in enumerate([*names, "vapo"]):
-            style = {"color": "black", "linewidth": 2.2} if name == "vapo" else _style(number)
-            _band(axis, results.get(name, {}).values(), _accuracy, TITLES[name], **style)
-        axis.set_title(title, fontsize=10, loc="left")
+    columns = min(len(shown), CURVE_COLUMNS)
+    figure, axes = _new_figure(columns, -(-len(shown) // columns), height=2.3, width=2.9, shared=True)
+    for axis, arm in zip(axes.flat, shown):
+        _band(axis, results.get("vapo", {}).values(), _accuracy, TITLES["vapo"], color="black")
+        _band(axis, results[arm.name].values(), _accuracy, arm.title, color=COLOURS[0])
+        axis.set_title(textwrap.fill(arm.title, 32), fontsize=9, loc="left")
+    axes.flat[0].set_ylim(0, 1)
+    for axis in axes.flat[len(shown) - columns : len(shown)]:  # the lowest of each column
+        axis.tick_params(labelbottom=True)
         axis.set_xlabel("sampled tokens", fontsize=8)
-        axis.legend(fontsize=6.5, frameon=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_visible(False)
     return figure
-
-
-def _style(number: int) -> dict[str, Any]:
-    colours = COLOURS[:-1]  # black is VAPO's
-    return {"color": colours[number % len(colours)], "linestyle": ("-", "--", ":")[number // len(colours)]}
 
 
 def _accuracy(run: Result) -> tuple[np.ndarray, np.ndarray]:
@@ -153,12 +151,13 @@ def _band(
 
 def _signals(results: Results) -> Figure | None:
     figure, (axes,) = _new_figure(len(SIGNALS))
-    for axis, (title, metric) in zip(axes, SIGNALS, strict=True):
+    for axis, (title, metric, limits) in zip(axes, SIGNALS, strict=True):
         least = -1.0 if "variance" in metric else -np.inf
         for number, name in enumerate(WATCHED):
-            style = {"color": "black"} if name == "vapo" else _style(number)
+            style = {"color": "black" if name == "vapo" else COLOURS[number]}
             runs = results.get(name, {}).values()
             _band(axis, runs, _metric(metric), TITLES[name], least, **style)
+        axis.set_ylim(*limits)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("sampled tokens", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
@@ -175,7 +174,8 @@ def _positions(results: Results) -> Figure | None:
             for number, (when, share) in enumerate((("first step", 0.0), ("half", 0.5), ("end", 1.0))):
                 rows = np.array([_by_position(run, metric, share) for run in results[name].values()])
                 position = (np.arange(POSITION_BINS) + 0.5) / POSITION_BINS
-                axis.plot(position, np.nanmean(rows, 0), "o-", markersize=3, color=COLOURS[number], label=when)
+                means = np.ma.masked_invalid(rows).mean(0).filled(np.nan)  # none: no run has responses so long
+                axis.plot(position, means, "o-", markersize=3, color=COLOURS[number], label=when)
             axis.axhline(0, color="0.6", linewidth=0.8)
             axis.set_title(f"{TITLES[name]}: {title}", fontsize=10, loc="left")
         column[-1].set_xlabel("position in the response (share of its length)", fontsize=8)

@@ -144,6 +144,11 @@ def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
     assert "without clip-higher" in below and "without group sampling" not in below
     assert "all arms with 6 seeds (0, 1, 2, 3, 4, 5). Commit cccccccccc, 2026-01-01" in text
     found = json.loads((tmp_path / "table1.json").read_text())
+    # Lengths of 41 to 52 tokens; clipping is not in these records.
+    assert found["arms"]["vapo"]["on_the_way"] == {
+        "response length": 46.5, "entropy": 0.3, "clipped above": None, "clipped below": None, "explained variance": 0.1
+    }  # fmt: skip
+    assert "| VAPO | 46.5 | 0.3 |  |  | 0.1 |" in text
     assert found["arms"]["vapo"]["by_seed"]["3"]["final"] == pytest.approx(0.9, abs=0.2)
     assert (tmp_path / "table1.json").stat().st_size < 300_000
     pictures = sorted(path.name for path in (tmp_path / "table1").iterdir())
