@@ -84,7 +84,7 @@ def _runs(results: Results, arms: list[Arm], seeds: list[int]) -> dict[str, Any]
         "first": min(o["started"] for o in origins),
         "last": max(o["finished"] for o in origins),
         "hours": sum(o["seconds"] for o in origins) / 3600,
-        "learning_rates": json.loads(tuning.CHOSEN.read_text(encoding="utf-8")) if tuning.CHOSEN.is_file() else {},
+        "learning_rates": tuning.read_found(),
     }
 
 
@@ -92,8 +92,9 @@ def _runs_text(numbers: dict[str, Any]) -> list[str]:
     runs = numbers["runs"]
     missing = [f"{TITLES[name]} with seeds {_list(seeds)}" for name, seeds in runs["missing"].items()]
     tuned = [
-        f"{TITLES.get(name, name)} {choice['learning_rate']:g} ({_finals(choice)})"
-        for name, choice in runs["learning_rates"].items()
+        f"{TITLES.get(name, name)} {family['learning_rate']:g} ({_finals(family['finals'])})"
+        for name, family in runs["learning_rates"].items()
+        if family["learning_rate"]
     ]
     short = [
         f"{TITLES[n]} with seeds {_list(s)}" for n, row in numbers["arms"].items() if (s := row["short_of_budget"])
@@ -106,7 +107,7 @@ def _runs_text(numbers: dict[str, Any]) -> list[str]:
         f"Not complete: {'; '.join(missing) or 'none'}. Ended by their number of steps, short of the budget: "
         f"{'; '.join(short) or 'none'}.",
         "",
-        "Learning rates, with the mean final score on the tuning seeds for each of the grid: "
+        "Learning rates, with the mean final score of each rate over so many tuning seeds: "
         f"{'; '.join(tuned) or 'those of the recipes, not tuned'}.",
         "",
     ]
@@ -148,8 +149,9 @@ def _apart(rows: dict[str, Any]) -> list[str]:
     return [f"Final scores whose 95 % intervals lie wholly below VAPO's: {'; '.join(below) or 'none'}.", ""]
 
 
-def _finals(choice: dict[str, Any]) -> str:
-    return ", ".join(f"{rate}: {sum(values) / len(values):.3f}" for rate, values in choice["finals"].items())
+def _finals(finals: tuning.Finals) -> str:
+    means = {rate: np.mean(list(by_seed.values())) for rate, by_seed in finals.items()}
+    return ", ".join(f"{rate}: {means[rate]:.3f} of {len(by_seed)}" for rate, by_seed in finals.items())
 
 
 def _tables(numbers: dict[str, Any]) -> list[str]:
