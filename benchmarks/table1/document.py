@@ -118,17 +118,16 @@ def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
     if "vapo" not in results:
         return []
     vapo, scaled = (_recipe(results, name) for name in ("vapo", "ppo_scaled"))
-    rows = numbers["arms"].values()
+    row = numbers["arms"]["vapo"]
     responses = vapo.rollout.prompts_per_step * vapo.rollout.samples_per_prompt
-    bases = [seed["base"] for row in rows for seed in row["by_seed"].values()]
+    bases = [seed["base"] for seed in row["by_seed"].values()]
     return [
         f"Setting: a step samples {responses} responses of at most {vapo.rollout.max_response_tokens} "
         f"tokens for {responses // vapo.minibatch_size} updates; VAPO's alpha is "
         f"{vapo.algorithm.alpha:g}{f', the scaled lambda {scaled.algorithm.lambda_policy:g}' if scaled else ''}. A run "
-        f"samples {vapo.limits.sampled_tokens:,} tokens, and at each evaluation {vapo.evaluation.samples} responses to "
-        f"each of {vapo.evaluation.problems} held-out problems. The bases are right {min(bases):.1%} to "
-        f"{max(bases):.1%} of the time; value pretraining sampled "
-        f"{max(row['pretraining_tokens'] for row in rows):,.0f} tokens on average.",
+        f"samples {vapo.limits.sampled_tokens:,} tokens; an evaluation is {vapo.evaluation.problems} held-out problems "
+        f"x {vapo.evaluation.samples}. The bases are right {min(bases):.1%} to {max(bases):.1%} of the time; VAPO's "
+        f"value pretraining sampled {row['pretraining_tokens']:,.0f} tokens on average.",
         "",
         *_apart(numbers["arms"]),
     ]
