@@ -49,11 +49,11 @@ def _parse() -> argparse.Namespace:
 
 def _tune(options: argparse.Namespace) -> int:
     families = {arm.family for arm in arms(options.arms)}
-    found, failed = tuning.read_found(), []
-    while not failed and (jobs := tuning.next_jobs(options.out, families, found)):
-        failed = _run(options, jobs)
-        tuning.add(found, jobs)
-    tuning.write_found(found)  # once: from then on the sources differ from their commit
+    found = tuning.read_found()
+    jobs = tuning.tuning_jobs(options.out, families, found)
+    failed = _run(options, jobs)
+    tuning.add(found, jobs)
+    tuning.write_found(found)
     for name, family in found.items():
         print(f"{name}: {family['learning_rate']} of {family['finals']}")
     return _verdict(failed)

@@ -137,44 +137,22 @@ def test_tuning_uses_one_grid_and_other_seeds(
     with pytest.raises(RecipeError, match="no learning rate was chosen for dapo, vapo: run --tune first"):
         tuning.read_rates([VAPO, DAPO])
     found: tuning.Found = {}
-    rounds = []
-    while jobs := tuning.next_jobs(tmp_path, ["vapo", "dapo"], found):
-        assert tuning.next_jobs(tmp_path, ["vapo", "dapo"], found) == jobs
-        rounds.append([(job.arm.name, job.seed, float(job.settings[0].split("=")[1])) for job in jobs])
-        for job, (_, _, rate) in zip(jobs, rounds[-1]):  # VAPO is best at the largest rate, DAPO at the smallest
-            write_run(job.folder, [0.0, 0.5 + (1 if job.arm == VAPO else -1) * rate * 100], [300_000])
-        tuning.add(found, jobs)
-    low, middle, high = tuning.GRID
-    first, second = ({(arm, seed, rate) for arm, seed, rate in round_} for round_ in rounds)
-    assert first == {(arm, seed, rate) for arm in ("vapo", "dapo") for seed in (1000, 1001) for rate in tuning.GRID}
-    better = {"vapo": (middle, high), "dapo": (low, middle)}
-    assert second == {(arm, seed, rate) for arm in better for seed in (1002, 1003) for rate in better[arm]}
-    tuning.write_found(found)
-    assert tuning.read_rates([VAPO, DAPO]) == {"vapo": high, "dapo": low}
-
-
-def test_the_second_round_may_turn_the_first(
-    tmp_path: Path, write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is in the file already is not run again; a search that is not over has chosen nothing."""
-    monkeypatch.setattr(tuning, "CHOSEN", tmp_path / "learning_rates.json")
-    finals = {"5e-05": {"1000": 0.1, "1001": 0.1}, "0.0001": {"1000": 0.5, "1001": 0.5}, "0.0002": {"1000": 0.6}}
-    found: tuning.Found = {"dapo": {"learning_rate": None, "finals": finals, "commits": []}}
-    tuning.write_found(found)
-    with pytest.raises(RecipeError, match="no learning rate was chosen for dapo"):
-        tuning.read_rates([DAPO])
-    (left,) = tuning.next_jobs(tmp_path, ["dapo"], found)
-    assert (left.seed, left.settings) == (1001, ("actor.optimizer.learning_rate=0.0002",))
-    tuning.add(found, [left])  # it did not complete
-    assert tuning.next_jobs(tmp_path, ["dapo"], found) == [left]
-    write_run(left.folder, [0.0, 0.6, 0.6, 0.6], [1, 2, 3])
-    tuning.add(found, [left])
-    jobs = tuning.next_jobs(tmp_path, ["dapo"], found)
-    for job in jobs:
-        write_run(job.folder, [0.0, *[0.9 if "0.0001" in job.folder.name else 0.3] * 3], [1, 2, 3])
+    jobs = tuning.tuning_jobs(tmp_path, ["vapo", "dapo"], found)
+    tuned = {(job.arm.name, job.seed, float(job.settings[0].split("=")[1])): job for job in jobs}
+    grid = [(name, seed, rate) for name in ("vapo", "dapo") for seed in range(1000, 1004) for rate in tuning.GRID]
+    assert tuned.keys() == set(grid) and len(jobs) == len(grid) == 24
+    for (name, _, rate), job in tuned.items():  # VAPO is best at the largest rate, DAPO at the smallest
+        if job is not jobs[-1]:
+            write_run(job.folder, [0.0, 0.5 + (1 if name == "vapo" else -1) * rate * 100], [300_000])
     tuning.add(found, jobs)
+    assert tuning.tuning_jobs(tmp_path, ["vapo", "dapo"], found) == jobs[-1:]  # what was found is not run again
     tuning.write_found(found)
-    assert tuning.read_rates([DAPO]) == {"dapo": 1e-4}
+    with pytest.raises(RecipeError, match="no learning rate was chosen for dapo: run --tune first"):
+        tuning.read_rates([VAPO, DAPO])
+    write_run(jobs[-1].folder, [0.0, 0.5], [300_000])
+    tuning.add(found, jobs[-1:])
+    tuning.write_found(found)
+    assert tuning.read_rates([VAPO, DAPO]) == {"vapo": max(tuning.GRID), "dapo": min(tuning.GRID)}
 
 
 @pytest.mark.slow
