@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,20 +9,14 @@ from pathlib import Path
 import torch
 
 from megatron_vapo.weights.table import table_name
+from tests.models.layer_kind_ranks import CASES
 from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("layer_kind_ranks.py")
 
 
-def cases() -> dict[str, tuple[str, dict]]:
-    spec = importlib.util.spec_from_file_location("layer_kind_ranks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CASES
-
-
 def test_both_kinds_of_layers_are_one_model(make_model, make_experience, tmp_path):
-    for i, (name, (family, _)) in enumerate(cases().items()):
+    for i, (name, (family, _)) in enumerate(CASES.items()):
         model = make_model(family, "critic" in name, seed=i, tie_word_embeddings="tied" in name)
         model.save_pretrained(tmp_path / name / "hf")
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])

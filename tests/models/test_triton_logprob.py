@@ -8,16 +8,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy
+from tests.models import triton_ranks
 from tests.ranks import run_ranks
 
-SCRIPT = Path(__file__).with_name("triton_ranks.py")
+SCRIPT = Path(triton_ranks.__file__)
 WORLD = 2
 
 pytestmark = pytest.mark.skipif(
@@ -25,16 +25,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("triton_ranks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_ranks"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-RANKS = load()
-every_case = pytest.mark.parametrize("name", RANKS.CASES)
+every_case = pytest.mark.parametrize("name", triton_ranks.CASES)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +35,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
     run_ranks(WORLD, command, folder / "log", seconds=400, TRITON_INTERPRET="1")
-    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(WORLD)] for name in RANKS.CASES}
+    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(WORLD)] for name in triton_ranks.CASES}
 
 
 def by_log_softmax(
@@ -69,7 +60,7 @@ def assert_close(ours: dict[str, Tensor], expected: dict[str, Tensor], case) -> 
 
 @every_case
 def test_one_process_against_float64(name, found):
-    case = RANKS.CASES[name]
+    case = triton_ranks.CASES[name]
     ours = found[name][0]["whole"]
     assert_close(ours, case.run(by_log_softmax), case)
     assert not ours["weight"][case.vocab :].any()
@@ -77,7 +68,7 @@ def test_one_process_against_float64(name, found):
 
 @every_case
 def test_two_ranks_against_float64(name, found):
-    case = RANKS.CASES[name]
+    case = triton_ranks.CASES[name]
     parts = [rank["part"] for rank in found[name]]
     for output in ("logprob", "entropy"):
         assert torch.equal(parts[0][output], parts[1][output])
@@ -91,7 +82,7 @@ def test_two_ranks_against_float64(name, found):
 @every_case
 def test_against_chunks_of_pytorch(name, found):
     """Chunks round logits to the inputs' type, kernels never do: bfloat16 differs by what it is worth."""
-    case = RANKS.CASES[name]
+    case = triton_ranks.CASES[name]
     ours, chunks = found[name][0]["whole"], case.run(fused_logprob_and_entropy)
     if case.dtype == "float32":
         assert_close(ours, chunks, case)
@@ -107,7 +98,7 @@ def test_against_chunks_of_pytorch(name, found):
 def test_on_a_gpu_against_float64(name):
     from megatron_vapo.models.triton_logprob import logprob_and_entropy
 
-    case = RANKS.CASES[name]
+    case = triton_ranks.CASES[name]
     assert_close(case.run(logprob_and_entropy, device="cuda"), case.run(by_log_softmax), case)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,21 +15,11 @@ from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.memory import Model
 from megatron_vapo.plan.rehearsal import rehearse, rehearse_whole
 from megatron_vapo.plan.work import training_flops
+from tests.plan import plan_ranks
 from tests.ranks import run_ranks
 
-SCRIPT = Path(__file__).with_name("plan_ranks.py")
+SCRIPT = Path(plan_ranks.__file__)
 WORLD = 2
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_ranks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plan_ranks"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-REAL = load()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +29,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
     run_ranks(WORLD, command, folder / "log", seconds=400, KINETO_LOG_LEVEL="5")
     return {
-        name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(WORLD)] for name in REAL.CASES
+        name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(WORLD)]
+        for name in plan_ranks.CASES
     }
 
 
@@ -51,9 +40,9 @@ def model_of(case) -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL.CASES)
+@pytest.mark.parametrize("name", plan_ranks.CASES)
 def test_peak_memory_is_within_10_percent(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
-    model = model_of(REAL.CASES[name])
+    model = model_of(plan_ranks.CASES[name])
     for rank, found in enumerate(measured[name]):
         stage = rank * model.role.pipeline_parallel // WORLD
         planned = sum(model.standing(stage, WORLD).values()) + model.rehearsal(stage).training_peak
@@ -68,29 +57,29 @@ def causal_share(role: RoleConfig) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL.CASES)
+@pytest.mark.parametrize("name", plan_ranks.CASES)
 def test_operations_are_within_10_percent(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
     """The formula, over all ranks."""
-    case = REAL.CASES[name]
+    case = plan_ranks.CASES[name]
     model = model_of(case)
     role = model.role
     copies = WORLD // (role.tensor_parallel * role.pipeline_parallel * role.context_parallel)
-    tokens = copies * micro_batches(role) * REAL.TOKENS
+    tokens = copies * micro_batches(role) * plan_ranks.TOKENS
     products = sum(found["products"] for found in measured[name])
     attention = sum(found["attention"] for found in measured[name])
     if isinstance(role, CriticConfig) and role.sequence_parallel:
         products -= (role.tensor_parallel - 1) * tokens * 6 * model.architecture.hidden  # every rank has the head
     without = training_flops(model, 0.0) * tokens
     assert without == pytest.approx(products, rel=0.1)
-    planned = training_flops(model, REAL.TOKENS) * tokens - without
+    planned = training_flops(model, plan_ranks.TOKENS) * tokens - without
     assert planned == pytest.approx(attention * causal_share(role), rel=0.1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REAL.CASES)
+@pytest.mark.parametrize("name", plan_ranks.CASES)
 def test_rehearsed_operations_are_those_of_each_rank(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
     """To the last one, but where a router sends tokens unevenly to experts."""
-    model = model_of(REAL.CASES[name])
+    model = model_of(plan_ranks.CASES[name])
     role = model.role
     near = 0.1 if model.architecture.experts else 1e-9
     for rank, found in enumerate(measured[name]):
@@ -104,9 +93,9 @@ def micro_batches(role: RoleConfig) -> int:
     return role.pipeline_parallel * (2 if role.virtual_pipeline else 1)
 
 
-@pytest.mark.parametrize("name", REAL.CASES)
+@pytest.mark.parametrize("name", plan_ranks.CASES)
 def test_two_short_models_tell_a_deep_one(name: str) -> None:
-    case = REAL.CASES[name]
+    case = plan_ranks.CASES[name]
     role, architecture = case.build()
     if role.first_stage_layers:
         pytest.skip("short models are even")
@@ -122,7 +111,7 @@ def test_two_short_models_tell_a_deep_one(name: str) -> None:
 
 def test_kernels_are_planned_as_the_chunks_that_they_replace() -> None:
     """Also where neither Triton nor a GPU is, as on the machine that plans."""
-    role, architecture = REAL.CASES["TP2 SP full fused"].build()
+    role, architecture = plan_ranks.CASES["TP2 SP full fused"].build()
     chunks, kernels = (
         rehearse_whole(Actor, replace(role, logprobs=way), architecture, torch.float32, 0)
         for way in ("chunked", "triton")

@@ -19,24 +19,9 @@ from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import PHASES, Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
-from megatron_vapo.weights.architecture import Architecture
+from tests.plan import plan_ranks
 
-SHAPE = Architecture(
-    family="qwen2",
-    layers=2,
-    hidden=256,
-    ffn=704,
-    heads=8,
-    kv_heads=4,
-    head_dim=32,
-    vocab=2000,
-    tied_embeddings=False,
-    qkv_bias=True,
-    qk_norm=False,
-    norm_epsilon=1e-6,
-    max_positions=2048,
-    rope_base=1e4,
-)
+SHAPE = replace(plan_ranks.SHAPE, layers=2)
 SHAPES = (SHAPE, replace(SHAPE, classifier=True))
 ALL = OffloadConfig(parameters=True, gradients=True, main_parameters=True, optimizer=True)
 ALONE = Cluster(GPUS["h100-80"], 1, replace(Assumptions(), gpus_per_node=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import torch
 
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.table import hf_shapes
+from tests.slurm import private_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 16  # more than a run can take between being asked to stop and stopping
@@ -28,15 +28,6 @@ SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_
          "actor.optimizer.warmup_steps=3", "checkpoint.every=0", f"steps={STEPS}"]  # fmt: skip
 
 
-def load_cluster():
-    spec = importlib.util.spec_from_file_location("private_cluster", Path(__file__).with_name("private_cluster.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-private_cluster = load_cluster()
 WHY_NOT = private_cluster.missing()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
 

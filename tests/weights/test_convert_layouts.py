@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,20 +12,14 @@ from megatron_vapo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.torch_dist import TorchDistReader
 from tests.ranks import run_ranks
+from tests.weights.convert_ranks import CASES
 
 SCRIPT = Path(__file__).with_name("convert_ranks.py")
 
 
-def cases() -> dict[str, dict]:
-    spec = importlib.util.spec_from_file_location("convert_ranks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CASES
-
-
 @pytest.mark.slow
 def test_round_trips_through_layouts_are_bitwise(make_model, make_experience, tmp_path):
-    for i, name in enumerate(cases()):
+    for i, name in enumerate(CASES):
         family = "qwen3_moe" if name in ("EP2", "ETP2") else "qwen2"
         model = make_model(family, "critic" in name, seed=i, tie_word_embeddings="tied" in name)
         model.save_pretrained(tmp_path / name / "hf")
@@ -35,7 +28,7 @@ def test_round_trips_through_layouts_are_bitwise(make_model, make_experience, tm
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, tmp_path / "batch.pt")
     command = [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path]
     run_ranks(2, command, tmp_path / "log", PYTHONPATH=str(SCRIPT.parents[2]))
-    for name in cases():
+    for name in CASES:
         folder = tmp_path / name
         megatron_to_hf(folder / "saved", folder / "back", folder / "hf", lambda done, total: None)
         original, back = HFFolder(folder / "hf"), HFFolder(folder / "back")
@@ -44,4 +37,4 @@ def test_round_trips_through_layouts_are_bitwise(make_model, make_experience, tm
         saved = TorchDistReader(folder / "saved")
         assert any("optimizer" in key for key in saved.shapes), name
         rows = saved.shapes["embedding.word_embeddings.weight"][0]
-        assert rows == (44 if "tensor_parallel" in cases()[name] else 43), name
+        assert rows == (44 if "tensor_parallel" in CASES[name] else 43), name
