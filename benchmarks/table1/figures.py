@@ -108,7 +108,7 @@ def _curves(results: Results) -> Figure | None:
     axes.flat[0].set_ylim(0, 1)
     for axis in axes.flat[len(shown) - columns : len(shown)]:  # the lowest of each column
         axis.tick_params(labelbottom=True)
-        axis.set_xlabel("sampled tokens", fontsize=8)
+        axis.set_xlabel("sampled tokens (thousands)", fontsize=8)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     return figure
@@ -142,11 +142,11 @@ def _band(
     if not curves:
         return
     grid, values = curves[0][0], np.array([np.interp(grid, x, y) for grid, x, y in curves])
-    (line,) = axis.plot(grid, values.mean(0), label=label, **style)
+    (line,) = axis.plot(grid / 1000, values.mean(0), label=label, **style)
     if len(values) > 1:
         intervals = [mean_interval(column) for column in values.T]
         low, high = [i.low for i in intervals], [i.high for i in intervals]
-        axis.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.fill_between(grid / 1000, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
 
 
 def _signals(results: Results) -> Figure | None:
@@ -159,7 +159,7 @@ def _signals(results: Results) -> Figure | None:
             _band(axis, runs, _metric(metric), TITLES[name], least, **style)
         axis.set_ylim(*limits)
         axis.set_title(title, fontsize=10, loc="left")
-        axis.set_xlabel("sampled tokens", fontsize=8)
+        axis.set_xlabel("sampled tokens (thousands)", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 
