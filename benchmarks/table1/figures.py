@@ -154,9 +154,8 @@ def _signals(results: Results) -> Figure | None:
     for axis, (title, metric, limits) in zip(axes, SIGNALS, strict=True):
         least = -1.0 if "variance" in metric else -np.inf
         for number, name in enumerate(WATCHED):
-            style = {"color": "black" if name == "vapo" else COLOURS[number]}
-            runs = results.get(name, {}).values()
-            _band(axis, runs, _metric(metric), TITLES[name], least, **style)
+            colour = "black" if name == "vapo" else COLOURS[number]
+            _band(axis, results.get(name, {}).values(), _metric(metric), TITLES[name], least, color=colour)
         axis.set_ylim(*limits)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xlabel("sampled tokens (thousands)", fontsize=8)
