@@ -102,7 +102,7 @@ def _runs_text(numbers: dict[str, Any]) -> list[str]:
     return [
         f"{runs['complete']} runs are complete; all arms with {len(runs['whole_seeds'])} seeds "
         f"({_list(runs['whole_seeds'])}). Commit {', '.join(runs['commits'])}, {runs['first']} to {runs['last']}, "
-        f"{runs['hours']:.1f} hours of one core.",
+        f"{runs['hours']:.1f} hours summed over runs.",
         "",
         f"Not complete: {'; '.join(missing) or 'none'}. Ended by their number of steps, short of the budget: "
         f"{'; '.join(short) or 'none'}.",
