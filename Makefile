@@ -18,8 +18,8 @@ PYTHON_LATEST ?= python3.12
 LATEST_VENV ?= .venv-latest
 LATEST_INSTALLED := $(LATEST_VENV)/.installed
 # What proves the core there: models, layouts, weights, checkpoints, resuming, whole runs on 1, 2 and 4 processes.
-LATEST_TESTS ?= tests/test_installation.py tests/models tests/weights/test_convert.py \
-	tests/weights/test_convert_layouts.py tests/test_checkpoint.py tests/test_resume.py tests/test_learning.py \
+LATEST_TESTS ?= tests/runtime/test_versions.py tests/models tests/weights/test_convert.py \
+	tests/weights/test_convert_layouts.py tests/checkpoint/test_checkpoints.py tests/training/test_resume.py tests/training/test_learning.py \
 	tests/distributed/test_torchrun.py tests/crossing \
 	$(foreach world,1 2 4,"tests/distributed/test_layouts.py::test_layouts_agree[$(world)]")
 

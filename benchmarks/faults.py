@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vapo.checkpoint import Checkpoints, Progress, checkpoints, refuse_damaged
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, Progress, checkpoints, refuse_damaged
 from megatron_vapo.config import ActorConfig, CheckpointConfig
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models.layout import ParallelLayout, init_world

@@ -20,7 +20,11 @@ from megatron_vapo import cli
 
 
 def main() -> int:
-    from megatron_vapo import checkpoint, interrupt, kept_rollouts, run, watchdog
+    from megatron_vapo.checkpoint import checkpoints as checkpoint
+    from megatron_vapo.runtime import signals as interrupt
+    from megatron_vapo.runtime import watchdog
+    from megatron_vapo.sampling import rollout_store as kept_rollouts
+    from megatron_vapo.training import run
 
     if os.environ.get("CLOCK_JUMPS"):
         true_time, jumps = time.time, random.Random(0)

@@ -83,7 +83,7 @@ def update(actor: Actor, rollouts: Path, signed: bool = True) -> None:
         signed: the policy loss, with advantages of both signs; else minus the mean log-prob.
     """
     from megatron_vapo.data.experience import Experience
-    from megatron_vapo.objectives import policy_objective
+    from megatron_vapo.training.objectives import policy_objective
 
     batch = Experience.load(rollouts).select(torch.arange(64))
     centred = batch.outcomes - batch.outcomes.mean()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vapo.doctor import find_gpus, find_sglang, installed_version
+from megatron_vapo.commands.doctor import find_gpus, find_sglang, installed_version
 
 Numbers = dict[str, float | str]
 

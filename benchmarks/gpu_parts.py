@@ -12,16 +12,16 @@ from torch import Tensor
 from benchmarks.gpu_machine import NotAvailable, Numbers, Workplace, at_most, device, relative
 from benchmarks.gpu_models import MEDIUM, make_model, responses
 from megatron_vapo.algorithm import advantages, losses
-from megatron_vapo.backend import look
+from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import ActorConfig, OffloadConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.offload import KINDS, SAVED, storages_of
 from megatron_vapo.models.parameters import load_hf
 from megatron_vapo.models.roles import Actor
-from megatron_vapo.models.trainable import Outputs
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
-from megatron_vapo.precision_checks import fp8_refusal
+from megatron_vapo.recipe.precision import fp8_refusal
+from megatron_vapo.runtime.kernels import look
 from megatron_vapo.weights.architecture import read_architecture
 
 

@@ -23,22 +23,22 @@ from rich.console import Console
 
 from benchmarks.gpu_machine import Numbers, Workplace, need_cuda
 from benchmarks.gpu_models import QWEN_1_5B, TINY, make_model, make_prompts, responses
+from megatron_vapo.checkpoint.run_folder import open_run_folder
+from megatron_vapo.commands.doctor import find_sglang
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.doctor import find_sglang
-from megatron_vapo.interrupt import Interrupt
 from megatron_vapo.models.layout import init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
-from megatron_vapo.objectives import with_advantages
 from megatron_vapo.observe.metrics import read_metrics
 from megatron_vapo.observe.progress import Progress
 from megatron_vapo.plan.memory import PHASES
 from megatron_vapo.plan.work import forward_flops
-from megatron_vapo.preflight import read_inputs
-from megatron_vapo.recipe import load_recipe
-from megatron_vapo.run import Run
-from megatron_vapo.run_folder import open_run_folder
-from megatron_vapo.watchdog import Watchdog
+from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.runtime.signals import Interrupt
+from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.training.objectives import with_advantages
+from megatron_vapo.training.run import Run
 from megatron_vapo.weights.architecture import read_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,7 +214,7 @@ def _opened(recipe: Recipe) -> Iterator[Run]:
 
 
 def _step(run: Run, step: int) -> None:
-    """As in `megatron_vapo.loop`."""
+    """As in `megatron_vapo.training.loop`."""
     batch = run.rollout("train", step)
     batch = run.logprobs(run.values(batch))
     batch = with_advantages(batch, run.recipe.algorithm)

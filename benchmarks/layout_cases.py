@@ -143,10 +143,10 @@ delayed scaling; the scales of delayed scaling nowhere."""
 
 def take_updates(case: Case, folder: Path) -> dict:
     """Forward both models over the batch, update each `UPDATES` times; what came out, parameters included."""
-    from megatron_vapo import objectives
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.parameters import hf_tensors, load_hf
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.training import objectives
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import torch_dtype
 

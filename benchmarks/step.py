@@ -27,16 +27,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import Padded, PlainLoop
-from megatron_vapo import objectives
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import read_prompts, tokenize_prompts
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.parameters import hf_tensors, load_hf
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.recipe import load_recipe
+from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.training import objectives
 from megatron_vapo.weights.architecture import read_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ TARGET = 1.3
 
 
 class Ours:
-    """This package's side, by the same calls as `megatron_vapo.run.Run`."""
+    """This package's side, by the same calls as `megatron_vapo.training.run.Run`."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         init_world()

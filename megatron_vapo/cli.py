@@ -112,20 +112,20 @@ def _at_least_one(text: str) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    from megatron_vapo.commands import run_recipe
+    from megatron_vapo.commands.train import run_recipe
 
     return _exit_code(run_recipe(recipe, options.restart, options.dry_run))
 
 
 def _pretrain_critic(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
-    from megatron_vapo.commands import pretrain
+    from megatron_vapo.commands.train import pretrain
 
     return _exit_code(pretrain(recipe, options.restart, options.dry_run))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    from megatron_vapo.recipe import load_recipe
+    from megatron_vapo.recipe.load import load_recipe
 
     return load_recipe(options.recipe, options.overrides)
 
@@ -135,7 +135,7 @@ def _exit_code(finished: bool) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from megatron_vapo.commands import evaluate_checkpoint
+    from megatron_vapo.commands.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(options.checkpoint, options.recipe, options.overrides, options.data, options.samples)
     return 0
@@ -158,7 +158,7 @@ def _report(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_vapo.doctor import run_doctor
+    from megatron_vapo.commands.doctor import run_doctor
 
     return run_doctor(Console())
 

@@ -1,6 +1,6 @@
 """The whole configuration surface: every setting once, typed and documented.
 
-A recipe is a YAML file that chooses values for these dataclasses (`megatron_vapo.recipe` reads it).
+A recipe is a YAML file that chooses values for these dataclasses (`megatron_vapo.recipe.load` reads it).
 """
 
 from __future__ import annotations

@@ -19,11 +19,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vapo.checkpoint import find_damage
+from megatron_vapo.checkpoint.checkpoints import find_damage
 from megatron_vapo.cli import main
 from megatron_vapo.config import Recipe
-from megatron_vapo.manifest import read_manifest, seal
-from megatron_vapo.recipe import _all_keys
+from megatron_vapo.recipe.load import _all_keys
+from megatron_vapo.runtime.manifest import read_manifest, seal
 
 pytestmark = pytest.mark.slow
 

@@ -35,7 +35,7 @@ def main() -> None:
         )
     print(f"written: {options.out}")
     if options.check:
-        from megatron_vapo.logits_check import largest_difference
+        from megatron_vapo.commands.compare_logits import largest_difference
 
         difference, largest = largest_difference(options.out, options.checkpoint)
         print(f"largest logit difference {difference:.2e} (largest logit {largest:.2e})")

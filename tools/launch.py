@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from megatron_vapo.errors import UserError  # noqa: E402
-from megatron_vapo.recipe import load_recipe  # noqa: E402
+from megatron_vapo.recipe.load import load_recipe  # noqa: E402
 
 if TYPE_CHECKING:
     from nemo_run import LocalExecutor, Script, SlurmExecutor

@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from megatron_vapo.checkpoint.run_folder import changed_keys
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.recipe import load_recipe, to_yaml
-from megatron_vapo.run_folder import changed_keys
+from megatron_vapo.recipe.load import load_recipe, to_yaml
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "table1"
 

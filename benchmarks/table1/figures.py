@@ -14,8 +14,8 @@ from benchmarks.table1.analysis import Results
 from benchmarks.table1.arms import ARMS
 from benchmarks.table1.results import Result
 from benchmarks.table1.statistics import mean_interval
-from megatron_vapo.metrics import POSITION_BINS
 from megatron_vapo.observe.report import COLOURS
+from megatron_vapo.training.step_metrics import POSITION_BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,9 @@ from benchmarks.table1 import pieces
 from benchmarks.table1.arms import Arm
 from benchmarks.table1.processes import Processes
 from benchmarks.table1.results import read_result
+from megatron_vapo.checkpoint.run_folder import changed_keys, is_harmless
 from megatron_vapo.errors import RecipeError, TrainingError, UserError
-from megatron_vapo.recipe import load_recipe, to_yaml
-from megatron_vapo.run_folder import changed_keys, is_harmless
+from megatron_vapo.recipe.load import load_recipe, to_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("megatron_vapo", "benchmarks/table1", "recipes", "tools")

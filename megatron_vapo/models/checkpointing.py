@@ -16,7 +16,7 @@ from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.megatron_versions import load_checkpoint, save_request
 from megatron_vapo.models.offload import SAVED
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.together import gathered, on_first_rank
+from megatron_vapo.runtime.collectives import gathered, on_first_rank
 from megatron_vapo.weights.torch_dist import TorchDistReader
 
 

@@ -1,7 +1,7 @@
 """The global random generators of this process: Python's, NumPy's, torch's and Megatron's tracker of each layout.
 
-No draw of this package comes from them (`megatron_vapo.sampling.PURPOSES`: each has a generator of its own, made anew
-from (seed, purpose, step), which needs no saving). They are kept for what others may draw: a reward function of the
+No draw of this package comes from them (`megatron_vapo.sampling.seeds`: each has a generator of its own, made anew from
+(seed, purpose, step), which needs no saving). They are kept for what others may draw: a reward function of the
 user's, dropout or router noise inside Megatron.
 """
 

@@ -19,7 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_vapo.config import RoleConfig
-from megatron_vapo.together import talk_over_gloo
+from megatron_vapo.runtime.collectives import talk_over_gloo
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vapo import config as settings
-from megatron_vapo.precision_checks import runs_in_fp8
+from megatron_vapo.recipe.precision import runs_in_fp8
 
 _FOREVER = 1 << 62
 

@@ -13,7 +13,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.together import gathered
+from megatron_vapo.runtime.collectives import gathered
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, table_name, unshard
 from megatron_vapo.weights.training_layout import TrainingRank

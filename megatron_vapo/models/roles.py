@@ -15,10 +15,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import ActorConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
-from megatron_vapo.models.trainable import Outputs, Trainable
+from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.weights.architecture import Architecture
 

@@ -19,11 +19,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vapo.backend import machine_backend
+from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
-from megatron_vapo.layout_checks import packing_multiples
 from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks, fuse_weight_gradients
 from megatron_vapo.models.emulated_fp8 import advance_delayed_scales
@@ -31,15 +30,10 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.offload import KINDS, Residence, storages_of
 from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.transformer_config import transformer_config
-from megatron_vapo.together import gathered
+from megatron_vapo.recipe.layout import packing_multiples
+from megatron_vapo.runtime.collectives import gathered
+from megatron_vapo.runtime.kernels import machine_backend
 from megatron_vapo.weights.architecture import Architecture
-
-Outputs = tuple[Tensor, ...]
-"""What a model says of each response token, tensors [t]: (log-prob, entropy) of an actor, (value,) of a critic."""
-
-Loss = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics, one of them
-`loss`. Shares add up over micro-batches and ranks, because their denominators are those of the whole minibatch."""
 
 
 class Trainable(ABC):

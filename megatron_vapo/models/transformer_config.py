@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vapo.backend import Backend
 from megatron_vapo.config import PrecisionConfig, RoleConfig
-from megatron_vapo.precision_checks import runs_in_fp8
+from megatron_vapo.recipe.precision import runs_in_fp8
+from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
 
 

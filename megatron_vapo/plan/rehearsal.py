@@ -31,10 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from megatron_vapo.backend import Backend
 from megatron_vapo.config import PrecisionConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
-from megatron_vapo.layout_checks import packing_multiples
 from megatron_vapo.models import roles, trainable, vocab_parallel
 from megatron_vapo.models.attention import PackedSequences, pack_sequences
 from megatron_vapo.models.layout import ParallelLayout
@@ -42,6 +40,8 @@ from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.recipe.layout import packing_multiples
+from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
 
 _META = torch.device("meta")

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import LayoutError
-from megatron_vapo.layout_checks import check_model, check_world
 from megatron_vapo.models.offload import KINDS
 from megatron_vapo.plan.memory import Cluster, Model, engine_gpus, roles_of, shortage
-from megatron_vapo.precision_checks import check_precision
-from megatron_vapo.recipe import with_overrides
+from megatron_vapo.recipe.layout import check_model, check_world
+from megatron_vapo.recipe.load import with_overrides
+from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.weights.architecture import Architecture
 
 MOST_NODES = 512

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError
+from megatron_vapo.runtime.durable import check_is_free, new_folder
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.hf_folder import HFFolder, keep_files
-from megatron_vapo.weights.new_folder import check_is_free, new_folder
 from megatron_vapo.weights.pickled_folder import open_folder
 from megatron_vapo.weights.placement import Place, padded_keys, place_of, stacked_shapes
 from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec

@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from benchmarks.table1.arms import ARMS
-from megatron_vapo.recipe import load_recipe, to_yaml
+from megatron_vapo.recipe.load import load_recipe, to_yaml
 
 
 @cache

@@ -13,7 +13,7 @@ from benchmarks.table1 import analysis, arms
 from benchmarks.table1.document import BEGIN, END, write_document
 from benchmarks.table1.results import Result, read_result, read_results
 from megatron_vapo.errors import DataError
-from megatron_vapo.recipe import load_recipe
+from megatron_vapo.recipe.load import load_recipe
 
 STEP_TOKENS = 1000
 LAST = 12

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.table1.arms import ARMS, RECIPES, Arm, arms
+from megatron_vapo.checkpoint.run_folder import changed_keys
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.recipe import load_recipe, to_yaml
-from megatron_vapo.run_folder import changed_keys
+from megatron_vapo.recipe.load import load_recipe, to_yaml
 
 VAPO = load_recipe(ARMS[0].recipe)
 COUPLED = {"algorithm.decoupled_gae", "algorithm.length_adaptive_gae"}

@@ -16,7 +16,7 @@ from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.results import read_results
 from benchmarks.table1.sweep import FULL, SMOKE, Job, Sweep, sweep_jobs
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, RecipeError
-from megatron_vapo.recipe import load_recipe, to_yaml
+from megatron_vapo.recipe.load import load_recipe, to_yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VAPO, DAPO, PPO = (next(arm for arm in ARMS if arm.name == name) for name in ("vapo", "dapo", "ppo"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vapo.installation import MEGATRON_VERSIONS
+from megatron_vapo.runtime.versions import MEGATRON_VERSIONS
 from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("crossing_ranks.py")

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vapo.backend import Backend
 from megatron_vapo.config import ActorConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime.kernels import Backend
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "TP2": ("qwen2", {"tensor_parallel": 2, "sequence_parallel": True}),

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_vapo.backend import Backend
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.models.attention import PackedSequences, SDPACoreAttention, pack_sequences, plan_attention
 from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
 
 HEADS, GROUPS, HEAD_SIZE = 6, 2, 5

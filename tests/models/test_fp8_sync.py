@@ -8,7 +8,7 @@ import torch
 from megatron_vapo.config import ActorConfig
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
-from megatron_vapo.weight_sync import WeightSync
+from megatron_vapo.training.weight_sync import WeightSync
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.hf_folder import HFFolder
 

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import ActorConfig, OffloadConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models import offload
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
 from megatron_vapo.models.offload import KINDS, SAVED
 from megatron_vapo.models.parameters import hf_tensors
-from megatron_vapo.models.trainable import Loss, Outputs, Trainable
+from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.weights.checksum import digest
 
 ROLES = {

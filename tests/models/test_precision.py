@@ -9,11 +9,11 @@ import pytest
 import torch
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 
-from megatron_vapo.backend import Backend
 from megatron_vapo.config import PrecisionConfig, RoleConfig
 from megatron_vapo.errors import MachineError
 from megatron_vapo.models.layer_specs import block_spec
 from megatron_vapo.models.transformer_config import transformer_config
+from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import read_architecture
 
 SHAPE = read_architecture(Path(__file__).resolve().parents[2] / "recipes" / "shapes" / "Qwen2.5-7B")

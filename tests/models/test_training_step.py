@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import ActorConfig, OptimizerConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import pack
@@ -17,7 +18,7 @@ from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models import trainable
 from megatron_vapo.models.checkpointing import load_trainable, save_trainable
 from megatron_vapo.models.parameters import load_hf
-from megatron_vapo.models.trainable import Loss, Outputs, Trainable
+from megatron_vapo.models.trainable import Trainable
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, clip_grad=1.0)
 KINDS = {

@@ -19,7 +19,7 @@ from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, Model, cache_of, engine_weights, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, fits, smallest_change
 from megatron_vapo.plan.work import reshard_bytes, rollout_seconds
-from megatron_vapo.recipe import load_recipe, with_overrides
+from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
 REPOSITORY = Path(__file__).resolve().parents[2]

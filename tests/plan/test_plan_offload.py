@@ -14,11 +14,11 @@ from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.phase_memory import PhaseMemory
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import PHASES, Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
+from megatron_vapo.training.phase_memory import PhaseMemory
 from tests.plan import plan_ranks
 
 SHAPE = replace(plan_ranks.SHAPE, layers=2)

@@ -18,19 +18,19 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from megatron_vapo.commands import _until_stopped
+from megatron_vapo.commands.train import _until_stopped
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import RolloutError, TrainingError
-from megatron_vapo.interrupt import Interrupt
 from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.observe.progress import Progress
-from megatron_vapo.preflight import read_inputs
-from megatron_vapo.recipe import load_recipe
+from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.sglang import handover, server
-from megatron_vapo.run import Run
-from megatron_vapo.watchdog import Watchdog
+from megatron_vapo.runtime.signals import Interrupt
+from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.training.run import Run
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 

@@ -1,0 +1,17 @@
+"""What a model returns for response tokens, and the losses that are computed from it.
+
+Legend: t response tokens of a micro-batch on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+"""What a model says of each response token, tensors [t]: (log-prob, entropy) of an actor, (value,) of a critic."""
+
+Loss = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics, one of them
+`loss`. Shares add up over micro-batches and ranks, because their denominators are those of the whole minibatch."""

@@ -1,0 +1,339 @@
+"""Checkpoints of a run: everything that a step depends on, under its final name only when complete and verified.
+
+    RUN/checkpoints/
+        step_000020/
+            actor/  critic/     Megatron's distributed checkpoints: parameters, optimizer, schedule
+            sampling.pt         partial rollouts; global random generators of every rank (models.generators)
+            recipe.yaml         the settings it was made with
+            state.json          progress of the run, the order of prompts included
+            manifest.json       size and SHA-256 of every file above
+        latest -> step_000020
+
+A folder ends in `.part` until all its files are on disk (fsync), were read back for the manifest, and the manifest is
+there; then it is renamed. Nothing older is removed before that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vapo.config import CheckpointConfig
+from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
+from megatron_vapo.models.checkpointing import Save, load_trainable
+from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.runtime.collectives import any_rank, gathered, on_first_rank
+from megatron_vapo.runtime.manifest import Entry, damage, describe, read_manifest, seal, sync
+
+_NAME = re.compile(r"(step|pretrain)_\d{6,}")
+
+
+@dataclass
+class Progress:
+    """How far a run has come, as of the end of its last finished step."""
+
+    pretraining_steps: int = 0
+    pretraining_done: bool = False
+    steps: int = 0
+    prompt_order: dict[str, int] | None = None
+    sampled_tokens: int = 0
+    """Response tokens of training rollouts, those that no batch held included."""
+    pretraining_tokens: int = 0
+    """Response tokens of value pretraining's rollouts."""
+    reward_failures: int = 0
+    """Responses whose reward raised or died, on all ranks."""
+    reward_timeouts: int = 0
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+    """Of the last evaluation."""
+    evaluated_at: int | None = None
+    """Training steps at the last evaluation."""
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint's folder."""
+        return f"step_{self.steps:06d}" if self.pretraining_done else f"pretrain_{self.pretraining_steps:06d}"
+
+
+class Checkpoints:
+    """Saves and loads a run's checkpoints. All ranks call all methods together.
+
+    Args:
+        folder: RUN/checkpoints.
+        models: by role.
+        recipe: the run's recipe as YAML, kept with each checkpoint.
+        note: shows one line to the user.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        models: dict[str, Trainable],
+        recipe: str,
+        note: Callable[[str], None],
+    ) -> None:
+        self.folder, self._settings, self._models, self._recipe = folder, settings, models, recipe
+        self._note = note
+        self._pending: _Pending | None = None
+        on_first_rank(lambda: _tidy(folder))
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint is under way."""
+        return self._pending is not None
+
+    def save(self, progress: Progress, unfinished: list[dict[str, Any]], generators: dict[str, Any]) -> None:
+        """Start a checkpoint, unless there is one of this very progress. Returns once tensors are copied to the host,
+        or, without `checkpoint.async_save`, once it is complete. Waits for the one before.
+
+        Args:
+            unfinished: states of groups that were begun and not finished (`Group.state`), the same on all ranks.
+            generators: this rank's.
+
+        Raises:
+            MachineError: it, or the one before, could not be written, and `checkpoint.failed_save` is stop.
+        """
+        self.settle(wait=True)
+        part = self.folder / f"{progress.name}.part"
+        final = self.folder / progress.name
+        if on_first_rank(lambda: final.exists() and read_progress(final) == progress):
+            return
+        of_all = gathered(generators)
+        try:
+            on_first_rank(lambda: self._begin(part, progress, {"unfinished": unfinished, "generators": of_all}))
+        except OSError as error:
+            self._failed(part, first_line(error))
+            return
+        saves = [Save(model, part / role) for role, model in self._models.items()]
+        self._pending = _Pending(part, final, replace(progress), saves)
+        if self._settings.async_save:
+            self._pending.thread.start()
+        else:
+            self._pending.write()
+
+    def settle(self, wait: bool) -> Progress | None:
+        """Give the checkpoint under way its name if all ranks have written their part, or wait until they have.
+
+        Returns:
+            The progress that it holds, where one was completed.
+
+        Raises:
+            MachineError: it could not be written, and `checkpoint.failed_save` is stop.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        if wait:
+            pending.done.wait()
+        if any_rank(not pending.done.is_set()):
+            return None
+        self._pending = None
+        described = gathered((pending.described, pending.error))
+        for rank, (_, error) in enumerate(described):
+            if error:
+                self._failed(pending.part, f"rank {rank}: {error}")
+                return None
+        for save in pending.saves:
+            save.finish()
+        entries = {name: entry for share, _ in described for name, entry in share.items()}
+        try:
+            on_first_rank(lambda: self._publish(pending, entries))
+        except OSError as error:
+            self._failed(pending.part, first_line(error))
+            return None
+        self._note(f"checkpoint saved: {pending.final}")
+        return pending.progress
+
+    def load(self) -> tuple[Progress, list[dict[str, Any]], dict[str, Any] | None] | None:
+        """Restore models from the newest checkpoint.
+
+        Returns:
+            Progress, unfinished groups, this rank's generators (None: other processes left them); None where there is
+            no checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged (the files are named) and `checkpoint.resume_older` is off, or none is whole.
+        """
+        damaged = 0
+        for checkpoint in reversed(on_first_rank(lambda: checkpoints(self.folder))):
+            try:
+                refuse_damaged(checkpoint)
+                return self._load(checkpoint)
+            except CheckpointError as error:
+                if not self._settings.resume_older:
+                    raise CheckpointError(
+                        f"{error}. Set checkpoint.resume_older=true to go on from the one before it"
+                    ) from error
+                self._note(f"WARNING: {error}. Set aside as {checkpoint.name}.damaged")
+            on_first_rank(partial(_set_aside, checkpoint))
+            damaged += 1
+        if damaged:
+            raise CheckpointError(f"{self.folder}: no checkpoint is left that is whole; --restart trains anew")
+        return None
+
+    def _begin(self, part: Path, progress: Progress, sampling: dict[str, Any]) -> None:
+        """On the first rank: the folder with all that is small."""
+        self._check_space()
+        shutil.rmtree(part, ignore_errors=True)
+        for role in self._models:
+            (part / role).mkdir(parents=True)
+        (part / "state.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+        (part / "recipe.yaml").write_text(self._recipe, encoding="utf-8")
+        torch.save(sampling, part / "sampling.pt")
+
+    def _check_space(self) -> None:
+        """A disk without room for another checkpoint is found before anything is written."""
+        found = checkpoints(self.folder)
+        if found:
+            needed = sum(path.stat().st_size for path in found[-1].rglob("*"))
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(f"no space: a checkpoint takes {needed} bytes, {free} are free")
+
+    def _publish(self, pending: _Pending, entries: dict[str, Entry]) -> None:
+        """On the first rank: manifest, final name, `latest`, and only then the removal of what is no longer kept."""
+        seal(pending.part, entries)
+        replaced = pending.final.with_name(f"{pending.final.name}.old")
+        if pending.final.exists():
+            pending.final.rename(replaced)
+        pending.part.rename(pending.final)
+        _point_latest(pending.final)
+        sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        kept = kept_checkpoints(self.folder, self._settings)
+        for path in checkpoints(self.folder):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _failed(self, part: Path, reason: str) -> None:
+        on_first_rank(lambda: shutil.rmtree(part, ignore_errors=True))
+        found = on_first_rank(lambda: checkpoints(self.folder))
+        last = f"the last complete one is {found[-1]}" if found else "there is none yet"
+        text = f"checkpoint {part.stem} could not be saved: {reason}; {last}"
+        if self._settings.failed_save == "stop":
+            raise MachineError(f"{text}. checkpoint.failed_save=continue would train on")
+        self._note(f"WARNING: {text}")
+
+    def _load(self, checkpoint: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any] | None]:
+        for role, model in self._models.items():
+            load_trainable(model, checkpoint / role)
+        unfinished, generators = torch.load(checkpoint / "sampling.pt", weights_only=True).values()
+        on_first_rank(lambda: _point_latest(checkpoint))
+        self._note(f"resumed from {checkpoint}")
+        if len(generators) != dist.get_world_size():
+            self._note(f"{len(generators)} processes before, {dist.get_world_size()} now: global generators start anew")
+            return read_progress(checkpoint), unfinished, None
+        return read_progress(checkpoint), unfinished, generators[dist.get_rank()]
+
+
+class _Pending:
+    """A checkpoint under way, and the thread that writes this rank's part of it."""
+
+    def __init__(self, part: Path, final: Path, progress: Progress, saves: list[Save]) -> None:
+        self.part, self.final, self.progress, self.saves = part, final, progress, saves
+        self.described: dict[str, Entry] = {}
+        self.error: str | None = None
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
+
+    def write(self) -> None:
+        files = [path for save in self.saves for path in save.files]
+        try:
+            for save in self.saves:
+                save.write()
+                if save.error is not None:
+                    raise save.error
+            self.described = {path.relative_to(self.part).as_posix(): describe(path) for path in files}
+        except Exception as error:  # whatever it is, the training thread reports it, with the rank
+            self.error = first_line(error)
+        self.done.set()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints under their final names, oldest first."""
+    found = [path for path in folder.glob("*_*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.name.startswith("step_"), path.name))
+
+
+def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:
+    """Those that rotation leaves: the newest, the best by held-out accuracy, and every n-th."""
+    found = checkpoints(folder)
+    kept = set(found[-settings.keep :])
+    states = {path: read_progress(path) for path in found if path.name.startswith("step_")}
+    if settings.keep_best:
+        evaluated = {p: s.accuracy_after for p, s in states.items() if s.evaluated_at == s.steps and s.accuracy_after}
+        kept |= set(sorted(evaluated, key=lambda path: (evaluated[path], path))[-1:])
+    if settings.keep_every:
+        kept |= {path for path, state in states.items() if state.steps and state.steps % settings.keep_every == 0}
+    return kept
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Compare a checkpoint with its manifest. All ranks together.
+
+    Raises:
+        CheckpointError: names the files.
+    """
+    problems = find_damage(checkpoint)
+    if problems:
+        raise CheckpointError(f"{checkpoint} is damaged: {few(problems, limit=3, separator='; ')}")
+
+
+def find_damage(checkpoint: Path) -> list[str]:
+    """What differs from the manifest, one line a file; all ranks together, each reads a share of the files."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        entries = sorted(read_manifest(checkpoint).items())
+        required = {"state.json", "sampling.pt", "recipe.yaml"} - {name for name, _ in entries}
+        found = [f"{checkpoint / 'manifest.json'} does not list {name}" for name in sorted(required) if rank == 0]
+        found += damage(checkpoint, entries[rank::world])
+    except (ValueError, OSError) as error:
+        found = [str(error)] if rank == 0 else []
+    return [line for share in gathered(found) for line in share]
+
+
+def read_progress(checkpoint: Path) -> Progress:
+    """The progress that a checkpoint holds."""
+    path = checkpoint / "state.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint's state: {first_line(error)}") from error
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a run that died left half done, and give back its name to what was just being replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.part"):
+        shutil.rmtree(path)
+    for path in folder.glob("*.old"):
+        if (folder / path.stem).exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(folder / path.stem)
+
+
+def _set_aside(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+
+
+def _point_latest(checkpoint: Path) -> None:
+    beside = checkpoint.parent / "latest.tmp"
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(checkpoint.name)
+    os.replace(beside, checkpoint.parent / "latest")

@@ -1,0 +1,154 @@
+"""The run folder before and after a run: resume, start over, refuse a changed recipe, sum up."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_vapo.config import Recipe
+from megatron_vapo.errors import CheckpointError, RecipeError
+from megatron_vapo.observe.files import replace_text
+from megatron_vapo.recipe.load import to_yaml
+
+HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe",
+            "rollout.batch_size", "rollout.check_weights_every",
+            "rollout.bucket_mib", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
+"""Settings, or groups of them, that may change when a run is resumed; any other would make it another run, or compare
+accuracies of different tests."""
+
+_LAYOUT = ("tensor_parallel", "sequence_parallel", "pipeline_parallel", "first_stage_layers", "last_stage_layers",
+           "virtual_pipeline", "context_parallel", "expert_parallel", "expert_tensor_parallel", "overlap_grad_reduce",
+           "recompute", "micro_batch_tokens", "balance", "offload")  # fmt: skip
+HARMLESS += ("deterministic", *(f"{role}.{key}" for role in ("actor", "critic") for key in _LAYOUT))
+"""How a step is computed, not what: results agree but for the order in which numbers are added."""
+
+_RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
+_MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
+"""First line of a run's recipe; tells a run's folder from one that holds a recipe of the user's own."""
+
+
+def open_run_folder(
+    recipe: Recipe, restart: bool, note: Callable[[str], None] = lambda text: None
+) -> dict[str, Any] | None:
+    """Make or reopen the run's folder and leave the resolved recipe in it. Called by one process.
+
+    Args:
+        note: hears of settings that have changed since the last start.
+
+    Returns:
+        The summary, where the run that is there has already finished.
+
+    Raises:
+        RecipeError: the run that is there was made by another recipe (the keys are named), or no folder can be there.
+        CheckpointError: the folder holds something other than a run.
+    """
+    folder = Path(recipe.run_dir)
+    before = _made(folder)
+    if restart:
+        _empty(folder)
+    elif before is not None:
+        _compare(folder, changed_keys(before, to_yaml(recipe)), note)
+        summary = _read_summary(folder)
+        if summary is not None and recipe.ends_at(summary["steps"], summary["sampled_tokens"]):
+            return summary
+    replace_text(folder / _RECIPE, _MARK + to_yaml(recipe))
+    return None
+
+
+@contextmanager
+def sole_use(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. The lock dies with its process, however that ends.
+
+    It is the kernel's (flock): on one machine it is certain; between machines that share a file system it holds as far
+    as that file system passes flock on (NFS since Linux 2.6.12, Lustre with `-o flock`; not with `local_lock`).
+
+    Raises:
+        RecipeError: another process has it (the message says which), or no folder can be there.
+        CheckpointError: the folder holds something other than a run.
+    """
+    _made(folder)
+    with (folder / _LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise RecipeError(
+                f"run_dir={folder}: in use by another run ({file.read().strip()}): wait for its end, or choose another "
+                "run_dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _made(folder: Path) -> str | None:
+    """Make the folder where it is missing; the recipe of the run in it, if there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o775)  # never for everyone to write, whatever the umask
+        before = _read_recipe(folder)
+        foreign = before is None and any(path.name != _LOCK for path in folder.iterdir())
+    except OSError as error:
+        raise RecipeError(f"run_dir={folder}: not a folder that can be made or used: {error.strerror}") from error
+    if foreign:
+        raise CheckpointError(f"{folder}: not empty and no run folder: choose another run_dir")
+    return before
+
+
+def changed_keys(before: str, after: str) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ between two resolved recipes, with both values."""
+    old, new = _flat(OmegaConf.create(before)), _flat(OmegaConf.create(after))
+    return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
+
+
+def _flat(group: Any, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in group.items():
+        leaves |= _flat(value, f"{prefix}{key}.") if OmegaConf.is_dict(value) else {prefix + key: value}
+    return leaves
+
+
+def _read_recipe(folder: Path) -> str | None:
+    """The recipe of the run in a folder, None where there is no run."""
+    path = folder / _RECIPE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text if text.startswith(_MARK) else None
+
+
+def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[str], None]) -> None:
+    """Tell of harmless changes, refuse others."""
+    told = {key: f"{key} was {old}, is {new}" for key, (old, new) in changes.items()}
+    harmful = [text for key, text in told.items() if not is_harmless(key)]
+    if harmful:
+        raise RecipeError(
+            f"{folder} holds a run of another recipe: {'; '.join(harmful)}. Set run_dir, or start over: --restart"
+        )
+    if told:
+        note(f"the run goes on with other settings: {'; '.join(told.values())}")
+
+
+def is_harmless(key: str) -> bool:
+    return any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
+
+
+def _read_summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / _SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in the folder, not the folder itself, which may be a link to another disk."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK:
+            entry.unlink()

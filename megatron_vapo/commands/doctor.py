@@ -1,0 +1,313 @@
+"""What this machine can run, and why not more: `megatron-vapo doctor`.
+
+Versions come from package metadata, so nothing heavier than torch is imported, and a broken package cannot break the
+diagnosis.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_vapo.recipe.precision import MULTIPLES, fp8_refusal
+from megatron_vapo.runtime.kernels import Found, apex_wgrad_kernel, choose, nvidia_apex
+from megatron_vapo.runtime.versions import MEGATRON_VERSIONS
+
+Status = Literal["ok", "absent", "warning", "failure"]
+MARKS: dict[Status, Text] = {
+    "ok": Text("yes", "green"),
+    "absent": Text("no", "dim"),
+    "warning": Text("look", "bold yellow"),
+    "failure": Text("FAIL", "bold red"),
+}
+
+PACKAGE = "megatron-vapo"
+OPTIONAL = {
+    "triton": "actor.logprobs=triton is refused without it; chunked computes the same",
+    "nemo-run": "torchrun and srun launch without it",
+    "wandb": "metrics.jsonl is always written, TensorBoard unless observe.tensorboard=false",
+}
+"""Packages that a run can use, and what happens without them."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis. Only a `failure` keeps training from running here."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gib: float
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found here. `version` gives the installed version of a distribution, or None."""
+
+    version: Callable[[str], str | None]
+    requirements: Sequence[str]
+    """Requirements of this package as its metadata states them."""
+    cores: int
+    memory_gib: float
+    gpus: Sequence[Gpu] = ()
+    backends: Sequence[str] = ()
+    """Communication libraries that torch was built with, of gloo and nccl."""
+    nvidia_driver: bool = False
+    cuda: str | None = None
+    """Version of CUDA that torch was built with."""
+    apex_is_nvidias: bool = False
+    apex_wgrad: bool = False
+    """Whether Apex's kernel for weight gradients is there."""
+    sglang: tuple[str, str] | None = None
+    """An interpreter that has SGLang, and its version."""
+
+
+def run_doctor(console: Console) -> int:
+    """Prints the diagnosis as a table; returns the exit code: 0 if training can run here, else 1."""
+    checks = diagnose()
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for check in checks:
+        table.add_row(check.name, MARKS[check.status], Text(check.detail))
+    console.print(table)
+    failures = [check.name for check in checks if check.status == "failure"]
+    if failures:
+        console.print(f"\nTraining cannot run here. To mend: {', '.join(failures)}.", style="bold red")
+        return 1
+    console.print("\nTraining can run here.", style="bold green")
+    return 0
+
+
+def diagnose() -> list[Check]:
+    """All checks of this machine, required packages first."""
+    return examine(look())
+
+
+def examine(machine: Machine) -> list[Check]:
+    """The checks that follow from what was found; reads nothing else."""
+    return [
+        check_package(machine),
+        *check_pins(machine),
+        check_transformer_engine(machine),
+        check_apex(machine),
+        check_device(machine),
+        check_host(machine),
+        check_communication(machine),
+        check_fp8(machine),
+        check_bfloat16(machine),
+        *check_choices(machine),
+        check_transformers_engine(machine),
+        check_sglang(machine),
+        *check_optional(machine),
+    ]
+
+
+def look() -> Machine:
+    has_torch = installed_version("torch") is not None
+    return Machine(
+        version=installed_version,
+        requirements=(installed_version(PACKAGE) and importlib.metadata.requires(PACKAGE)) or (),
+        cores=os.cpu_count() or 1,
+        memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
+        gpus=find_gpus() if has_torch else (),
+        backends=find_backends() if has_torch else (),
+        nvidia_driver=shutil.which("nvidia-smi") is not None,
+        cuda=find_cuda() if has_torch else None,
+        apex_is_nvidias=nvidia_apex(),
+        apex_wgrad=apex_wgrad_kernel(),
+        sglang=find_sglang(),
+    )
+
+
+def installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_gpus() -> list[Gpu]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [Gpu(found.name, found.total_memory / 2**30, (found.major, found.minor)) for found in properties]
+
+
+def find_cuda() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
+def find_backends() -> list[str]:
+    import torch.distributed as dist
+
+    available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, present in available.items() if present]
+
+
+def find_sglang() -> tuple[str, str] | None:
+    """In this environment, or in the one that `make sglang-cpu` makes here."""
+    made = Path(os.environ.get("SGLANG_VENV", ".venv-sglang")) / "bin" / "python"
+    for python in (sys.executable, str(made)):
+        if Path(python).exists():
+            ask = [python, "-c", "import importlib.metadata as m; print(m.version('sglang'))"]
+            answer = subprocess.run(ask, capture_output=True, text=True)
+            if answer.returncode == 0:
+                return python, answer.stdout.strip()
+    return None
+
+
+def check_package(machine: Machine) -> Check:
+    python = f"Python {platform.python_version()}"
+    version = machine.version(PACKAGE)
+    if version is None:
+        return Check(PACKAGE, "failure", f"not installed in this {python}: pip install -e . in its repository")
+    return Check(PACKAGE, "ok", f"{version}, {python}")
+
+
+def check_pins(machine: Machine) -> list[Check]:
+    requirements = map(Requirement, machine.requirements)
+    always = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+    return [check_pin(requirement, machine.version(requirement.name)) for requirement in always]
+
+
+def check_pin(requirement: Requirement, version: str | None) -> Check:
+    name, wanted = requirement.name, str(requirement.specifier)
+    if version is None:
+        return Check(name, "failure", f"not installed: pip install '{name}{wanted}'")
+    if name == "megatron-core" and version not in MEGATRON_VERSIONS:
+        return Check(name, "failure", f"{version}: only {' and '.join(MEGATRON_VERSIONS)} work; here {wanted}")
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Check(name, "warning", f"{version}, but tested with {wanted}")
+    return Check(name, "ok", version)
+
+
+def check_transformer_engine(machine: Machine) -> Check:
+    name, version = "transformer-engine", machine.version("transformer-engine")
+    if version is None:
+        return Check(name, "absent", "not installed: layers come from Megatron's local spec and torch attention")
+    if not machine.gpus:
+        return Check(
+            name, "failure", f"{version} without a CUDA device breaks importing megatron-core: pip uninstall {name}"
+        )
+    return Check(name, "ok", version)
+
+
+def check_apex(machine: Machine) -> Check:
+    version = machine.version("apex")
+    if version is None:
+        return Check("apex", "absent", "not installed; optional (fused optimizer and norms where there is no TE)")
+    if not machine.apex_is_nvidias:
+        return Check("apex", "warning", f"{version} is PyPI's apex, not NVIDIA's: pip uninstall apex")
+    return Check("apex", "ok", version)
+
+
+def check_device(machine: Machine) -> Check:
+    if machine.gpus:
+        names = [
+            f"{gpu.name} ({gpu.memory_gib:.0f} GiB, sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in machine.gpus
+        ]
+        return Check("CUDA", "ok", f"{len(names)}: " + ", ".join(dict.fromkeys(names)))
+    if machine.nvidia_driver:
+        return Check(
+            "CUDA",
+            "warning",
+            "there is an NVIDIA driver, but torch sees no device: a CPU build of torch, or "
+            "CUDA_VISIBLE_DEVICES is empty",
+        )
+    return Check("CUDA", "absent", "no device: training runs on the CPU, for tests and small models")
+
+
+def check_host(machine: Machine) -> Check:
+    return Check("CPU", "ok", f"{machine.cores} cores, {machine.memory_gib:.0f} GiB memory")
+
+
+def check_communication(machine: Machine) -> Check:
+    needed = "nccl" if machine.gpus else "gloo"
+    if needed not in machine.backends:
+        return Check(needed, "failure", f"this torch was built without {needed}: processes cannot communicate")
+    return Check(needed, "ok", "communication between processes")
+
+
+def check_fp8(machine: Machine) -> Check:
+    refusals = {recipe: fp8_refusal(recipe, found_on(machine)) for recipe in MULTIPLES}
+    possible = [recipe for recipe, refusal in refusals.items() if refusal is None]
+    if possible:
+        return Check("FP8", "ok", f"through Transformer Engine: {', '.join(possible)}")
+    return Check("FP8", "absent", "needs CUDA devices of compute capability 8.9+ and Transformer Engine")
+
+
+def check_bfloat16(machine: Machine) -> Check:
+    if any(gpu.capability < (8, 0) for gpu in machine.gpus):
+        return Check("bfloat16", "absent", "needs CUDA devices of compute capability 8.0+")
+    return Check("bfloat16", "ok", "" if machine.gpus else "on the CPU, slowly")
+
+
+def check_choices(machine: Machine) -> list[Check]:
+    """What a bfloat16 model is built from here."""
+    return [
+        Check(choice.what, "ok", f"{choice.chosen} ({choice.why})")
+        for choice in choose(found_on(machine), sixteen_bits=True).choices()
+    ]
+
+
+def found_on(machine: Machine) -> Found:
+    """What decides which implementations are chosen; of several devices, the oldest."""
+    return Found(
+        capability=min((gpu.capability for gpu in machine.gpus), default=None),
+        cuda=machine.cuda,
+        transformer_engine=machine.version("transformer-engine"),
+        apex=machine.apex_is_nvidias,
+        apex_wgrad=machine.apex_wgrad,
+    )
+
+
+def check_transformers_engine(machine: Machine) -> Check:
+    name = "embedded rollout engine"
+    if machine.version("transformers") is None:
+        return Check(name, "failure", "needs transformers")
+    return Check(name, "ok", "transformers, in the training process")
+
+
+def check_sglang(machine: Machine) -> Check:
+    name = "SGLang rollout engine"
+    if machine.sglang is not None:
+        python, version = machine.sglang
+        slow = "" if machine.gpus else "; on CPU slowly, and it releases no memory"
+        return Check(name, "ok", f"{version}, rollout.sglang.python={python}{slow}")
+    if machine.gpus:
+        return Check(
+            name, "absent", "not in this environment: install sglang, or name another by rollout.sglang.python"
+        )
+    system = (platform.system(), platform.machine(), platform.libc_ver()[0])
+    if system != ("Linux", "x86_64", "glibc"):
+        return Check(name, "absent", "without a GPU it needs Linux on x86-64 with glibc 2.34 or newer")
+    return Check(name, "absent", "make sglang-cpu makes an environment in which it serves without a GPU")
+
+
+def check_optional(machine: Machine) -> list[Check]:
+    found = [(name, without, machine.version(name)) for name, without in OPTIONAL.items()]
+    return [
+        Check(name, "ok", version) if version else Check(name, "absent", f"not installed; {without}")
+        for name, without, version in found
+    ]

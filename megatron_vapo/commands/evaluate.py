@@ -1,0 +1,114 @@
+"""`megatron-vapo evaluate`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vapo.commands.train import first_process
+from megatron_vapo.config import PrecisionConfig, Recipe
+from megatron_vapo.errors import CheckpointError, RecipeError
+from megatron_vapo.recipe.layout import check_model, check_world
+from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
+from megatron_vapo.runtime.determinism import be_deterministic
+from megatron_vapo.weights.hf_folder import HFFolder
+
+
+def evaluate_checkpoint(
+    path: str, recipe_path: str | None, overrides: Iterable[str], data: str | None, samples: int | None
+) -> None:
+    """`megatron-vapo evaluate`: print avg@k and pass@k of a Hugging Face folder or a run's checkpoint."""
+    checkpoint = Path(path)
+    is_hf = (checkpoint / "config.json").is_file()
+    if not is_hf and not (checkpoint / "state.json").is_file():
+        raise CheckpointError(
+            f"{path}: no checkpoint; name a Hugging Face folder (RUN/export) or RUN/checkpoints/step_..."
+        )
+    recipe_path = recipe_path or _recipe_of(checkpoint, is_hf)
+    given = {"evaluation.data": data, "evaluation.samples": samples, "model.path": path if is_hf else None}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    recipe = load_recipe(recipe_path, overrides)
+    if recipe.evaluation.data is None:
+        raise RecipeError("evaluation.data is not set: name a prompt set with --data")
+    if recipe.deterministic:
+        be_deterministic()
+    inputs = read_evaluation_inputs(recipe)
+    if not is_hf:
+        check_world("actor", recipe.actor, world_size())
+        check_model("actor", recipe.actor, inputs.architecture)
+
+    metrics = _evaluated(recipe, inputs, checkpoint, is_hf)
+    if first_process():
+        k = recipe.evaluation.samples
+        print(
+            f"avg@{k} {metrics['evaluate/accuracy']:.4f} +- {metrics['evaluate/standard_error']:.4f}  "
+            f"pass@{k} {metrics['evaluate/pass_at_k']:.4f}  ({len(inputs.held_out)} problems, mean length "
+            f"{metrics['evaluate/length_mean']:.1f}, truncated {metrics['evaluate/truncated']:.1%})"
+        )
+
+
+def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) -> dict[str, float]:
+    import torch
+
+    from megatron_vapo.checkpoint.checkpoints import refuse_damaged
+    from megatron_vapo.models.layout import init_world
+    from megatron_vapo.rewards.scorer import RewardScorer
+    from megatron_vapo.sampling.evaluation import evaluate
+    from megatron_vapo.sampling.sampler import Sampler
+    from megatron_vapo.training.build import build_engine, engine_form
+    from megatron_vapo.training.weight_sync import load_everywhere
+    from megatron_vapo.weights.fp8 import whole_tensors
+
+    init_world()
+    if not is_hf:
+        refuse_damaged(checkpoint)
+    # Whole tensors come from a file or a checkpoint, not from the actor's shards.
+    recipe.rollout.sglang.update = "flattened_bucket"
+    settings, reward = recipe.evaluation, recipe.reward
+    with (
+        tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,
+        RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds) as scorer,
+        closing(build_engine(recipe, inputs, torch.device(torch.cuda.current_device()), Path(logs))) as engine,
+    ):
+
+        def tensors() -> Iterable:
+            stored = _folder_tensors(checkpoint) if is_hf else _actor_tensors(recipe, inputs, checkpoint)
+            return whole_tensors(engine_form(recipe), stored)
+
+        def load_weights() -> None:
+            load_everywhere(engine, tensors, version=0)
+
+        load_weights()
+        sampler = Sampler(inputs, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
+        return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
+
+
+def _folder_tensors(folder: Path) -> Iterable:
+    source = HFFolder(folder)
+    return ((name, source.read(name)) for name in sorted(source.names))
+
+
+def _actor_tensors(recipe: Recipe, inputs: Inputs, checkpoint: Path) -> Iterable:
+    from megatron_vapo.models.checkpointing import load_trainable
+    from megatron_vapo.models.layout import ParallelLayout
+    from megatron_vapo.models.parameters import hf_tensors
+    from megatron_vapo.models.roles import Actor
+    from megatron_vapo.weights.hf_folder import torch_dtype
+
+    layout = ParallelLayout(recipe.actor, recipe.seed)
+    role = replace(recipe.actor, precision=PrecisionConfig())  # nothing is computed
+    actor = Actor(role, inputs.architecture, torch_dtype(recipe.model.dtype), layout)
+    load_trainable(actor, checkpoint / "actor", with_optimizer=False)
+    return hf_tensors(actor)
+
+
+def _recipe_of(checkpoint: Path, is_hf: bool) -> str:
+    run = checkpoint.resolve().parent if is_hf else checkpoint.resolve().parent.parent
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        raise RecipeError(f"{checkpoint} is not part of a run: name a recipe with data and reward by --recipe")
+    return str(recipe)

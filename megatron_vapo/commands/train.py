@@ -1,0 +1,156 @@
+"""What the command line's verbs do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_vapo.checkpoint.run_folder import open_run_folder, sole_use
+from megatron_vapo.config import Recipe
+from megatron_vapo.errors import RecipeError, RolloutError
+from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.report import plot_curves, write_summary
+from megatron_vapo.recipe.precision import check_machine
+from megatron_vapo.recipe.preflight import Inputs, read_inputs, world_size
+from megatron_vapo.runtime.collectives import on_first_rank
+from megatron_vapo.runtime.determinism import be_deterministic
+from megatron_vapo.runtime.kernels import look
+
+if TYPE_CHECKING:
+    from megatron_vapo.training.run import Run
+
+
+def run_recipe(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
+    """`megatron-vapo train`: True once the run is finished, False where a signal stopped it."""
+    return _execute(recipe, restart, dry_run, _train)
+
+
+def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
+    """`megatron-vapo pretrain-critic`: value pretraining alone."""
+    if not recipe.uses_critic or not recipe.value_pretraining.enabled or recipe.value_pretraining.checkpoint:
+        raise RecipeError(
+            "pretrain-critic needs algorithm.advantage=gae, value_pretraining.enabled=true and no "
+            "value_pretraining.checkpoint"
+        )
+    return _execute(recipe, restart, dry_run, _pretrain)
+
+
+def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bool:
+    if recipe.deterministic:
+        be_deterministic()
+    inputs = read_inputs(recipe)
+    console = Console(quiet=not first_process())
+    if dry_run:
+        console.print(_description(recipe, inputs), highlight=False)
+        return True
+    return _work(recipe, inputs, restart, console, body)
+
+
+@record  # leaves the first failure of any process where torchrun reports it
+def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body: Callable) -> bool:
+    from megatron_vapo.models.layout import init_world
+
+    init_world()  # takes this process's device, which `look` asks
+    found = look()
+    for name, role in recipe.roles.items():
+        check_machine(name, role.precision, found)
+    with ExitStack() as stack:
+        summary = on_first_rank(lambda: _open(recipe, restart, stack, console))
+        if summary is not None:
+            console.print(f"{recipe.run_dir} is finished; --restart trains anew", highlight=False)
+        else:
+            summary = _supervised(recipe, inputs, console, body)
+    if summary is not None:
+        _print_accuracy(console, summary["accuracy_before"], summary["accuracy_after"])
+    return summary is not None
+
+
+def _open(recipe: Recipe, restart: bool, stack: ExitStack, console: Console) -> dict[str, Any] | None:
+    stack.enter_context(sole_use(Path(recipe.run_dir)))
+    return open_run_folder(recipe, restart, note=lambda text: console.print(text, markup=False, highlight=False))
+
+
+def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable) -> dict[str, Any] | None:
+    """The run, under the eyes of signals and watchdog; its progress, None where it was stopped (with a checkpoint)."""
+    from megatron_vapo.runtime.signals import Interrupt
+    from megatron_vapo.runtime.watchdog import Watchdog, name_machine_errors
+    from megatron_vapo.training.run import Run
+
+    with (
+        Progress(console, quiet=not first_process()) as display,
+        Interrupt(recipe.limits) as interrupt,
+        Watchdog(recipe.limits, interrupt, recipe.run_dir) as watchdog,
+        name_machine_errors(watchdog),
+    ):
+        run = Run(recipe, inputs, display, interrupt, watchdog)
+        try:
+            finished = _until_stopped(run, body)
+        finally:
+            run.close()
+        run.leave_groups()  # never after an error: other processes may be gone
+    return asdict(run.progress) if finished else None
+
+
+def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
+    from megatron_vapo.runtime.signals import StopRequested
+
+    try:
+        body(run)
+    except StopRequested:
+        run.save()
+        run.settle(wait=True)
+        return False
+    except RolloutError:  # on all ranks together, and engines are asked between updates only: nothing is half done
+        run.save()
+        run.settle(wait=True)
+        raise
+    return True
+
+
+def _train(run: Run) -> None:
+    from megatron_vapo.training.loop import train
+
+    train(run)
+    export = run.export()
+    if run.first_rank:
+        write_summary(
+            run.folder,
+            **asdict(run.progress),
+            export=str(export),
+            seconds={k.split("/")[1]: v for k, v in run.timer.run_seconds().items() if k.startswith("seconds/")},
+        )
+        run.display.note(f"export: {export}   curves: {plot_curves(run.folder)}")
+
+
+def _pretrain(run: Run) -> None:
+    from megatron_vapo.training.loop import pretrain_critic
+
+    if not run.progress.pretraining_done:
+        pretrain_critic(run)
+    run.settle(wait=True)
+    run.display.note(f"critic: {run.folder / 'critic_pretrained'}")
+
+
+def _description(recipe: Recipe, inputs: Inputs) -> str:
+    a = inputs.architecture
+    return (
+        f"{recipe.name}: {a.family}, {a.layers} layers, hidden {a.hidden}, vocabulary {a.vocab}; "
+        f"{len(inputs.prompts)} prompts, {len(inputs.held_out)} held out; {recipe.responses_per_step} responses a "
+        f"step in minibatches of {recipe.minibatch_size}; {world_size()} process(es): ready to run"
+    )
+
+
+def _print_accuracy(console: Console, before: float | None, after: float | None) -> None:
+    if before is not None and after is not None:
+        console.print(f"accuracy {before:.4f} -> {after:.4f}", highlight=False)
+
+
+def first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

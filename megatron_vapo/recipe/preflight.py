@@ -1,0 +1,252 @@
+"""Everything that can be read and checked before a process group or a model exists: seconds, not GPU hours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_vapo.config import ActorConfig, CriticConfig, Recipe, RoleConfig
+from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, tokenize_prompts
+from megatron_vapo.errors import CheckpointError, LayoutError, RecipeError, first_line
+from megatron_vapo.recipe.layout import check_model, check_world
+from megatron_vapo.recipe.precision import check_precision
+from megatron_vapo.rewards import Reward, get_reward
+from megatron_vapo.runtime.versions import check_megatron
+from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
+from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards
+from megatron_vapo.weights.fp8 import check_cuts
+from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.table import hf_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from, read and checked."""
+
+    architecture: Architecture
+    critic_architecture: Architecture | None
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: tuple[int, ...]
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+    reward: Reward
+
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files, one of which a tokenizer needs: without, transformers makes an empty one of tokenizer_config.json alone."""
+
+
+_CPU_FFN_MULTIPLE = 32
+
+
+def world_size() -> int:
+    """Processes that the launcher says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Read what training starts from, and refuse what cannot work together.
+
+    Raises:
+        UserError: of the kind that says where the mistake is (recipe, data, checkpoint, layout).
+    """
+    inputs = read_evaluation_inputs(recipe)
+    roles: dict[str, tuple[RoleConfig, Architecture]] = {"actor": (recipe.actor, inputs.architecture)}
+    critic = None
+    if recipe.uses_critic:
+        critic = _critic_architecture(recipe.critic, inputs.architecture)
+        roles["critic"] = (recipe.critic, critic)
+        _check_pretrained_critic(recipe.value_pretraining.checkpoint)
+    _check_kernels(recipe.actor)
+    for name, (role, architecture) in roles.items():
+        check_world(name, role, world_size())
+        check_model(name, role, architecture)
+        check_precision(name, role, architecture)
+    prompts = load_prompts(recipe, recipe.data.train, inputs.tokenizer)
+    longest = _longest_sequence(recipe, prompts + inputs.held_out)
+    for name, (role, architecture) in roles.items():
+        _check_positions(recipe, name, architecture, longest)
+        _check_budget(name, role, longest)
+    return replace(inputs, critic_architecture=critic, prompts=prompts)
+
+
+def read_evaluation_inputs(recipe: Recipe) -> Inputs:
+    """What evaluation needs of `read_inputs`: no training data, no critic, no parallel layout."""
+    check_megatron()
+    architecture = checked_architecture(recipe.model.path)
+    if architecture.classifier:
+        raise CheckpointError(f"{recipe.model.path}: a sequence classifier; model.path must be a language model")
+    tokenizer = load_tokenizer(recipe.model.path, architecture)
+    _check_engine(recipe, architecture)
+    held_out = load_prompts(recipe, recipe.evaluation.data, tokenizer, recipe.evaluation.problems)
+    _check_positions(recipe, "actor", architecture, _longest_sequence(recipe, held_out))
+    return Inputs(
+        architecture=architecture,
+        critic_architecture=None,
+        tokenizer=tokenizer,
+        end_ids=end_tokens(recipe.model.path, tokenizer),
+        prompts=[],
+        held_out=held_out,
+        reward=get_reward(recipe.reward.name),
+    )
+
+
+def checked_architecture(folder: str) -> Architecture:
+    """Architecture of a folder whose weights are complete and of the right shapes."""
+    architecture = read_architecture(folder)
+    HFFolder(folder).check(hf_shapes(architecture))
+    return architecture
+
+
+def load_tokenizer(folder: str, architecture: Architecture) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, which must not know more tokens than the model.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another model.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((Path(folder) / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(f"{folder}: no tokenizer, none of {', '.join(_VOCABULARIES)} is there")
+    for path in Path(folder).glob("tokenizer*.json"):
+        read_json(path)  # transformers fails on damaged ones in many ways
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.decode(tokenizer("1")["input_ids"])  # some settings fail in use only
+    except Exception as error:  # what is valid JSON and no tokenizer ends in any kind of error, bare Exception included
+        raise CheckpointError(f"{folder}: not a tokenizer that transformers can load: {first_line(error)}") from error
+    if len(tokenizer) > architecture.vocab:
+        raise CheckpointError(
+            f"{folder}: the tokenizer knows {len(tokenizer)} tokens, the model's vocabulary has only "
+            f"{architecture.vocab}: this tokenizer belongs to another model"
+        )
+    return tokenizer
+
+
+def end_tokens(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a response: those of the generation configuration and the tokenizer's."""
+    generation = Path(folder) / "generation_config.json"
+    listed = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    named = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
+    ends = [token for token in named if token is not None]
+    if not all(type(token) is int and token >= 0 for token in ends):
+        raise CheckpointError(f"{generation}: eos_token_id={listed}: must be a token's number, or a list of them")
+    if not ends:
+        raise CheckpointError(f"{folder}: neither tokenizer nor generation_config.json names an end token")
+    return tuple(sorted(set(ends)))
+
+
+def load_prompts(
+    recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Prompt]:
+    """Prompts of a file, rendered and tokenised as the recipe says; none for no path."""
+    if path is None:
+        return []
+    template = MATH_TEMPLATE if recipe.data.template == "math" else None
+    prompts = read_prompts(path, template=template, limit=limit)
+    return tokenize_prompts(prompts, tokenizer, max_tokens=recipe.data.max_prompt_tokens, chat=recipe.data.chat)
+
+
+def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
+    """SGLang must be where the recipe says, and able to cut the model as it says."""
+    if recipe.rollout.engine != "sglang":
+        return
+    rollout, world = recipe.rollout, world_size()
+    colocated = rollout.placement == "colocated"
+    hosts = list(range(world if colocated else rollout.tensor_parallel))
+    shards = sglang_shards(architecture, rollout.tensor_parallel, hosts)
+    if rollout.quantization == "fp8":
+        _check_fp8_rollout(architecture, shards)
+    if not colocated and world % rollout.servers:
+        raise LayoutError(f"rollout.servers={rollout.servers} must divide the {world} processes: each serves one group")
+    multiple = _CPU_FFN_MULTIPLE * rollout.tensor_parallel
+    ffn = architecture.expert_ffn if architecture.experts else architecture.ffn
+    if not torch.cuda.is_available() and ffn % multiple:
+        raise LayoutError(
+            f"rollout.engine=sglang: SGLang on CPU pads a feed-forward size of {ffn} to a multiple of {multiple} (32 x "
+            "rollout.tensor_parallel), which a weight sync cannot serve: use the embedded engine for this model"
+        )
+    python = recipe.rollout.sglang.python or sys.executable
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    if shutil.which(python) is None or subprocess.run([python, "-c", look]).returncode:
+        raise RecipeError(
+            f"rollout.sglang.python={recipe.rollout.sglang.python}: {python} has no SGLang. Without a GPU run "
+            "`make sglang-cpu` and set it to .venv-sglang/bin/python; with one, install sglang and name its interpreter"
+        )
+
+
+def _check_kernels(actor: ActorConfig) -> None:
+    if actor.logprobs != "triton":
+        return
+    other = "set actor.logprobs=chunked, which computes the same anywhere"
+    if not torch.cuda.is_available():
+        raise RecipeError(f"actor.logprobs=triton: needs a CUDA device, torch finds none here; {other}")
+    if find_spec("triton") is None:
+        raise RecipeError(f"actor.logprobs=triton: the package triton is not installed here; install it, or {other}")
+
+
+def _check_fp8_rollout(architecture: Architecture, shards: list[RolloutShard]) -> None:
+    if not torch.cuda.is_available():
+        raise RecipeError(
+            "rollout.quantization=fp8 with rollout.engine=sglang needs a GPU: SGLang on CPU serves FP8 only from "
+            "weights repacked for AMX, which a weight sync cannot serve. rollout.engine=transformers emulates it"
+        )
+    for shard in shards:
+        check_cuts(shard.parameters, hf_shapes(architecture))
+
+
+def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architecture:
+    """The critic is as large as its reward model, or as the actor."""
+    if critic.init != "reward_model":
+        return actor.as_critic()
+    architecture = checked_architecture(critic.reward_model)
+    if not architecture.classifier:
+        raise CheckpointError(
+            f"{critic.reward_model}: critic.init=reward_model needs a sequence-classification checkpoint with one "
+            f"label; for a language model set critic.init=actor or fresh_head"
+        )
+    if architecture.vocab != actor.vocab:
+        raise CheckpointError(
+            f"{critic.reward_model}: vocabulary of {architecture.vocab}, the actor's has {actor.vocab}: critic and "
+            f"actor must read the same tokens"
+        )
+    return architecture
+
+
+def _check_pretrained_critic(folder: str | None) -> None:
+    if folder is not None and not (Path(folder) / "metadata.json").is_file():
+        raise CheckpointError(
+            f"value_pretraining.checkpoint={folder}: no pretrained critic there; name RUN/critic_pretrained of an "
+            f"earlier run, or write null to pretrain anew"
+        )
+
+
+def _longest_sequence(recipe: Recipe, prompts: list[Prompt]) -> int:
+    return max((len(prompt.token_ids) for prompt in prompts), default=0) + recipe.rollout.max_response_tokens
+
+
+def _check_positions(recipe: Recipe, name: str, architecture: Architecture, longest: int) -> None:
+    if longest > architecture.max_positions:
+        raise RecipeError(
+            f"rollout.max_response_tokens={recipe.rollout.max_response_tokens}: with the longest prompt that makes "
+            f"{longest} tokens, the {name}'s model has only {architecture.max_positions} positions"
+        )
+
+
+def _check_budget(name: str, role: RoleConfig, longest: int) -> None:
+    if role.micro_batch_tokens < longest:
+        raise RecipeError(
+            f"{name}.micro_batch_tokens={role.micro_batch_tokens}: smaller than the longest sequence, {longest} tokens "
+            f"(longest prompt and rollout.max_response_tokens): raise it"
+        )

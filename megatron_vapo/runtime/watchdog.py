@@ -1,0 +1,145 @@
+"""A process that stops, or a machine that goes away, ends the run within `limits.silent_seconds`, and has a name.
+
+Without it the other processes would wait in a collective until that times out, and say only that it did.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from megatron_vapo.config import LimitsConfig
+from megatron_vapo.errors import MachineError, ProcessError, UserError, first_line
+from megatron_vapo.runtime.collectives import barrier, on_first_rank
+from megatron_vapo.runtime.signals import Interrupt
+
+
+class Watchdog:
+    """1. Opening, all ranks together, starts a TCPStore on the first rank and two threads on each.
+    2. `beat` writes this rank's phase to the store about once a second, and reads that of the ranks that it watches:
+       the first rank watches all, all watch the first. A request to stop that one rank heard spreads the same way.
+    3. `watch` counts its own ticks since the last news of each, not the clock: a job that was suspended as a whole, or
+       a clock that jumps, is no silence. After too many it ends this process; the launcher then ends the others.
+
+    phase: what this rank is doing, for the message; the training thread sets it.
+    """
+
+    def __init__(self, limits: LimitsConfig, interrupt: Interrupt, run_dir: str) -> None:
+        self.phase = "starting"
+        self._silent, self._interrupt, self.run_dir = limits.silent_seconds, interrupt, run_dir
+        self._interval = min(1.0, self._silent / 8)
+        self.me = f"pid {os.getpid()} on {socket.gethostname()}"
+        self._closing = threading.Event()
+        self._lost_store = False
+        self._ticks: dict[int, int] = {}
+        self._news: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if world == 1 or self._silent == 0:
+            return self
+        host = os.environ["MASTER_ADDR"]
+        if rank == 0:
+            self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self._store.set("stop", "")
+        port = on_first_rank(lambda: self._store.port)
+        if rank > 0:
+            self._store = dist.TCPStore(host, port, is_master=False)
+        self._ticks = dict.fromkeys(range(1, world) if rank == 0 else [0], 0)
+        self._store.set(str(rank), f"0|{self.me}|{self.phase}")
+        barrier()
+        for target in (self._beat, self._watch):
+            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        if error is None and self._ticks:
+            barrier()  # the first rank's store stays until all have stopped asking it
+
+    def _beat(self) -> None:
+        rank, count = dist.get_rank(), 0
+        watched = list(self._ticks)
+        while not self._closing.wait(self._interval):
+            count += 1
+            try:
+                self._store.set(str(rank), f"{count}|{self.me}|{self.phase}")
+                if self._interrupt.asked():
+                    self._store.set("stop", "1")
+                stop, *news = self._store.multi_get(["stop", *map(str, watched)])
+            except RuntimeError:  # the store, and so the first rank, is gone
+                self._lost_store = True
+                return
+            if stop:
+                self._interrupt.ask("another process was asked to stop")
+            for other, text in zip(watched, news):
+                if text.decode() != self._news.get(other):
+                    self._news[other], self._ticks[other] = text.decode(), 0
+
+    def _watch(self) -> None:
+        limit = self._silent / self._interval
+        while not self._closing.wait(self._interval):
+            for other in self._ticks:
+                self._ticks[other] += 1
+            silent = [other for other, ticks in self._ticks.items() if ticks >= limit]
+            # A first rank that ended by itself has said why, and the launcher is about to end this one.
+            if silent or (self._lost_store and self._closing.wait(5.0) is False):
+                self._end(silent or [0])
+
+    def _end(self, silent: list[int]) -> None:
+        for other in silent[:8]:
+            _, who, phase = self._news.get(other, "||starting").split("|", 2)
+            lost = "has ended" if self._lost_store else f"was not heard of for {self._silent:g} s"
+            self._say(f"rank {other} ({who}) {lost}; its phase was: {phase}. This rank's: {self.phase}")
+        self._say(f"the run ends; the last complete checkpoint is in {self.run_dir}/checkpoints")
+        os._exit(MachineError.exit_code)
+
+    def _say(self, text: str) -> None:
+        """A word of each node; the first rank may be the one that cannot speak."""
+        if os.environ.get("LOCAL_RANK", "0") == "0" or dist.get_rank() == 1:
+            os.write(2, f"megatron-vapo: {text}\n".encode())
+
+
+@contextmanager
+def name_machine_errors(watchdog: Watchdog) -> Iterator[None]:
+    """Say memory and disk where libraries raise errors of many kinds.
+
+    Raises:
+        ProcessError: with this rank, its phase and what to do; the checkpoints are as they were.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        raise ProcessError(
+            f"rank {dist.get_rank()} ({watchdog.me}), phase {watchdog.phase}: {cause}. The last complete checkpoint is "
+            f"in {watchdog.run_dir}/checkpoints. {first_line(error)}"
+        ) from error
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _cause(error: Exception) -> str | None:
+    if isinstance(error, UserError):
+        return None
+    number = getattr(error, "errno", None)
+    if number in _FULL or any(f"(os error {n})" in str(error) for n in _FULL):  # the latter is how safetensors says it
+        return "the disk is full, or a quota is used up"
+    on_cpu = "DefaultCPUAllocator" in str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
+        return "out of memory (lower micro_batch_tokens or rollout.batch_size, or shard more)"
+    return None

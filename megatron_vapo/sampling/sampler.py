@@ -1,0 +1,235 @@
+"""Prompts to scored experience: group sampling over all engines, rewards, dynamic sampling, partial rollouts."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from megatron_vapo.algorithm.advantages import soft_overlong_penalty
+from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.recipe.preflight import Inputs
+from megatron_vapo.rewards.scorer import RewardScorer
+from megatron_vapo.rollout import RolloutEngine
+from megatron_vapo.runtime.collectives import any_rank, gathered
+from megatron_vapo.runtime.signals import stop_together
+from megatron_vapo.sampling.seeds import seeds
+from megatron_vapo.sampling.trajectory import Group, Sample, Scored
+
+
+class Sampler:
+    """Engine, tokenizer and reward of a run. All processes call it alike; those that ask an engine write a share of the
+    groups, and all hold the whole result.
+
+    Args:
+        refresh: gives all engines the present weights again, after one of them failed.
+        overdue: whether responses under way should be abandoned; then all processes raise StopRequested.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        engine: RolloutEngine,
+        scorer: RewardScorer,
+        seed: int,
+        rollout: RolloutConfig,
+        reward: RewardConfig,
+        refresh: Callable[[], None],
+        overdue: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.engine, self.scorer, self.seed, self.refresh, self._overdue = engine, scorer, seed, refresh, overdue
+        self.unfinished: list[Group] = []
+        """What earlier steps began and did not need (rollout.partial); the same on all processes."""
+        self.on_tokens: Callable[[int], None] = lambda count: None
+        self._tokenizer, self._rollout, self._reward = inputs.tokenizer, rollout, reward
+        self._counts: Counter[str] = Counter()
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        purpose: str,
+        step: int,
+        sampling: SamplingConfig,
+    ) -> list[Scored]:
+        """`samples` responses to each prompt, those of a prompt one after another."""
+        groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
+        self._write(groups, sampling, quota=None)
+        return [sample.scored for group in groups for sample in group.samples]
+
+    def experience(
+        self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
+    ) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
+        """The responses of one step, and each with its prompt."""
+        settings = self._rollout
+        count, samples = settings.prompts_per_step, settings.samples_per_prompt
+        kept: list[Group] = []
+        passed_over: list[Group] = []
+        rounds = settings.dynamic_sampling_rounds if settings.dynamic_sampling else 1
+        carried, self.unfinished = self._young_enough(self.unfinished), []
+        sampled = -sum(group.tokens for group in carried)
+        for number in range(rounds):
+            missing = count - len(kept)
+            fresh = order.take(max(0, math.ceil(settings.over_sampling * missing) - len(carried)))
+            groups = carried + self._begin(fresh, prompts, samples, purpose, step * rounds + number)
+            carried = []
+            self._write(groups, settings.sampling, quota=missing if len(groups) > missing else None)
+            sampled += sum(group.tokens for group in groups)
+            for group in groups:
+                taught = not settings.dynamic_sampling or (group.complete and group.teaches)
+                (self.unfinished if not group.complete else kept if taught else passed_over).append(group)
+            if len(kept) >= count:
+                break
+        # Short of groups after the last round, the batch keeps its size with groups that teach nothing.
+        chosen = (kept + passed_over)[:count]
+        self.unfinished = self.unfinished + kept[count:] if settings.partial else []
+        self._count("rollout/sampled_tokens", sampled)
+        rows = [(group.prompt, sample.scored) for group in chosen for sample in group.samples]
+        return self._pack(rows, samples), rows
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last call, over all processes."""
+        mine, self._counts = dict(self._counts), Counter()
+        total: Counter[str] = Counter()
+        for counts in gathered(self.engine.metrics() | mine):
+            total.update(counts)
+        asked = total.pop("rollout/prompt_tokens", 0)
+        cached = total.pop("rollout/cached_prompt_tokens", 0)
+        carried = {"rollout/unfinished_groups": float(len(self.unfinished))} if self._rollout.partial else {}
+        return dict(total) | ({"rollout/cached_prompt_share": cached / asked} if asked else {}) | carried
+
+    def _begin(
+        self, indices: Sequence[int], prompts: Sequence[Prompt], samples: int, purpose: str, step: int
+    ) -> list[Group]:
+        drawn = iter(seeds(self.seed, purpose, step, len(indices) * samples))
+        return [Group(i, prompts[i], [Sample(next(drawn)) for _ in range(samples)]) for i in indices]
+
+    def _young_enough(self, groups: list[Group]) -> list[Group]:
+        """Carried groups, in which responses that too old weights began are begun anew."""
+        oldest = self.engine.version - self._rollout.max_version_lag
+        for group in groups:
+            for sample in group.samples:
+                if sample.begun is not None and sample.begun.weight_version < oldest:
+                    sample.start_over()
+                    self._count("rollout/discarded", 1)
+        return groups
+
+    def _count(self, name: str, number: int) -> None:
+        """Count what all processes see alike: `metrics` adds up the counts of all."""
+        if self.engine.place is not None and self.engine.place.engine == 0:
+            self._counts[name] += number
+
+    def _write(self, groups: list[Group], sampling: SamplingConfig, quota: int | None) -> None:
+        """Finish all groups, or, with a quota, at least so many. Engines share them by whole groups: the samples of one
+        have a common prefix."""
+        place = self.engine.place
+        mine = groups[place.engine :: place.engines] if place else []
+        enough = len(range(place.engine, quota, place.engines)) if place and quota is not None else len(mine)
+        while True:
+            self._ask(mine, sampling, enough)
+            stop_together(self._overdue())
+            if not any_rank(self.engine.failure is not None):
+                break
+            self.refresh()
+        begun = [sample.score for group in mine for sample in group.samples if sample.score is not None]
+        outcomes = iter(self.scorer.finish(begun))
+        for group in mine:
+            for sample in group.samples:
+                if sample.score is not None:
+                    sample.scored, sample.score = replace(sample.scored, outcome=next(outcomes)), None
+        self._share(groups, [group.samples for group in mine])
+
+    def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
+        """Ask the engine for what is missing, until so many groups are complete, the time is over or it fails."""
+        open_ = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
+        complete = sum(group.complete for group in groups)
+        if complete >= enough or not open_:
+            return
+        requests = [sample.request(group.prompt) for group, sample in open_]
+        longest = self._rollout.max_response_tokens
+        with self._time_limit() as over:
+            for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens):
+                group, sample = open_[number]
+                sample.take(response)
+                if sample.finished:
+                    self._score(group.prompt, sample)
+                    complete += group.complete
+                    if complete >= enough:
+                        self.engine.abort()
+        if over.is_set() and self.engine.failure is None:
+            incomplete = [group for group in groups if not group.complete]
+            self._cut_short(incomplete[: max(0, enough - len(groups) + len(incomplete))], sampling)
+
+    @contextmanager
+    def _time_limit(self) -> Iterator[threading.Event]:
+        """Aborts the engine after rollout.step_seconds; yields the event that says so."""
+        over = threading.Event()
+
+        def end() -> None:
+            over.set()
+            self.engine.abort()
+
+        timer = threading.Timer(self._rollout.step_seconds or 0, end)
+        if self._rollout.step_seconds is not None:
+            timer.start()
+        try:
+            yield over
+        finally:
+            timer.cancel()
+            if timer.is_alive():  # an abort that came later would end what is asked next
+                timer.join()
+
+    def _cut_short(self, groups: list[Group], sampling: SamplingConfig) -> None:
+        """The time is over: responses that have begun are truncated there, the others after their first token."""
+        unfinished = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
+        unbegun = [(group, sample) for group, sample in unfinished if sample.begun is None]
+        requests = [sample.request(group.prompt) for group, sample in unbegun]
+        for number, response in self.engine.generate(requests, sampling, 1, self.on_tokens):
+            unbegun[number][1].take(response)
+        for group, sample in unfinished:
+            sample.truncate()
+            if sample.finished:  # all, unless the engine failed
+                self._score(group.prompt, sample)
+
+    def _score(self, prompt: Prompt, sample: Sample) -> None:
+        """Begin to score a finished response; one that did not end by itself is wrong."""
+        text = self._tokenizer.decode(sample.begun.token_ids, skip_special_tokens=True)
+        sample.scored = Scored(sample.begun, text, -1.0)
+        if sample.begun.finish_reason == "stop":
+            sample.score = self.scorer.begin(text, prompt.answer)
+
+    def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
+        """All processes learn what each one's engine wrote."""
+        shares = [samples for samples in gathered((self.engine.place, mine)) if samples[0] is not None]
+        for place, written in shares:
+            for group, samples in zip(groups[place.engine :: place.engines], written, strict=True):
+                group.samples = samples
+
+    def _pack(self, rows: list[tuple[Prompt, Scored]], samples: int) -> Experience:
+        responses = [scored.response for _, scored in rows]
+        lengths = torch.tensor([len(r.token_ids) for r in responses])
+        outcomes = torch.tensor([scored.outcome for _, scored in rows], dtype=torch.float32)
+        sequences = [t for (p, _), r in zip(rows, responses) for t in (torch.tensor(p.token_ids), r.token_ids)]
+        batch = Experience(
+            tokens=torch.cat(sequences),
+            prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in rows]),
+            response_lengths=lengths,
+            groups=torch.arange(len(rows)) // samples,
+            truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
+            rollout_logprobs=torch.cat([r.logprobs for r in responses]),
+            outcomes=outcomes,
+            rewards=outcomes.clone(),  # safetensors refuses tensors that share memory
+            weight_versions=torch.tensor([r.weight_version for r in responses]),
+        )
+        cache = self._reward.overlong.cache_tokens
+        if cache:
+            penalty = soft_overlong_penalty(lengths, self._rollout.max_response_tokens, cache)
+            batch = replace(batch, rewards=outcomes + penalty)
+        return batch

@@ -1,0 +1,124 @@
+"""The recipe's algorithm settings bound to the mathematics: what is estimated from a rollout batch, and the losses that
+actor and critic are updated with.
+
+Denominators are those of the whole minibatch, which every process holds, so they are known before the first backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vapo.algorithm import advantages, losses
+from megatron_vapo.algorithm.statistics import moments
+from megatron_vapo.algorithm.types import Loss, Outputs
+from megatron_vapo.config import AlgorithmConfig
+from megatron_vapo.data.experience import Experience
+
+
+def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
+    """Add advantages, and value targets where there is a critic."""
+    if algorithm.advantage == "group":
+        per_response = advantages.group_normalized_advantages(
+            batch.rewards, batch.groups, divide_by_std=algorithm.group_divide_by_std
+        )
+        estimated = replace(batch, advantages=batch.per_token(per_response))
+    else:
+        lambda_policy = policy_lambda(batch, algorithm)
+        targets, policy_advantages = _decoupled(batch, algorithm, lambda_policy)
+        estimated = replace(batch, advantages=policy_advantages, returns=targets)
+    if algorithm.whiten_advantages:
+        whitened = advantages.whiten(estimated.advantages, moments(estimated.advantages))
+        estimated = replace(estimated, advantages=whitened)
+    return estimated
+
+
+def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tensor:
+    """Lambda of the policy's advantages: one number, or one for each response [B]."""
+    if algorithm.length_adaptive_gae:
+        return advantages.length_adaptive_lambda(batch.response_lengths, algorithm.alpha)
+    return algorithm.lambda_policy
+
+
+def _decoupled(batch: Experience, algorithm: AlgorithmConfig, lambda_policy: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Value targets and the policy's advantages, each with its lambda."""
+    token_rewards = advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
+    rest = (token_rewards, batch.values, batch.cu_seqlens, algorithm.gamma)
+    lambda_critic = algorithm.lambda_critic if algorithm.decoupled_gae else lambda_policy
+    targets = advantages.lambda_returns(*rest, lambda_critic)
+    return targets, advantages.generalized_advantages(*rest, lambda_policy)
+
+
+def monte_carlo_returns(batch: Experience, gamma: float) -> Experience:
+    """Value targets of value pretraining: the discounted reward to go (lambda 1)."""
+    token_rewards = advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
+    returns = advantages.lambda_returns(token_rewards, batch.values, batch.cu_seqlens, gamma, 1.0)
+    return replace(batch, returns=returns)
+
+
+def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
+    """The critic's loss: half the squared error, mean over response tokens."""
+    weights = _weights(minibatch, "token", algorithm)
+
+    def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        (values,) = outputs
+        part = _part(token_index, values.device)
+        share = losses.value_loss(
+            values, part(minibatch.returns), part(weights), part(minibatch.values), algorithm.value_clip
+        )
+        return share, {"loss": share}
+
+    return loss
+
+
+def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
+    """The actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
+    weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
+    old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.logprobs
+    # Where rollout is FP8, reading the recipe has written out what auto means.
+    mode = "none" if algorithm.importance == "auto" else algorithm.importance
+    importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
+    positive = minibatch.per_token(minibatch.correct)
+    positive_tokens = int(positive.sum())
+
+    def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs, entropy = outputs
+        part = _part(token_index, logprobs.device)
+        policy, statistics = losses.policy_loss(
+            logprobs,
+            part(old_logprobs),
+            part(minibatch.advantages),
+            part(weights),
+            algorithm.clip_low,
+            algorithm.clip_high,
+            algorithm.dual_clip,
+            None if importance is None else part(importance),
+        )
+        lm = losses.positive_lm_loss(logprobs, part(positive), positive_tokens)
+        share = policy + algorithm.positive_lm_coefficient * lm
+        entropy_share = (part(weights) * entropy.detach()).sum()
+        named = {"loss": share, "policy_loss": policy, "lm_loss": lm, "entropy": entropy_share}
+        return share, named | statistics
+
+    return loss
+
+
+def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algorithm: AlgorithmConfig) -> Tensor:
+    """Each token's weight in a loss [T]: none for those of responses that are left out."""
+    trained = ~minibatch.truncated if algorithm.mask_truncated else torch.ones_like(minibatch.truncated)
+    lengths = minibatch.response_lengths
+    tokens, responses = int(lengths[trained].sum()), int(trained.sum())
+    weights = losses.token_weights(lengths, reduction, total_tokens=max(tokens, 1), total_samples=max(responses, 1))
+    return weights * minibatch.per_token(trained)
+
+
+def _part(token_index: Tensor, device: torch.device):
+    """Picks a micro-batch's tokens out of a tensor [T] of the minibatch."""
+
+    def pick(per_token: Tensor) -> Tensor:
+        return per_token[token_index].to(device)
+
+    return pick

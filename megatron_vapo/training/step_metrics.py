@@ -1,0 +1,107 @@
+"""What a step's experience tells: numbers for the record, rows for the eye."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_vapo.algorithm.statistics import explained_variance, logprob_difference, mean_by_relative_position
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.errors import TrainingError
+from megatron_vapo.sampling.trajectory import Scored
+
+POSITION_BINS = 10
+"""Tenths of a response: a critic whose start biases it shows in the first (VC-PPO, figure 2)."""
+
+MISMATCH_THRESHOLD = 0.1
+"""Nats; tokens whose log-prob differs by more between engine and trainer are counted."""
+
+
+def rollout_metrics(batch: Experience) -> dict[str, float]:
+    """Rewards and lengths."""
+    lengths = batch.response_lengths.double()
+    correct = batch.correct
+    group_rates = torch.zeros(int(batch.groups.max()) + 1, dtype=torch.float64).index_add_(
+        0, batch.groups, correct.double()
+    )
+    group_sizes = torch.bincount(batch.groups)
+    metrics = {
+        "reward/mean": float(batch.rewards.mean()),
+        "reward/accuracy": float(correct.double().mean()),
+        "reward/mixed_groups": float(((group_rates > 0) & (group_rates < group_sizes)).double().mean()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/truncated": float(batch.truncated.double().mean()),
+    }
+    if batch.weight_versions is not None:
+        metrics["rollout/version_spread"] = float(batch.weight_versions.max() - batch.weight_versions.min())
+    if correct.any():
+        metrics["response/length_correct"] = float(lengths[correct].mean())
+    return metrics
+
+
+def check_logprobs(batch: Experience, limit: float | None) -> None:
+    """Refuse to train on a batch that the engine drew from other probabilities than the actor's.
+
+    Raises:
+        TrainingError: with the likely causes.
+    """
+    if limit is None:
+        return
+    mean = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)["mean_absolute"]
+    if not mean <= limit:
+        raise TrainingError(
+            f"mean |actor's - engine's log-prob| is {mean:.3g}, above rollout.max_logprob_difference={limit:g}. Likely "
+            "causes: the engine holds other weights (set rollout.check_weights_every=1), another dtype or quantisation "
+            "than the actor's, responses of older weights (rollout.max_version_lag), or a model that SGLang and "
+            "Megatron compute differently (rope scaling, norm epsilon)"
+        )
+
+
+def token_metrics(batch: Experience) -> dict[str, float]:
+    """What critic and actor say of the tokens."""
+    metrics: dict[str, float] = {}
+    if batch.logprobs is not None:
+        difference = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)
+        metrics |= {
+            "actor/entropy_before": float(batch.entropy.mean()),
+            "rollout/logprob_difference_mean": difference["mean_absolute"],
+            "rollout/logprob_difference_max": difference["max_absolute"],
+            "rollout/logprob_difference_share": difference["share_above"],
+        }
+    if batch.advantages is not None:
+        metrics["advantage/mean"] = float(batch.advantages.mean())
+        metrics |= _by_position("advantage", batch.advantages, batch)
+    if batch.returns is not None:
+        metrics["critic/explained_variance"] = explained_variance(batch.values, batch.returns)
+        metrics["critic/value_mean"] = float(batch.values.mean())
+        metrics["critic/value_deviation"] = float(batch.values.std(correction=0))
+        metrics |= _by_position("critic/value", batch.values, batch)
+    return metrics
+
+
+def _by_position(name: str, values: torch.Tensor, batch: Experience) -> dict[str, float]:
+    means = mean_by_relative_position(values, batch.cu_seqlens, POSITION_BINS).mean_K
+    return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means)}
+
+
+def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:
+    """Responses of a step as they are written to the run folder."""
+    return [
+        {
+            "prompt": prompt.text,
+            "response": scored.text,
+            "answer": prompt.answer,
+            "reward": scored.outcome,
+            "tokens": len(scored.response.token_ids),
+            "finish_reason": scored.response.finish_reason,
+        }
+        for prompt, scored in rows
+    ]
+
+
+def evaluation_rows(prompts: list[Prompt], responses: list[Scored], samples: int) -> list[dict[str, Any]]:
+    """The first response to each held-out prompt."""
+    return sample_rows(list(zip(prompts, responses[::samples], strict=True)))

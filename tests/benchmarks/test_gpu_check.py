@@ -1,0 +1,95 @@
+"""`make gpu-check` on a machine without a GPU: it runs to its end, and fails only what fails."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_check, gpu_machine, gpu_parts
+from benchmarks.gpu_check import PARTS, Result, check, document, run_part
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: make gpu-check")
+def test_it_runs_to_its_end_without_a_gpu(tmp_path: Path) -> None:
+    before = gpu_check.DOCUMENT.read_text()
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--json", str(tmp_path / "results.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    results = {result["part"]: result for result in json.loads((tmp_path / "results.json").read_text())["results"]}
+    assert list(results) == list(PARTS)
+    assert done.returncode == 0, results
+    not_here = {name for name, result in results.items() if result["status"] == "not available"}
+    assert not_here == {"Transformer Engine", "matmul peak", "FP8 against float32", "updates at 1.5B"}
+    assert all("CUDA" in results[name]["reason"] for name in not_here)
+    assert {result["status"] for name, result in results.items() if name not in not_here} == {"pass"}
+    assert gpu_check.DOCUMENT.read_text() == before
+
+
+def test_a_failure_is_told_in_its_first_line_and_nothing_else_is_kept_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: gpu_machine.Workplace) -> gpu_machine.Numbers:
+        raise RuntimeError("CUDA error: an illegal memory access\nmore of it")
+
+    monkeypatch.setattr(gpu_parts, "gae_and_losses", broken)
+    result = run_part("GAE and losses against float64", tmp_path)
+    assert (result.status, result.reason) == ("fail", "RuntimeError: CUDA error: an illegal memory access")
+    assert run_part("log-prob kernels against float64", tmp_path).status == "pass"
+
+
+def test_a_process_that_dies_is_the_failure_of_its_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part kills the first process; the second process does all that come after it."""
+    scripts = iter(
+        [
+            f"note('versions'); os.kill(os.getpid(), {signal.SIGKILL.value})",
+            "; ".join(f"note({name!r})" for name in list(PARTS)[2:]),
+        ]
+    )
+    start = subprocess.Popen
+
+    def worker(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+        head = (
+            "import json, os, sys; note = lambda part: print(json.dumps({'part': part, 'status': 'pass'}), "
+            f"file=open({command[-1] + '/results.jsonl'!r}, 'a'))"
+        )
+        return start([sys.executable, "-c", f"{head}; {next(scripts)}"])
+
+    monkeypatch.setattr(gpu_check.subprocess, "Popen", worker)
+    results = check(seconds=60)
+    assert [result.part for result in results] == list(PARTS)
+    assert [result.status for result in results] == ["pass", "fail"] + ["pass"] * (len(PARTS) - 2)
+    assert "-9" in results[1].reason
+
+
+def test_what_comes_too_late_is_not_available() -> None:
+    start = time.monotonic()
+    results = check(seconds=0)
+    assert time.monotonic() - start < 5
+    assert {(result.status, result.reason) for result in results} == {("not available", "no time was left")}
+
+
+def test_numbers_are_compared_and_not_only_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = gpu_parts.fused_logprob_and_entropy
+
+    def wrong(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, entropy = original(*arguments)
+        return logprobs, entropy * 1.001
+
+    monkeypatch.setattr(gpu_parts, "fused_logprob_and_entropy", wrong)
+    result = run_part("log-prob kernels against float64", tmp_path)
+    assert result.status == "fail" and "fused" in result.reason
+
+
+def test_the_document_says_what_was_run_with_what() -> None:
+    results = [Result("versions", "pass", numbers={"device": "H200"}), Result("a | b", "fail", "broken")]
+    text = document(results, "2026-01-01", "abc")
+    assert "H200; 2026-01-01; commit abc" in text and "| **fail** |" in text

@@ -1,0 +1,736 @@
+"""The sampler against an engine whose every token is known: what ends in a batch is what had to be written, in order,
+whatever was cut, carried over, refused or lost on the way."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, SamplingConfig
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
+from megatron_vapo.rewards.scorer import RewardScorer
+from megatron_vapo.rollout import Place, Request, Response
+from megatron_vapo.runtime import collectives as together
+from megatron_vapo.runtime import signals as interrupt_module
+from megatron_vapo.sampling import sampler as sampling_module
+from megatron_vapo.sampling.sampler import Sampler
+from megatron_vapo.sampling.seeds import seeds
+from megatron_vapo.sampling.trajectory import Scored, joined
+
+pytestmark = pytest.mark.usefixtures("world")
+
+SEED = 11
+LONGEST = 12
+WAIT_S = 60.0
+"""For something that has to happen; a test fails instead of hanging."""
+PROMPTS = [Prompt(f"p{i}", "1", i, f"row {i}", token_ids=(100 + i, 7)) for i in range(30)]
+UPCOMING = PromptOrder(len(PROMPTS), 0).take(len(PROMPTS))
+"""Prompts of the first epoch, in the order in which training visits them."""
+PLACE_OF = {PROMPTS[index].token_ids: place for place, index in enumerate(UPCOMING)}
+
+
+def token(seed: int, position: int) -> int:
+    """Never the end token, which is 1."""
+    return 2 + (seed >> (position % 48)) % 40
+
+
+def logprob(seed: int, position: int, version: int) -> float:
+    """Tells who wrote a token, exactly in float32."""
+    return -float(version * 4096 + position * 64 + seed % 64)
+
+
+class FakeTokenizer:
+    """A response is right where its tokens' sum is odd."""
+
+    def decode(self, token_ids: torch.Tensor, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return f"#{int(token_ids.sum()) % 2}"
+
+
+ALONE = Place(0, 1)
+
+
+@dataclass
+class FakeEngine:
+    """Writes one token of every request a tick.
+
+    length: (request) -> tokens with the end token, however they are divided over calls.
+    each_tick: called before each tick with its number; may set `failure` or wait.
+    width: requests that are written at a time.
+    """
+
+    length: Callable[[Request], int]
+    each_tick: Callable[[FakeEngine, int], None] = lambda engine, tick: None
+    place: Place | None = ALONE
+    width: int = 10**6
+    failure: str | None = None
+    asleep: bool = False
+    version: int = 0
+    asked: list[list[Request]] = field(default_factory=list)
+    """The requests of every call."""
+    limits: list[int] = field(default_factory=list)
+    aborted: threading.Event = field(default_factory=threading.Event)
+    counts: dict[str, float] = field(default_factory=dict)
+    written: int = 0
+    """Tokens of all responses that it gave, whole or in part."""
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Response]]:
+        assert self.failure is None, "asked without having been revived"
+        self.aborted.clear()
+        self.asked.append(list(requests))
+        self.limits.append(max_tokens)
+        waiting, written = list(range(len(requests))), {}
+        tick = 0
+        while waiting or written:
+            self.each_tick(self, tick)
+            if self.failure is not None:
+                return
+            if self.aborted.is_set():
+                yield from [(n, self._response(requests[n], written.get(n, 0), "abort")) for n in [*written, *waiting]]
+                return
+            while waiting and len(written) < self.width:
+                written[waiting.pop(0)] = 0
+            on_tokens(len(written))
+            for number in list(written):
+                written[number] += 1
+                request, total = requests[number], len(requests[number].written) + written[number]
+                assert total <= max_tokens
+                if total in (self.length(request), max_tokens):
+                    reason = "stop" if total == self.length(request) else "length"
+                    yield number, self._response(request, written.pop(number), reason)
+            tick += 1
+
+    def abort(self) -> None:
+        self.aborted.set()
+
+    def metrics(self) -> dict[str, float]:
+        counts, self.counts = self.counts, {}
+        return counts
+
+    def _response(self, request: Request, count: int, reason: str) -> Response:
+        assert list(request.written) == [token(request.seed, i) for i in range(len(request.written))]
+        self.written += count
+        positions = range(len(request.written), len(request.written) + count)
+        tokens = [token(request.seed, i) for i in positions]
+        if reason == "stop":
+            tokens[-1] = 1
+        logprobs = torch.tensor([logprob(request.seed, i, self.version) for i in positions])
+        return Response(torch.tensor(tokens, dtype=torch.int64), logprobs, reason, self.version)
+
+
+def some_length(request: Request) -> int:
+    """Between 1 and 15: some responses reach the limit of 12."""
+    return 1 + request.seed % 15
+
+
+ROLLOUT = RolloutConfig(prompts_per_step=4, samples_per_prompt=3, max_response_tokens=LONGEST)
+
+
+class Steps:
+    """A sampler and what it needs, step by step."""
+
+    def __init__(self, engine: FakeEngine, reward: RewardConfig | None = None, workers: int = 0, **rollout: object):
+        self.engine = engine
+        self.order = PromptOrder(len(PROMPTS), 0)
+        self.refreshes = 0
+        self.scorer = RewardScorer(chained_arithmetic, workers=workers)
+        inputs = SimpleNamespace(tokenizer=FakeTokenizer())
+        settings = replace(ROLLOUT, **rollout)
+        self.sampler = Sampler(
+            inputs, engine, self.scorer, SEED, settings, reward or RewardConfig(), refresh=self._refresh
+        )
+
+    def _refresh(self) -> None:
+        self.refreshes += 1
+        self.engine.failure = None
+
+    def step(self, number: int) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
+        """One step with weights of version number - 1."""
+        self.engine.version = number - 1
+        batch, rows = self.sampler.experience(PROMPTS, self.order, "train", number)
+        check(batch, rows)
+        return batch, rows
+
+
+def check(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> None:
+    """The batch holds what the rows say, and each response is what its seed writes."""
+    assert len(batch) == len(rows) == ROLLOUT.prompts_per_step * ROLLOUT.samples_per_prompt
+    starts = [0, *batch.cu_seqlens.tolist()[1:]]
+    position = 0
+    for i, (prompt, scored) in enumerate(rows):
+        response, length = scored.response, int(batch.response_lengths[i])
+        assert length == len(response.token_ids) >= 1
+        assert int(batch.prompt_lengths[i]) == 2
+        sequence = batch.tokens[position : position + 2 + length].tolist()
+        position += 2 + length
+        assert sequence == [*prompt.token_ids, *response.token_ids.tolist()]
+        assert torch.equal(batch.rollout_logprobs[starts[i] : starts[i + 1]], response.logprobs)
+        assert bool(batch.truncated[i]) == (response.finish_reason == "length")
+        assert response.finish_reason in ("stop", "length")
+        right = response.finish_reason == "stop" and int(response.token_ids.sum()) % 2 == 1
+        assert float(batch.outcomes[i]) == scored.outcome == (1.0 if right else -1.0)
+        assert int(batch.weight_versions[i]) == response.weight_version
+        check_response(response)
+        assert rows[i - i % 3][0] is prompt
+    assert batch.groups.tolist() == [i // 3 for i in range(len(rows))]
+
+
+def check_response(response: Response) -> None:
+    """One seed wrote all of it, under versions that only grow, from the oldest that it names."""
+    written = [int(-x) for x in response.logprobs.tolist()]
+    assert [number % 4096 // 64 for number in written] == list(range(len(written)))
+    assert len({number % 64 for number in written}) == 1
+    versions = [number // 4096 for number in written]
+    assert versions == sorted(versions) and versions[0] == response.weight_version
+    tokens = response.token_ids.tolist()
+    assert (tokens[-1] == 1) == (response.finish_reason == "stop") and 1 not in tokens[:-1]
+
+
+def of_step(number: int, groups: int, samples: int = 3) -> list[list[int]]:
+    """Seeds of a step's groups, from the documented key."""
+    state = np.random.SeedSequence((SEED, 0, number)).generate_state(groups * samples, dtype=np.uint64)
+    return [[int(s >> np.uint64(1)) for s in state[g * samples : (g + 1) * samples]] for g in range(groups)]
+
+
+def prompts_of(rows: list[tuple[Prompt, Scored]]) -> list[int]:
+    """Each group's place in the order of training."""
+    return [PLACE_OF[prompt.token_ids] for prompt, _ in rows[::3]]
+
+
+def asked_by_seed(engine: FakeEngine) -> dict[int, list[Request]]:
+    requests: dict[int, list[Request]] = {}
+    for call in engine.asked:
+        for request in call:
+            requests.setdefault(request.seed, []).append(request)
+    return requests
+
+
+# Plain steps.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_prompt_is_answered_in_order(workers: int) -> None:
+    steps = Steps(FakeEngine(some_length, width=5), workers=workers)
+    with steps.scorer:
+        outcomes = Counter()
+        for number in (1, 2):
+            batch, rows = steps.step(number)
+            assert prompts_of(rows) == list(range(4 * number - 4, 4 * number))
+            asked = [request.seed for request in steps.engine.asked[-1]]
+            assert asked == list(itertools.chain(*of_step(number, 4)))
+            assert batch.response_lengths.tolist() == [min(1 + seed % 15, LONGEST) for seed in asked]
+            outcomes.update(batch.outcomes.tolist())
+        assert set(outcomes) == {1.0, -1.0}
+    assert steps.refreshes == 0 and steps.sampler.metrics() == {"rollout/sampled_tokens": steps.engine.written}
+
+
+def test_samples_of_a_prompt_come_one_after_another() -> None:
+    steps = Steps(FakeEngine(some_length, width=5))
+    scored = steps.sampler.sample(PROMPTS[:5], 4, "evaluate", 0, SamplingConfig())
+    drawn = seeds(SEED, "evaluate", 0, 20)
+    assert [request.prompt_ids for request in steps.engine.asked[0]] == [
+        p.token_ids for p in PROMPTS[:5] for _ in "1234"
+    ]
+    assert [request.seed for request in steps.engine.asked[0]] == drawn
+    assert [len(s.response.token_ids) for s in scored] == [min(1 + seed % 15, LONGEST) for seed in drawn]
+
+
+def test_tokens_are_heard_of_as_they_are_written() -> None:
+    steps = Steps(FakeEngine(some_length, width=5))
+    heard: list[int] = []
+    steps.sampler.on_tokens = heard.append
+    batch, _ = steps.step(1)
+    assert sum(heard) == int(batch.response_lengths.sum()) and len(heard) > 5
+
+
+def test_a_truncated_response_is_wrong_without_being_scored() -> None:
+    steps = Steps(FakeEngine(lambda request: LONGEST + 1))
+    batch, _ = steps.step(1)
+    assert batch.truncated.all() and (batch.outcomes == -1).all()
+    assert steps.scorer.failures == 0
+
+
+def test_the_overlong_penalty_is_in_the_rewards_alone() -> None:
+    steps = Steps(FakeEngine(some_length), RewardConfig(overlong=OverlongConfig(cache_tokens=4)))
+    batch, _ = steps.step(1)
+    expected = [min(0.0, (8 - length) / 4) for length in batch.response_lengths.tolist()]
+    torch.testing.assert_close(batch.rewards, batch.outcomes + torch.tensor(expected))
+    assert min(expected) == -1.0
+
+
+# Over-sampling and partial rollouts.
+
+
+def by_place(*lengths: int) -> Callable[[Request], int]:
+    """All samples of the n-th prompt of training have the n-th length, the last for all others."""
+    return lambda request: lengths[min(PLACE_OF[request.prompt_ids], len(lengths) - 1)]
+
+
+def test_over_sampling_stops_once_enough_groups_are_complete() -> None:
+    engine = FakeEngine(by_place(9, 2, 9, 3, 1, 9, 2, 9))
+    steps = Steps(engine, over_sampling=2.0)
+    batch, rows = steps.step(1)
+    assert [len(call) for call in engine.asked] == [24]
+    assert prompts_of(rows) == [1, 3, 4, 6]
+    assert batch.response_lengths.tolist() == [2] * 3 + [3] * 3 + [1] * 3 + [2] * 3
+    assert not batch.truncated.any()
+    assert steps.sampler.unfinished == []
+    assert steps.order.position == 8
+    _, rows = steps.step(2)  # nothing is brought back
+    assert min(prompts_of(rows)) >= 8
+
+
+def test_over_sampling_takes_whole_prompts() -> None:
+    engine = FakeEngine(some_length)
+    Steps(engine, over_sampling=1.1).step(1)
+    assert len(engine.asked[0]) == 5 * 3
+
+
+def test_what_is_unfinished_goes_on_in_the_next_step() -> None:
+    """Groups 0 and 2 need 9 tokens; the first step stops after 3, the second after 6 more."""
+    engine = FakeEngine(by_place(9, 2, 9, 3, 1, 3, 9, 9, 9))
+    steps = Steps(engine, over_sampling=1.5, partial=True, max_version_lag=1)
+    _, rows = steps.step(1)
+    assert prompts_of(rows) == [1, 3, 4, 5]
+    # Groups 1, 3, 4 and 5 have 2 + 3 + 1 + 3 tokens a sample, the two others 3.
+    assert steps.sampler.metrics() == {"rollout/unfinished_groups": 2.0, "rollout/sampled_tokens": 3 * (9 + 2 * 3)}
+    assert [len(s.begun.token_ids) for group in steps.sampler.unfinished for s in group.samples] == [3] * 6
+
+    batch, rows = steps.step(2)
+    assert steps.order.position == 6 + 4  # six in flight again: two carried, four new
+    assert prompts_of(rows) == [0, 2, 6, 7]
+    assert batch.weight_versions.tolist() == [0] * 6 + [1] * 6
+    second = asked_by_seed(engine)
+    for group, expected in zip(of_step(1, 6), (True, False, True, False, False, False)):
+        for seed in group:
+            assert len(second[seed]) == (2 if expected else 1)
+            if expected:
+                assert second[seed][1].written == tuple(token(seed, i) for i in range(3))
+    for _, scored in rows[:6]:
+        versions = [int(-x) // 4096 for x in scored.response.logprobs.tolist()]
+        assert versions == [0] * 3 + [1] * 6
+    assert int(batch.response_lengths.max()) == 9
+    assert [call[6].seed for call in engine.asked[1:]] == [of_step(2, 4)[0][0]]
+
+
+def test_responses_that_too_old_weights_began_are_begun_anew() -> None:
+    """Group 0 never ends by itself within three steps; begun by version 0, it may be trained on by versions 0 to 2."""
+    lengths = {0: 10}
+    engine = FakeEngine(lambda request: lengths.get(PLACE_OF[request.prompt_ids], 2))
+    steps = Steps(engine, over_sampling=1.25, partial=True, max_version_lag=2)
+    lags = []
+    for number in (1, 2, 3, 4):
+        steps.step(number)
+        begun = steps.sampler.unfinished[0].samples
+        lags.append([(s.begun.weight_version, len(s.begun.token_ids)) for s in begun])
+        assert {s.seed for s in begun} == set(of_step(1, 1)[0])
+        metrics = steps.sampler.metrics()
+        assert metrics.get("rollout/discarded", 0) == (3 if number == 4 else 0)
+    assert lags == [[(0, 2)] * 3, [(0, 4)] * 3, [(0, 6)] * 3, [(3, 2)] * 3]
+    assert [request.written for request in engine.asked[3][:3]] == [()] * 3
+
+
+def test_what_had_not_begun_is_not_counted_as_discarded() -> None:
+    """With room for four groups the fifth waits until the batch is full."""
+    engine = FakeEngine(by_place(2), width=12)
+    steps = Steps(engine, over_sampling=1.25, partial=True, max_version_lag=1)
+    steps.step(1)
+    assert [s.begun for s in steps.sampler.unfinished[0].samples] == [None] * 3
+    steps.step(4)
+    assert "rollout/discarded" not in steps.sampler.metrics()
+
+
+def test_a_surplus_of_complete_groups_is_kept_too() -> None:
+    """All eight end in the same tick; the next step finds four that are complete and begins four more in vain."""
+    engine = FakeEngine(by_place(2))
+    steps = Steps(engine, over_sampling=2.0, partial=True, max_version_lag=1)
+    assert prompts_of(steps.step(1)[1]) == [0, 1, 2, 3]
+    batch, rows = steps.step(2)
+    assert prompts_of(rows) == [4, 5, 6, 7] and (batch.weight_versions == 0).all()
+    assert len(engine.asked) == 1
+    assert [PLACE_OF[group.prompt.token_ids] for group in steps.sampler.unfinished] == [8, 9, 10, 11]
+
+
+# Dynamic sampling.
+
+
+def agreeing(request: Request, groups: set[int]) -> int:
+    """Of one token, the end: sums are odd, all samples are right; or too long: all are wrong."""
+    place = PLACE_OF[request.prompt_ids]
+    return some_length(request) if place not in groups else 1 if place % 2 else LONGEST + 1
+
+
+def test_groups_that_agree_are_replaced() -> None:
+    engine = FakeEngine(lambda request: agreeing(request, {0, 1, 2, 3, 4, 6}))
+    steps = Steps(engine, dynamic_sampling=True, dynamic_sampling_rounds=10)
+    for number in (1, 2):
+        batch, rows = steps.step(number)
+        outcomes = batch.outcomes.view(4, 3)
+        assert (outcomes.min(1).values < outcomes.max(1).values).all()
+        assert not {0, 1, 2, 3, 4, 6} & set(prompts_of(rows))
+    # In the first round of a step four prompts, later as many as are missing; some others agree by chance.
+    calls = [len(call) // 3 for call in engine.asked]
+    assert calls[0] == 4 and sum(calls) == steps.order.position >= 8 + 6
+    # Rounds have seeds of their own.
+    first = of_step(1 * 10, 4)
+    assert [request.seed for request in engine.asked[0]] == list(itertools.chain(*first))
+    assert engine.asked[1][0].seed == of_step(1 * 10 + 1, 4)[0][0]
+
+
+def test_rounds_are_bounded_and_the_batch_keeps_its_size() -> None:
+    engine = FakeEngine(lambda request: agreeing(request, set(range(30))))
+    steps = Steps(engine, dynamic_sampling=True, dynamic_sampling_rounds=3)
+    batch, rows = steps.step(1)
+    assert [len(call) for call in engine.asked] == [12] * 3
+    assert prompts_of(rows) == [0, 1, 2, 3]
+    assert batch.outcomes.view(4, 3).tolist() == [[-1.0] * 3, [1.0] * 3] * 2
+    # Half of the groups are cut at the limit, the others end at once; two rounds of three are in no batch.
+    assert steps.sampler.metrics()["rollout/sampled_tokens"] == 3 * 6 * (LONGEST + 1)
+
+
+def test_groups_that_teach_come_first_when_rounds_are_over() -> None:
+    """Of eight groups only the third teaches: its first sample is right."""
+    right = of_step(1 * 2, 4)[2][0]
+    steps = Steps(
+        FakeEngine(lambda request: 1 if request.seed == right else LONGEST + 1),
+        dynamic_sampling=True,
+        dynamic_sampling_rounds=2,
+    )
+    batch, rows = steps.step(1)
+    assert prompts_of(rows) == [2, 0, 1, 3]
+    assert batch.outcomes.tolist() == [1.0] + [-1.0] * 11
+
+
+# The time limit of a step.
+
+
+def until_time_is_over(tick: int) -> Callable[[FakeEngine, int], None]:
+    """At that tick of its first call the engine waits for the abort that the limit brings."""
+
+    def wait(engine: FakeEngine, now: int) -> None:
+        if now == tick and len(engine.asked) == 1:
+            assert engine.aborted.wait(WAIT_S)
+
+    return wait
+
+
+def test_what_is_unfinished_when_the_time_is_over_is_truncated() -> None:
+    """Those with tokens where they are, those without after one."""
+    engine = FakeEngine(by_place(2, 9, 3, 9), until_time_is_over(5), width=8)
+    steps = Steps(engine, step_seconds=0.05)
+    batch, rows = steps.step(1)
+    assert prompts_of(rows) == [0, 1, 2, 3]
+    # Eight at a time: the first two ticks write groups 0 and 1 and two samples of group 2, then come its third and
+    # group 3; after five ticks group 3 has three tokens where it found room, and none where not.
+    assert batch.response_lengths.tolist() == [2, 2, 2, 5, 5, 5, 3, 3, 3, 3, 3, 2]
+    assert batch.truncated.tolist() == [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3
+    assert len(engine.asked) == 2 and engine.asked[1] == []
+
+
+def test_what_had_not_begun_when_the_time_is_over_gets_one_token() -> None:
+    engine = FakeEngine(by_place(3, 9, 1), until_time_is_over(2), width=5)
+    steps = Steps(engine, step_seconds=0.05)
+    batch, _ = steps.step(1)
+    assert batch.response_lengths.tolist() == [2] * 5 + [1] * 7
+    assert engine.limits == [LONGEST, 1]
+    assert batch.truncated.tolist() == [True] * 6 + [False] * 6  # the last groups end with their first token
+
+
+def test_the_time_limit_truncates_no_more_groups_than_are_missing() -> None:
+    """Groups that are complete are trained on before those that are cut; what is not needed is carried on."""
+    engine = FakeEngine(by_place(9, 9, 9, 2, 9, 2, 9, 9), until_time_is_over(4))
+    steps = Steps(engine, over_sampling=2.0, partial=True, max_version_lag=1, step_seconds=0.05)
+    batch, rows = steps.step(1)
+    assert prompts_of(rows) == [0, 1, 3, 5]
+    assert batch.truncated.tolist() == [True] * 6 + [False] * 6
+    assert [PLACE_OF[group.prompt.token_ids] for group in steps.sampler.unfinished] == [2, 4, 6, 7]
+    _, rows = steps.step(2)
+    assert prompts_of(rows) == [2, 4, 6, 7]
+
+
+def test_a_step_within_its_time_is_not_cut() -> None:
+    engine = FakeEngine(some_length)
+    threads = threading.active_count()
+    steps = Steps(engine, step_seconds=10 * WAIT_S)
+    batch, _ = steps.step(1)
+    assert batch.truncated.tolist() == [some_length(request) > LONGEST for request in engine.asked[0]]
+    assert threading.active_count() == threads
+
+
+# An engine that fails.
+
+
+def failing(*failures: tuple[int, int]) -> Callable[[FakeEngine, int], None]:
+    """Fails in its n-th call at a tick, for each pair (n, tick)."""
+
+    def fail(engine: FakeEngine, tick: int) -> None:
+        if (len(engine.asked) - 1, tick) in failures:
+            engine.failure = "the server ended"
+
+    return fail
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("failures", [[(0, 0)], [(0, 5)], [(0, 3), (1, 0), (2, 7)]])
+def test_what_a_failed_engine_did_not_write_is_asked_again(workers: int, failures: list[tuple[int, int]]) -> None:
+    whole = Steps(FakeEngine(some_length)).step(1)[0]
+    engine = FakeEngine(some_length, failing(*failures))
+    steps = Steps(engine, workers=workers)
+    with steps.scorer:
+        batch, rows = steps.step(1)
+    assert prompts_of(rows) == [0, 1, 2, 3]
+    for name in ("tokens", "response_lengths", "truncated", "outcomes", "rollout_logprobs"):
+        assert torch.equal(getattr(batch, name), getattr(whole, name)), name
+    assert steps.refreshes == len(failures) == len(engine.asked) - 1
+    for before, after in zip(engine.asked, engine.asked[1:]):
+        assert set(after) <= set(before)
+    first = failures[0][1]
+    assert [r.seed for r in engine.asked[1]] == [
+        r.seed for r in engine.asked[0] if min(some_length(r), LONGEST) > first
+    ]
+
+
+def test_a_failure_after_enough_groups_are_complete_loses_nothing() -> None:
+    def fail_when_aborted(engine: FakeEngine, tick: int) -> None:
+        if engine.aborted.is_set() and len(engine.asked) == 1:
+            engine.failure = "the server ended"
+
+    engine = FakeEngine(by_place(9, 2, 9, 3, 1, 9, 2, 9), fail_when_aborted)
+    steps = Steps(engine, over_sampling=2.0, partial=True, max_version_lag=1)
+    _, rows = steps.step(1)
+    assert prompts_of(rows) == [1, 3, 4, 6] and steps.refreshes == 1 and len(engine.asked) == 1
+    _, rows = steps.step(2)
+    assert prompts_of(rows) == [0, 2, 5, 7]
+
+
+def test_a_failure_while_responses_are_cut() -> None:
+    def hooks(engine: FakeEngine, tick: int) -> None:
+        until_time_is_over(2)(engine, tick)
+        if len(engine.asked) == 2:
+            engine.failure = "the server ended"
+
+    engine = FakeEngine(by_place(4), hooks, width=5)
+    steps = Steps(engine, step_seconds=1.0)
+    batch, _ = steps.step(1)
+    assert steps.refreshes == 1
+    # The seven that had no token are asked anew, with the whole limit; nothing waits in that call.
+    assert batch.response_lengths.tolist() == [2] * 5 + [4] * 7 and engine.limits == [LONGEST, 1, LONGEST]
+
+
+# Several engines.
+
+
+class Meeting:
+    """Stands for torch.distributed between threads; what they exchange is pickled, as between processes."""
+
+    def __init__(self, size: int) -> None:
+        self._values: list[bytes] = [b""] * size
+        self._barrier = threading.Barrier(size, timeout=WAIT_S)
+        self.rank = threading.local()
+
+    def gathered(self, value: object) -> list[object]:
+        self._values[self.rank.number] = pickle.dumps(value)
+        self._barrier.wait()
+        values = [pickle.loads(dumped) for dumped in self._values]
+        self._barrier.wait()
+        return values
+
+    def any_rank(self, mine: bool) -> bool:
+        return any(self.gathered(mine))
+
+    def run(self, work: Sequence[Callable[[], object]]) -> list[object]:
+        def enter(number: int) -> object:
+            self.rank.number = number
+            try:
+                return work[number]()
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(len(work)) as threads:
+            return list(threads.map(enter, range(len(work))))
+
+
+@pytest.fixture
+def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Meeting]:
+    def meet(size: int) -> Meeting:
+        meeting = Meeting(size)
+        for module, name in (
+            (together, "gathered"),
+            (sampling_module, "gathered"),
+            (sampling_module, "any_rank"),
+            (interrupt_module, "any_rank"),
+        ):
+            monkeypatch.setattr(module, name, getattr(meeting, name))
+        return meeting
+
+    return meet
+
+
+PLACES = [Place(0, 3), None, Place(1, 3), Place(2, 3)]
+"""Four processes, the second of which hosts an engine that the first asks."""
+
+
+@pytest.mark.parametrize("fails", [None, 0, 2, 3])
+def test_engines_share_the_groups_and_all_processes_hold_the_result(meet: Callable[[int], Meeting], fails: int) -> None:
+    """Whether or not one of them fails; a process whose engine is well waits for the others, and asks nothing twice."""
+    alone = Steps(FakeEngine(some_length))
+    expected = [alone.step(1), alone.step(2)]
+    engines = [FakeEngine(some_length, failing((0, 2)) if i == fails else failing(), p) for i, p in enumerate(PLACES)]
+    for engine in engines:
+        engine.counts = {"rollout/retries": 1.0, "rollout/prompt_tokens": 10.0, "rollout/cached_prompt_tokens": 4.0}
+    steps = [Steps(engine) for engine in engines]
+
+    def work(mine: Steps) -> Callable[[], object]:
+        return lambda: ([mine.step(1), mine.step(2)], mine.sampler.metrics(), mine.sampler.metrics())
+
+    for made, metrics, again in meet(4).run([work(mine) for mine in steps]):
+        for (batch, rows), (whole, all_rows) in zip(made, expected):
+            for name in ("tokens", "response_lengths", "truncated", "outcomes", "rollout_logprobs", "groups"):
+                assert torch.equal(getattr(batch, name), getattr(whole, name)), name
+            assert prompts_of(rows) == prompts_of(all_rows)
+        tokens = sum(int(batch.cu_seqlens[-1]) for batch, _ in made)
+        counted = {"rollout/retries": 4.0, "rollout/cached_prompt_share": 0.4, "rollout/sampled_tokens": tokens}
+        assert metrics == counted and again == {}
+    assert {mine.refreshes for mine in steps} == {0 if fails is None else 1}
+    assert engines[1].asked == []
+    first = [engine.asked[0] for engine in engines if engine.place]
+    assert [[PLACE_OF[r.prompt_ids] for r in call[::3]] for call in first] == [[0, 3], [1], [2]]
+    for i, engine in enumerate(engines):
+        assert len(engine.asked) == (0 if i == 1 else 3 if i == fails else 2)
+
+
+def test_engines_share_a_quota(meet: Callable[[int], Meeting]) -> None:
+    """Four of eight groups over three engines: two, one and one. All carry the same groups on."""
+    lengths = by_place(9, 2, 9, 3, 9, 1, 2, 9)
+    steps = [Steps(FakeEngine(lengths, place=p), over_sampling=2.0, partial=True, max_version_lag=1) for p in PLACES]
+
+    def work(mine: Steps) -> Callable[[], object]:
+        def run() -> object:
+            _, rows = mine.step(1)
+            carried = [PLACE_OF[group.prompt.token_ids] for group in mine.sampler.unfinished]
+            return prompts_of(rows), carried, prompts_of(mine.step(2)[1]), mine.sampler.metrics()
+
+        return run
+
+    results = meet(4).run([work(mine) for mine in steps])
+    # The engines hold 0 3 6, 1 4 7 and 2 5, and stop after two, one and one of them.
+    assert results[0][:2] == ([1, 3, 5, 6], [0, 2, 4, 7])
+    assert all(result == results[0] for result in results)
+    for mine in steps:
+        for requests in asked_by_seed(mine.engine).values():
+            assert len(requests) <= 2
+    written = [len(r.written) for mine in steps if mine.engine.place for r in mine.engine.asked[1]]
+    assert any(written)
+
+
+def test_more_engines_than_groups_are_missing(meet: Callable[[int], Meeting]) -> None:
+    """An engine without a share of the quota begins nothing."""
+    engines = [FakeEngine(by_place(2), place=Place(i, 6)) for i in range(6)]
+    steps = [Steps(engine, over_sampling=1.5) for engine in engines]
+    results = meet(6).run([lambda mine=mine: prompts_of(mine.step(1)[1]) for mine in steps])
+    assert results == [[0, 1, 2, 3]] * 6
+    assert [len(engine.asked) for engine in engines] == [1, 1, 1, 1, 0, 0]
+
+
+def test_discarded_responses_are_counted_once(meet: Callable[[int], Meeting]) -> None:
+    lengths = by_place(10, 2)
+    steps = [Steps(FakeEngine(lengths, place=p), over_sampling=1.5, partial=True, max_version_lag=1) for p in PLACES]
+    work = [lambda mine=mine: (mine.step(1), mine.step(4), mine.sampler.metrics())[2] for mine in steps]
+    # The second and the third engine had completed a group more than their share, of three samples each.
+    assert [metrics["rollout/discarded"] for metrics in meet(4).run(work)] == [6] * 4
+
+
+def test_tokens_are_counted_once(meet: Callable[[int], Meeting]) -> None:
+    engines = [FakeEngine(some_length, place=place) for place in PLACES]
+    steps = [Steps(engine, over_sampling=1.5, dynamic_sampling=True) for engine in engines]
+    results = meet(4).run([lambda mine=mine: (mine.step(1), mine.sampler.metrics())[1] for mine in steps])
+    written = sum(engine.written for engine in engines)
+    assert [metrics["rollout/sampled_tokens"] for metrics in results] == [written] * 4
+
+
+# Anything at all.
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_whatever_happens_a_batch_is_what_its_seeds_write(data: st.DataObject) -> None:
+    """Failures at any tick, any width, any surplus, over several steps: `Steps.step` checks every response."""
+    lag = data.draw(st.integers(0, 2))
+    ticks = data.draw(st.sets(st.tuples(st.integers(0, 8), st.integers(0, 10)), max_size=6))
+    spread = data.draw(st.integers(1, 15))
+    engine = FakeEngine(lambda request: 1 + request.seed % spread, failing(*ticks), width=data.draw(st.integers(1, 40)))
+    steps = Steps(
+        engine,
+        over_sampling=data.draw(st.sampled_from([1.0, 1.25, 2.0])),
+        partial=data.draw(st.booleans()),
+        max_version_lag=lag,
+        dynamic_sampling=data.draw(st.booleans()),
+        dynamic_sampling_rounds=data.draw(st.integers(1, 3)),
+    )
+    trained: list[int] = []
+    for number in (1, 2, 3):
+        batch, rows = steps.step(number)
+        assert int(batch.weight_versions.min()) >= number - 1 - lag
+        trained += prompts_of(rows)
+    assert len(set(trained)) == len(trained) or steps.order.epoch > 0
+    assert steps.refreshes <= len(ticks)
+    assert steps.sampler.metrics()["rollout/sampled_tokens"] == engine.written
+
+
+# The embedded engine.
+
+
+def test_a_response_in_two_pieces_is_the_uninterrupted_one(make_checkpoint: Callable[..., Path]) -> None:
+    """Each request draws from its own stream, which goes on where the response does."""
+    from megatron_vapo.rollout import in_order
+    from megatron_vapo.rollout.transformers_engine import TransformersEngine
+    from megatron_vapo.weights.hf_folder import HFFolder
+
+    folder = make_checkpoint("qwen2")
+    engine = TransformersEngine(folder, (1, 2, 3), 0, 64, torch.float32, torch.device("cpu"))
+    source = HFFolder(folder)
+    engine.load_weights(((name, source.read(name)) for name in sorted(source.names)), version=4)
+    requests = [Request((5, 9, 12 + i % 3), seed=i) for i in range(24)]
+    whole = in_order(engine.generate(requests, SamplingConfig(), LONGEST))
+    assert {len(response.token_ids) for response in whole} >= {1, LONGEST}
+    for cut in (1, 5):
+        ticks = itertools.count(1)
+
+        def stop(count: int, ticks: Iterator[int] = ticks, cut: int = cut) -> None:
+            if next(ticks) == cut:
+                engine.abort()
+
+        first = in_order(engine.generate(requests, SamplingConfig(), LONGEST, stop))
+        assert max(len(response.token_ids) for response in first) == cut
+        assert {response.finish_reason for response in first} == {"abort", "stop"}
+        left = [n for n, response in enumerate(first) if response.finish_reason == "abort"]
+        asked = [replace(requests[n], written=tuple(first[n].token_ids.tolist())) for n in left]
+        then = dict(zip(left, in_order(engine.generate(asked, SamplingConfig(), LONGEST)), strict=True))
+        for n, expected in enumerate(whole):
+            response = joined(first[n], then[n]) if n in then else first[n]
+            assert torch.equal(response.token_ids, expected.token_ids)
+            # Keys and values come from one pass over what was written, not token by token.
+            torch.testing.assert_close(response.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+            assert (response.finish_reason, response.weight_version) == (expected.finish_reason, 4)

@@ -1,0 +1,368 @@
+"""A run that is stopped and started again repeats the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.utils._pytree import tree_map_only
+
+from megatron_vapo.checkpoint.run_folder import open_run_folder
+from megatron_vapo.config import LimitsConfig
+from megatron_vapo.observe.progress import Progress
+from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.runtime.signals import Interrupt, StopRequested
+from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.sampling.sampler import Sampler
+from megatron_vapo.training.loop import train
+from megatron_vapo.training.run import Run
+from megatron_vapo.weights.torch_dist import TorchDistReader
+
+SETTINGS = {
+    "name": "resume",
+    "steps": 4,
+    "minibatch_size": 6,
+    "epochs": 2,
+    "actor": {"micro_batch_tokens": 64, "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5}},
+    "critic": {"init": "reward_model", "epochs": 2, "micro_batch_tokens": 64, "optimizer": {"learning_rate": 1e-2}},
+    "value_pretraining": {"max_steps": 2, "target_explained_variance": 1.0},
+    "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": 16},
+    "algorithm": {"whiten_advantages": True},
+    "reward": {"name": f"{__name__}:has_even_length"},
+    "evaluation": {"problems": 5, "samples": 2, "every": 2},
+    "checkpoint": {"every": 2},
+}
+
+
+def is_lucky(response: str, answer: str) -> float:
+    """A reward that draws from all global generators, as nobody should."""
+    return random.choice([-1.0, 1.0]) if np.random.rand() < torch.rand(()).item() else -1.0
+
+
+def raises_sometimes(response: str, answer: str) -> float:
+    if len(response) % 3 == 0:
+        raise ValueError("a reward with a mistake in it")
+    return 1.0 if len(response) % 2 == 0 else -1.0
+
+
+def has_even_length(response: str, answer: str) -> float:
+    """A reward that random models get right half of the time."""
+    return 1.0 if len(response) % 2 == 0 else -1.0
+
+
+OFFLOAD = tuple(
+    f"{role}.offload.{kind}=true"
+    for role in ("actor", "critic")
+    for kind in ("parameters", "gradients", "main_parameters", "optimizer")
+)
+SHARDED = ("model.dtype=bfloat16", "actor.distributed_optimizer=true", "critic.distributed_optimizer=true")
+
+
+class Crash(Exception):
+    """Stands for kill -9."""
+
+
+PHASES = ("rollout", "values", "logprobs", "critic_update", "actor_update", "weight_sync", "checkpoint", "evaluation")
+
+
+class Events(Watchdog):
+    """Stops or crashes a run as it enters a phase for the n-th time since its start."""
+
+    def __init__(self, interrupt: Interrupt, stop: tuple[str, int] | None, crash: tuple[str, int] | None) -> None:
+        self._stop, self._crash, self._entered = stop, crash, Counter()
+        super().__init__(LimitsConfig(), interrupt, "RUN")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        if name == "phase":
+            self._entered[value] += 1
+            now = (value, self._entered[value])
+            if now == self._stop:
+                self._interrupt.ask(f"test at {now}")
+            if now == self._crash:
+                raise Crash(now)
+
+
+@pytest.fixture(scope="module")
+def start(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path], tiny_problems: Path
+) -> Callable[..., bool]:
+    """`start(run_dir, *overrides, interrupt=...)` trains until the end or until stopped; True at the end."""
+    recipe_file = tmp_path_factory.mktemp("resume") / "resume.yaml"
+    data = {"data": {"train": str(tiny_problems)}, "model": {"path": str(make_checkpoint("qwen2"))}}
+    recipe_file.write_text(yaml.safe_dump(SETTINGS | data))
+    reward_model = make_checkpoint("qwen2", classifier=True, seed=1)
+    always = [f"critic.reward_model={reward_model}", f"evaluation.data={tiny_problems}"]
+
+    def start(
+        run_dir: Path, *overrides: str, stop: tuple[str, int] | None = None, crash: tuple[str, int] | None = None
+    ) -> bool:
+        recipe = load_recipe(recipe_file, [*always, f"run_dir={run_dir}", *overrides])
+        inputs = read_inputs(recipe)
+        assert open_run_folder(recipe, restart=False) is None
+        for seed in (random.seed, np.random.seed, lambda: torch.seed()):
+            seed()  # nothing may depend on what they were before
+        with Progress(Console(quiet=True), quiet=True) as display, Interrupt(recipe.limits) as interrupt:
+            run = Run(recipe, inputs, display, interrupt, Events(interrupt, stop, crash))
+            try:
+                train(run)
+                run.export()
+            except StopRequested:
+                run.save()
+                run.settle(wait=True)
+                return False
+            finally:
+                run.close()
+        return True
+
+    return start
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    """Metrics without what depends on the clock."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
+    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
+
+
+def samples(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("samples/*.jsonl"))}
+
+
+def last_state(folder: Path) -> dict[str, object]:
+    return json.loads((sorted((folder / "checkpoints").glob("step_*"))[-1] / "state.json").read_text())
+
+
+def last_checkpoint(folder: Path) -> dict[str, object]:
+    """Bytes of the last checkpoint's tensors (parameters, optimizer states), of generators and progress; of schedules
+    and settings the values, since how pickle writes equal values may differ."""
+    newest = folder / "checkpoints" / "latest"
+    content: dict[str, object] = {name: (newest / name).read_bytes() for name in ("sampling.pt", "state.json")}
+    for role in (path.parent for path in newest.glob("*/metadata.json")):
+        reader = TorchDistReader(role)
+        for key, shape in reader.shapes.items():
+            content[f"{role.name}/{key}"] = reader.read(key, (0,) * len(shape), shape)
+        content |= {f"{role.name}/{key}": reader.read_object(key) for key in reader.objects}
+        if (role / "common.pt").is_file():
+            content[f"{role.name}/common.pt"] = torch.load(role / "common.pt", weights_only=True)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.reshape(-1).view(torch.uint8).numpy().tobytes(), content)
+
+
+def assert_same_run(run: Path, expected: Path, but: str = "none") -> None:
+    """Whatever they leave is equal, but for metrics whose names begin so."""
+    for ours, theirs in zip(records(run), records(expected), strict=True):
+        assert {k: v for k, v in (ours.items() ^ theirs.items()) if not k.startswith(but)} == {}
+    assert samples(run) == samples(expected)
+    assert last_state(run) == last_state(expected)
+    ours, theirs = last_checkpoint(run), last_checkpoint(expected)
+    assert len(ours) > 20
+    assert [name for name in ours.keys() | theirs.keys() if ours[name] != theirs[name]] == []
+    weights, expected_weights = (load_file(folder / "export" / "model.safetensors") for folder in (run, expected))
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
+
+
+def test_the_run_learns_something_to_lose(start: Callable[..., bool], tmp_path: Path) -> None:
+    """Without changing weights and rewards of both signs, equality would prove nothing."""
+    start(tmp_path / "run")
+    train_records = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
+    assert len(train_records) == 4
+    assert all(0 < r["reward/accuracy"] < 1 for r in train_records)
+    assert len({r["critic/explained_variance"] for r in train_records}) == 4
+    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    base = load_file(Path(load_recipe(tmp_path / "run" / "recipe.yaml").model.path) / "model.safetensors")
+    assert all(not torch.equal(exported[name], base[name]) for name in base)
+
+
+DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for setting in ("linear=fp8", "emulate=true")]
+DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        (*DELAYED, "rollout.quantization=fp8"),
+        ("value_pretraining.enabled=false",),
+        ("value_pretraining.target_explained_variance=-100",),  # reached in the first step
+        ("value_pretraining.reset_optimizer=true", "rollout.dynamic_sampling=true"),
+        SHARDED,
+        ("algorithm.advantage=group", "model.dtype=bfloat16"),
+        ("rollout.dynamic_sampling=true", "limits.sampled_tokens=500"),
+        ("rollout.partial=true", "rollout.over_sampling=1.7", "rollout.max_version_lag=2", "rollout.batch_size=4"),
+    ],
+    ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",
+)
+def test_stopped_after_every_step(start: Callable[..., bool], tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    start(tmp_path / "whole", *overrides)
+    starts = 1
+    while not start(tmp_path / "pieces", *overrides, stop=("weight_sync", 2)):  # the first is that of the start
+        starts += 1
+    assert starts > 3
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+def test_more_steps_for_a_run_that_had_ended(start: Callable[..., bool], tmp_path: Path) -> None:
+    start(tmp_path / "whole")
+    assert start(tmp_path / "pieces", "steps=2")
+    assert start(tmp_path / "pieces", "steps=4")
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+def test_a_budget_of_tokens_ends_a_run_as_its_last_step_does(start: Callable[..., bool], tmp_path: Path) -> None:
+    """As many steps as the budget takes are the same run; tokens of groups that taught nothing count."""
+    dynamic = "rollout.dynamic_sampling=true"
+    start(tmp_path / "whole", dynamic, "evaluation.every=3")
+    sampled = {r["step"]: r["tokens/sampled"] for r in records(tmp_path / "whole") if r["kind"] == "train"}
+    trained = [12 * r["response/length_mean"] for r in records(tmp_path / "whole") if r["kind"] == "train"]
+    assert sampled[4] > sum(trained)
+    for budget in (sampled[2], sampled[1] + 1):
+        assert start(tmp_path / f"{budget}", dynamic, "evaluation.every=3", f"limits.sampled_tokens={int(budget)}")
+        assert start(tmp_path / "steps", dynamic, "evaluation.every=3", "steps=2")
+        assert_same_run(tmp_path / f"{budget}", tmp_path / "steps")
+    assert [r["step"] for r in records(tmp_path / "steps") if r["kind"] == "evaluate"] == [0, 2]
+
+
+def test_what_a_crash_left_beyond_the_last_checkpoint_is_done_again(start: Callable[..., bool], tmp_path: Path) -> None:
+    start(tmp_path / "whole")
+    with pytest.raises(Crash):
+        start(tmp_path / "pieces", crash=("values", 6))  # 2 steps of value pretraining, then the 4th of training
+    assert [r["step"] for r in records(tmp_path / "pieces") if r["kind"] == "train"] == [1, 2, 3]
+    assert start(tmp_path / "pieces")
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(start: Callable[..., bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to, whose reward draws from global generators."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    start(folder, LUCKY)
+    return folder
+
+
+LUCKY = f"reward.name={__name__}:is_lucky"
+TIMES = {"evaluation": (1, 2), "checkpoint": (1, 4), "weight_sync": (3,)}
+"""Which entries into a phase something happens at, since the run's start; others: the first and the third."""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_death_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: Path, phase: str) -> None:
+    """Between rollout and updates, between the critic's and the actor's, while saving: the run is the same."""
+    for number in TIMES.get(phase, (1, 3)):
+        with pytest.raises(Crash):
+            start(tmp_path / "run", LUCKY, crash=(phase, number))
+    assert start(tmp_path / "run", LUCKY)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("grace", [60, 0])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_stop_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: Path, phase: str, grace: float) -> None:
+    """Rollouts are finished within the grace, or abandoned; what is lost is done again, and nothing twice."""
+    for number in TIMES.get(phase, (1, 3)):
+        assert not start(tmp_path / "run", LUCKY, f"limits.grace_seconds={grace}", stop=(phase, number))
+    assert start(tmp_path / "run", LUCKY)
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rollouts_outlive_a_death_before_training_on_them(
+    start: Callable[..., bool], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    options = [LUCKY, f"checkpoint.rollouts={kept}", "checkpoint.async_save=false"]
+    with pytest.raises(Crash):
+        start(tmp_path / "run", *options, crash=("critic_update", 5))
+    assert (tmp_path / "run" / "kept_rollouts" / "train_000003.safetensors").exists() == kept
+    sampled = Counter()
+    experience = Sampler.experience
+
+    def counted(self: Sampler, prompts: list, order: object, purpose: str, step: int) -> object:
+        sampled[purpose, step] += 1
+        return experience(self, prompts, order, purpose, step)
+
+    monkeypatch.setattr(Sampler, "experience", counted)
+    assert start(tmp_path / "run", *options)
+    assert sampled == Counter([("train", 4)] if kept else [("train", 3), ("train", 4)])
+    assert_same_run(tmp_path / "run", whole)
+    assert not list((tmp_path / "run").glob("kept_rollouts/*"))
+
+
+def test_counts_of_failed_rewards_go_on(start: Callable[..., bool], tmp_path: Path) -> None:
+    raises = f"reward.name={__name__}:raises_sometimes"
+    start(tmp_path / "whole", raises)
+    assert not start(tmp_path / "run", raises, stop=("actor_update", 2))
+    assert start(tmp_path / "run", raises)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    failures = [r["reward/failures"] for r in records(tmp_path / "run") if "reward/failures" in r]
+    assert failures == sorted(failures) and failures[0] > 0 and len(set(failures)) == len(failures)
+
+
+@pytest.mark.parametrize("precision", [(), SHARDED], ids=["float32", "sharded bfloat16"])
+def test_offloading_changes_nothing(start: Callable[..., bool], tmp_path: Path, precision: tuple[str, ...]) -> None:
+    """Value pretraining, evaluation and checkpoints in between; also where it is stopped in the middle of a step."""
+    start(tmp_path / "stays", *precision)
+    assert start(tmp_path / "moves", *precision, *OFFLOAD)
+    assert_same_run(tmp_path / "moves", tmp_path / "stays", but="memory/")
+    for phase in ("rollout", "critic_update"):
+        assert not start(tmp_path / "stopped", *precision, *OFFLOAD, "limits.grace_seconds=0", stop=(phase, 2))
+    assert start(tmp_path / "stopped", *precision, *OFFLOAD)
+    assert_same_run(tmp_path / "stopped", tmp_path / "moves")
+
+
+def test_each_phase_has_on_the_device_what_it_needs(start: Callable[..., bool], tmp_path: Path) -> None:
+    start(tmp_path / "stays", "steps=1", *SHARDED)
+    start(tmp_path / "moves", "steps=1", *SHARDED, *OFFLOAD)
+    stays, moves = (records(tmp_path / name)[-2] for name in ("stays", "moves"))
+    everything = [k.split("/")[2] for k in stays if k.startswith("memory/rollout")]
+    assert everything == ["parameters", "gradients", "main_parameters", "optimizer"]
+    for kind in everything:
+        both = stays[f"memory/rollout/{kind}"]
+        actor, critic = (moves[f"memory/{role}_update/{kind}"] for role in ("actor", "critic"))
+        assert actor > 0 < critic and actor + critic == both
+        assert moves[f"memory/rollout/{kind}"] == 0
+        of_passes = {"values": critic, "logprobs": actor, "weight_sync": actor}
+        for phase, size in of_passes.items():
+            assert moves[f"memory/{phase}/{kind}"] == (size if kind == "parameters" else 0)
+
+
+def test_an_engine_that_sleeps_is_given_weights_again(
+    start: Callable[..., bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's life on CPU: what sleeps has no weights. Rollouts begin with a weight sync then, inside which the actor
+    comes and after which it leaves."""
+    load, generate, sleeps = TransformersEngine.load_weights, TransformersEngine.generate, Counter()
+
+    def sleep(engine: TransformersEngine) -> None:
+        sleeps["calls"] += not engine.asleep
+        engine.asleep = True
+        for parameter in engine._parameters.values():
+            parameter.zero_()
+
+    def load_weights(engine: TransformersEngine, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        load(engine, tensors, version)
+        engine.asleep = False
+
+    def awake(engine: TransformersEngine, *arguments: object) -> Iterator[object]:
+        assert not engine.asleep
+        return generate(engine, *arguments)
+
+    for name, function in {"sleep": sleep, "load_weights": load_weights, "generate": awake}.items():
+        monkeypatch.setattr(TransformersEngine, name, function)
+    start(tmp_path / "stays", "steps=2")
+    without = sleeps.pop("calls")
+    start(tmp_path / "moves", "steps=2", "checkpoint.every=1", *OFFLOAD)
+    assert sleeps["calls"] > without  # for checkpoints
+    assert_same_run(tmp_path / "moves", tmp_path / "stays", but="memory/")
+    moves = records(tmp_path / "moves")[-2]
+    assert moves["memory/rollout/parameters"] == 0 < moves["memory/weight_sync/parameters"]
