@@ -146,14 +146,14 @@ def offload_round_trip(work: Workplace) -> Numbers:
     actor = _actor(work, role, torch.bfloat16)
     batch = responses(MEDIUM, count=4, prompt=16, shortest=48, longest=240)
     actor.update(batch, _mean(int(batch.cu_seqlens[-1])))
-    before, sizes = _content(actor), actor.residence.resident()
+    before, sizes = _content(actor), actor.offloader.resident()
     allocated = torch.cuda.memory_allocated()
-    seconds = [_timed(lambda: actor.residence.keep())]
+    seconds = [_timed(lambda: actor.offloader.keep())]
     released = allocated - torch.cuda.memory_allocated()
-    assert not any(actor.residence.resident().values()), "something stayed"
+    assert not any(actor.offloader.resident().values()), "something stayed"
     assert not torch.cuda.is_available() or released >= 0.99 * sum(sizes.values()), f"only {released} bytes were freed"
-    seconds.append(_timed(lambda: actor.residence.ready(*KINDS)))
-    assert actor.residence.resident() == sizes, "another size came back"
+    seconds.append(_timed(lambda: actor.offloader.ready(*KINDS)))
+    assert actor.offloader.resident() == sizes, "another size came back"
     assert all(torch.equal(a, b) for a, b in zip(_content(actor), before)), "other numbers came back"
     actor.update(batch, _mean(int(batch.cu_seqlens[-1])))
     actor.layout.close()

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.reshard_ranks import Case, measure_all, start
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.reshard import Plan, make_plan
+from megatron_vapo.weights.reshard import ReshardPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import entries, hf_shapes
 from megatron_vapo.weights.training_layout import TrainingLayout, training_ranks
@@ -78,7 +78,7 @@ def bytes_row(case: Case) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _bounds(case: Case, plan: Plan) -> tuple[list[int], list[int]]:
+def _bounds(case: Case, plan: ReshardPlan) -> tuple[list[int], list[int]]:
     """For each rank the bytes that its rollout rank lacks, by areas and not by the plan's pieces; and the bytes that it
     receives where every rank gathers the whole model."""
     a = case.architecture

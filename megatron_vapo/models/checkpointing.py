@@ -36,7 +36,7 @@ class Save:
     def __init__(self, model: Trainable, folder: Path) -> None:
         filesystem_async._results_queue = queue.Queue()  # else Megatron starts the server process
         self.error: Exception | None = None
-        with model.residence.borrowed(*SAVED), model.layout.active():
+        with model.offloader.borrowed(*SAVED), model.layout.active():
             content = {"role": model.name} | sharded_parameters(model) | _optimizer(model, loading=False)
             self._request = save_request(content, folder)
             self._buckets = [_copied(bucket) for bucket in self._staged()]
@@ -105,7 +105,7 @@ def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) 
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
     # Megatron unpickles its descriptions and objects without limits; a folder may come from anyone.
     on_first_rank(lambda: TorchDistReader(folder).check_objects())
-    with model.residence.borrowed(*SAVED):
+    with model.offloader.borrowed(*SAVED):
         _read_into(model, folder, with_optimizer)
         if not with_optimizer:
             model.reset_optimizer()

@@ -53,8 +53,8 @@ buffer of many GiB."""
 Storages = dict[Kind, list[UntypedStorage]]
 
 
-class Residence:
-    """Where one role's memory is.
+class Offloader:
+    """Moves one role's memory between device and host.
 
     Args:
         storages: finds the role's storages; asked anew each time, for loading a checkpoint may replace some.

@@ -54,7 +54,7 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
 
     Raises nothing; peak extra memory is one Megatron parameter in whole.
     """
-    model.residence.ready("parameters")
+    model.offloader.ready("parameters")
     with model.layout.active():
         held = _held_parameters(model)
         owners = _owners(held)
@@ -74,7 +74,7 @@ def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
 
 def held_tensors(model: Trainable) -> dict[str, Tensor]:
     """This rank's parameters by name: what a weight sync moves (`weights.transfer`)."""
-    model.residence.ready("parameters")
+    model.offloader.ready("parameters")
     with model.layout.active():
         return {name: _numbers(parameters[0]) for name, parameters in _held_parameters(model).items()}
 

@@ -27,7 +27,7 @@ from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks, fuse_weight_gradients
 from megatron_vapo.models.emulated_fp8 import advance_delayed_scales
 from megatron_vapo.models.layout import ParallelLayout
-from megatron_vapo.models.offload import KINDS, Residence, storages_of
+from megatron_vapo.models.offload import KINDS, Offloader, storages_of
 from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.recipe.layout import packing_multiples
@@ -62,7 +62,7 @@ class Trainable(ABC):
                 fuse_weight_gradients(self.modules)
             self.chunks = [self._distribute(i, module) for i, module in enumerate(self.modules)]
             self._connect_schedule()
-        self.residence = Residence(lambda: storages_of(self.chunks, self.optimizer), role.offload)
+        self.offloader = Offloader(lambda: storages_of(self.chunks, self.optimizer), role.offload)
         self.reset_optimizer()
 
     @abstractmethod
@@ -75,7 +75,7 @@ class Trainable(ABC):
 
     def reset_optimizer(self) -> None:
         """Fresh optimizer states and schedule on the present parameters."""
-        self.residence.ready(*KINDS)
+        self.offloader.ready(*KINDS)
         with self.layout.active():
             self.optimizer = build_optimizer(self.role, self.config, self.chunks)
             self.scheduler = build_scheduler(self.role.optimizer, self.optimizer)
@@ -87,7 +87,7 @@ class Trainable(ABC):
         Args:
             exact: of FP8 parameters the numbers before they were rounded, for the float32 copies.
         """
-        self.residence.ready("parameters", "main_parameters")
+        self.offloader.ready("parameters", "main_parameters")
         with self.layout.active():
             self.optimizer.reload_model_params(self._named(exact) if exact else None)
 
@@ -100,7 +100,7 @@ class Trainable(ABC):
     def forward(self, batch: Experience) -> Outputs:
         """Outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
         micros = self._micro_batches(batch)
-        self.residence.ready("parameters")
+        self.offloader.ready("parameters")
         for chunk in self.chunks:
             chunk.eval()
         parts = self._run(micros, _keep_outputs, forward_only=True)
@@ -113,8 +113,8 @@ class Trainable(ABC):
             Totals of the loss's statistics, with `grad_norm`, `learning_rate` and `skipped` (0 or 1).
         """
         micros = self._micro_batches(minibatch)
-        self.residence.ready("parameters", "gradients")
-        self.residence.to_device("main_parameters", "optimizer")  # behind the passes
+        self.offloader.ready("parameters", "gradients")
+        self.offloader.to_device("main_parameters", "optimizer")  # behind the passes
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -128,7 +128,7 @@ class Trainable(ABC):
             return totals | self._step(totals["loss"])
 
     def _step(self, loss: float) -> dict[str, float]:
-        self.residence.ready("main_parameters", "optimizer")
+        self.offloader.ready("main_parameters", "optimizer")
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         finite = math.isfinite(norm) and math.isfinite(loss)  # both are known to all ranks

@@ -25,7 +25,7 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
     layout = ParallelLayout(recipe.actor, recipe.seed)
     actor = Actor(recipe.actor, inputs.architecture, dtype, layout, temperature)
     load_hf(actor, recipe.model.path)
-    actor.residence.keep()
+    actor.offloader.keep()
     models: dict[str, Trainable] = {"actor": actor}
     if inputs.critic_architecture is not None:
         if layout_sizes(recipe.critic) != layout_sizes(recipe.actor):
@@ -33,7 +33,7 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
         critic = Critic(recipe.critic, inputs.critic_architecture, dtype, layout)
         critic.set_head(recipe.critic.init == "fresh_head", recipe.seed)
         load_hf(critic, recipe.critic.reward_model or recipe.model.path)
-        critic.residence.keep()
+        critic.offloader.keep()
         models["critic"] = critic
     return models
 

@@ -26,7 +26,7 @@ class PhaseMemory:
     @property
     def moves(self) -> bool:
         """Whether anything is ever sent away."""
-        return any(model.residence.moves for model in self._models.values())
+        return any(model.offloader.moves for model in self._models.values())
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -47,13 +47,13 @@ class PhaseMemory:
     def _enter(self, phase: str) -> None:
         self._phase = phase
         for role, model in self._models.items():
-            model.residence.keep(NEEDED.get(phase, {}).get(role, ()))
+            model.offloader.keep(NEEDED.get(phase, {}).get(role, ()))
         torch.cuda.reset_peak_memory_stats()
 
     def _measure(self, phase: str) -> None:
         if phase not in NEEDED:
             return
-        resident = [model.residence.resident() for model in self._models.values()]
+        resident = [model.offloader.resident() for model in self._models.values()]
         found = {kind: sum(of_role[kind] for of_role in resident) for kind in KINDS}
         if torch.cuda.is_available():
             found["allocated"] = torch.cuda.max_memory_allocated()

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReshardPlan:
     """All pieces of one weight sync."""
 
     local: list[Piece]
@@ -105,7 +105,7 @@ def make_plan(
     rollout: list[RolloutShard],
     itemsize: int,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> Plan:
+) -> ReshardPlan:
     """Plan a weight sync from shapes alone.
 
     Args:
@@ -127,7 +127,7 @@ def make_plan(
     targets = {host: shard.parameters for shard in rollout for host in shard.hosts}
     if len(targets) != sum(len(shard.hosts) for shard in rollout):
         raise LayoutError("a rank hosts two rollout ranks: give each its own")
-    return Plan(scheduler.local, scheduler.rounds, targets, itemsize)
+    return ReshardPlan(scheduler.local, scheduler.rounds, targets, itemsize)
 
 
 Holders = dict[Box, list[Place]]

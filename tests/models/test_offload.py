@@ -71,16 +71,16 @@ def content(model: Trainable) -> dict[str, list[bytes]]:
 def test_what_is_away_is_released_and_comes_back_bit_for_bit(make_actor, folder: Path, batch, name: str) -> None:
     model = make(make_actor, folder, name)
     update(model, batch)
-    before, sizes = content(model), model.residence.resident()
+    before, sizes = content(model), model.offloader.resident()
     assert {kind for kind in KINDS if sizes[kind]} == set(KINDS) - (
         {"main_parameters"} if name.startswith("float32") else set()
     )
     parameter = next(model.modules[0].parameters())
-    model.residence.keep()
-    assert set(model.residence.resident().values()) == {0}
+    model.offloader.keep()
+    assert set(model.offloader.resident().values()) == {0}
     assert parameter.untyped_storage().nbytes() == parameter.main_grad.untyped_storage().nbytes() == 0
-    model.residence.ready(*KINDS)
-    assert model.residence.resident() == sizes
+    model.offloader.ready(*KINDS)
+    assert model.offloader.resident() == sizes
     assert content(model) == before
 
 
@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_numbers(make_actor, folder: Path, name: str) -> 
     numbers = sum(p.numel() for p in model.modules[0].parameters())
     itemsize = model.config.params_dtype.itemsize
     expected = {"parameters": itemsize, "gradients": 4, "main_parameters": 4 * (itemsize == 2), "optimizer": 8}
-    for kind, size in model.residence.resident().items():
+    for kind, size in model.offloader.resident().items():
         if model.role.distributed_optimizer and kind in ("parameters", "gradients"):
             assert numbers * expected[kind] <= size <= numbers * expected[kind] * 1.05
         else:
@@ -102,26 +102,26 @@ def test_sizes_are_those_of_the_numbers(make_actor, folder: Path, name: str) -> 
 def test_training_in_between_is_the_same(make_actor, folder: Path, batch, name: str) -> None:
     moved, stays = make(make_actor, folder, name), make(make_actor, folder, name, OffloadConfig())
     for _ in range(3):
-        moved.residence.keep()
-        stays.residence.keep()
+        moved.offloader.keep()
+        stays.offloader.keep()
         assert torch.equal(*(model.forward(batch)[0] for model in (moved, stays)))
-        moved.residence.keep(("parameters",))
+        moved.offloader.keep(("parameters",))
         assert update(moved, batch) == update(stays, batch)
     assert content(moved) == content(stays)
-    moved.residence.keep()
+    moved.offloader.keep()
     tensors = dict(hf_tensors(moved))  # they come back by themselves
     assert [digest(tensor) for tensor in tensors.values()] == [digest(tensor) for _, tensor in hf_tensors(stays)]
-    moved.residence.keep()  # nobody who has looked at them keeps them here
-    assert set(moved.residence.resident().values()) == {0}
+    moved.offloader.keep()  # nobody who has looked at them keeps them here
+    assert set(moved.offloader.resident().values()) == {0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_asked_moves(make_actor, folder: Path, batch, kind: str) -> None:
     model = make(make_actor, folder, "bfloat16, distributed optimizer", replace(OffloadConfig(), **{kind: True}))
-    model.residence.keep()
-    assert [name for name, size in model.residence.resident().items() if size == 0] == [kind]
+    model.offloader.keep()
+    assert [name for name, size in model.offloader.resident().items() if size == 0] == [kind]
     update(model, batch)
-    assert all(model.residence.resident().values())
+    assert all(model.offloader.resident().values())
 
 
 @pytest.mark.parametrize("name", ROLES)
@@ -130,13 +130,13 @@ def test_a_checkpoint_borrows_what_it_writes(make_actor, folder: Path, batch, tm
     update(model, batch)
     before = content(model)
     for role in (model, other):
-        role.residence.keep()
+        role.offloader.keep()
     (tmp_path / "saved").mkdir()
     save_trainable(model, tmp_path / "saved")
     load_trainable(other, tmp_path / "saved")
-    assert {size for role in (model, other) for size in role.residence.resident().values()} == {0}
+    assert {size for role in (model, other) for size in role.offloader.resident().values()} == {0}
     for role in (model, other):
-        role.residence.ready(*KINDS)
+        role.offloader.ready(*KINDS)
     assert content(other) == content(model) == before
     assert update(other, batch) == update(model, batch)
 
@@ -145,9 +145,9 @@ def test_a_fresh_optimizer_while_all_is_away(make_actor, folder: Path, batch) ->
     moved, stays = (make(make_actor, folder, "bfloat16", settings) for settings in (ALL, OffloadConfig()))
     for model in (moved, stays):
         update(model, batch)
-        model.residence.keep()
+        model.offloader.keep()
         model.reset_optimizer()
-        model.residence.keep()
+        model.offloader.keep()
     assert update(moved, batch) == update(stays, batch)
     assert content(moved) == content(stays)
 
@@ -157,7 +157,7 @@ def test_fp8_parameters_count_as_what_they_hold(make_actor, folder: Path, monkey
     first, *rest = model.modules[0].parameters()
     first.get_data_tensors = lambda: (torch.empty(first.shape, dtype=torch.uint8), None)
     monkeypatch.setattr(offload, "is_float8tensor", lambda parameter: parameter is first)
-    assert model.residence.resident()["parameters"] == first.numel() + 4 * sum(p.numel() for p in rest)
+    assert model.offloader.resident()["parameters"] == first.numel() + 4 * sum(p.numel() for p in rest)
 
 
 @given(st.lists(st.integers(0, 5000), max_size=20), st.lists(st.integers(0, 5000), max_size=20))

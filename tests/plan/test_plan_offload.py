@@ -56,7 +56,7 @@ def measured(recipe: Recipe) -> dict[str, dict[str, int]]:
 
 def _resident(models: dict[str, Trainable]) -> Iterator[tuple[str, int]]:
     for role, model in models.items():
-        for kind, size in model.residence.resident().items():
+        for kind, size in model.offloader.resident().items():
             yield f"{role} {kind.replace('_', ' ')}", size
 
 

@@ -17,7 +17,7 @@ from megatron_vapo.errors import LayoutError, TrainingError
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import checksum, verify
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, whole_model
-from megatron_vapo.weights.reshard import Plan, RankPlan, make_plan
+from megatron_vapo.weights.reshard import ReshardPlan, RankPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import FAMILIES, entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
@@ -122,7 +122,7 @@ class Case:
         engines = draw(st.integers(1, self.world // self.rollout_tp))
         self.hosts = self.hosts[: engines * self.rollout_tp]
 
-    def plan(self, rollout: list[RolloutShard]) -> Plan:
+    def plan(self, rollout: list[RolloutShard]) -> ReshardPlan:
         return make_plan(self.a, self.ranks, rollout, self.dtype.itemsize, BUCKET)
 
 
