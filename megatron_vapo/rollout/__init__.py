@@ -40,8 +40,8 @@ class Response:
     """Prompt tokens whose keys and values were there already."""
 
 
-class Place(NamedTuple):
-    """Which of the engines a process asks."""
+class EngineIndex(NamedTuple):
+    """Which of the engines a process asks: number `engine` of `engines`."""
 
     engine: int
     engines: int
@@ -59,7 +59,7 @@ class RolloutEngine(Protocol):
     that are missing, and the whole begins anew at 1, on all processes together.
     """
 
-    place: Place | None
+    index: EngineIndex | None
     """None on a process that hosts an engine but does not ask it."""
     failure: str | None
     """Why it cannot answer before it has been revived and given weights."""

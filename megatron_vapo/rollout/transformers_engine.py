@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import Place, Request, Response
+from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import digest
 from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
@@ -58,14 +58,14 @@ class TransformersEngine:
         self._end_ids = torch.tensor(sorted(end_ids), device=device)
         self._pad_id, self._batch_size, self._device = pad_id, batch_size, device
         self.version = -1
-        self.place = Place(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Place(0, 1)
+        self.index = EngineIndex(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else EngineIndex(0, 1)
         self.failure: str | None = None
         self.asleep = False
         self._aborted = False
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """See `RolloutEngine.takes`."""
-        return whole_model(architecture, list(range(self.place.engines)))
+        return whole_model(architecture, list(range(self.index.engines)))
 
     def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
         """See `RolloutEngine.checks`."""

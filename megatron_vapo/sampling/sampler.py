@@ -123,15 +123,15 @@ class Sampler:
 
     def _count(self, name: str, number: int) -> None:
         """Count what all processes see alike: `metrics` adds up the counts of all."""
-        if self.engine.place is not None and self.engine.place.engine == 0:
+        if self.engine.index is not None and self.engine.index.engine == 0:
             self._counts[name] += number
 
     def _write(self, groups: list[Group], sampling: SamplingConfig, quota: int | None) -> None:
         """Finish all groups, or, with a quota, at least so many. Engines share them by whole groups: the samples of one
         have a common prefix."""
-        place = self.engine.place
-        mine = groups[place.engine :: place.engines] if place else []
-        enough = len(range(place.engine, quota, place.engines)) if place and quota is not None else len(mine)
+        index = self.engine.index
+        mine = groups[index.engine :: index.engines] if index else []
+        enough = len(range(index.engine, quota, index.engines)) if index and quota is not None else len(mine)
         while True:
             self._ask(mine, sampling, enough)
             stop_together(self._overdue())
@@ -207,9 +207,9 @@ class Sampler:
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
         """All processes learn what each one's engine wrote."""
-        shares = [samples for samples in gathered((self.engine.place, mine)) if samples[0] is not None]
-        for place, written in shares:
-            for group, samples in zip(groups[place.engine :: place.engines], written, strict=True):
+        shares = [samples for samples in gathered((self.engine.index, mine)) if samples[0] is not None]
+        for index, written in shares:
+            for group, samples in zip(groups[index.engine :: index.engines], written, strict=True):
                 group.samples = samples
 
     def _pack(self, rows: list[tuple[Prompt, Scored]], samples: int) -> Experience:

@@ -16,9 +16,9 @@ from aiohttp import web
 
 from megatron_vapo.config import RolloutConfig, SamplingConfig, SGLangConfig
 from megatron_vapo.rollout import Request, Response
-from megatron_vapo.rollout.sglang import asking
-from megatron_vapo.rollout.sglang.asking import Asker
+from megatron_vapo.rollout.sglang import requests
 from megatron_vapo.rollout.sglang.client import Connection, ServerFailure, _checked, connect
+from megatron_vapo.rollout.sglang.requests import RequestPool
 from megatron_vapo.rollout.sglang.server import Address
 
 END = 1
@@ -218,7 +218,7 @@ SETTINGS = RolloutConfig(retries=2, sglang=SGLangConfig(concurrency=4, stall_sec
 
 
 class Outcome:
-    """Of one call of `Asker.generate`."""
+    """Of one call of `RequestPool.generate`."""
 
     def __init__(self) -> None:
         self.delivered: dict[int, Response] = {}
@@ -231,7 +231,7 @@ def ask(
     write: Callable[[FakeServer, dict, int], Awaitable[object]],
     requests: int | list[Request],
     settings: RolloutConfig = SETTINGS,
-    meanwhile: Callable[[FakeServer, FakeProcess, Asker], Awaitable[None]] | None = None,
+    meanwhile: Callable[[FakeServer, FakeProcess, RequestPool], Awaitable[None]] | None = None,
 ) -> Outcome:
     """Have a fake server answer, while something else happens."""
     outcome = Outcome()
@@ -241,15 +241,15 @@ def ask(
         outcome.server = FakeServer(write)
         async with outcome.server.up() as url:
             process = FakeProcess(url)
-            asker = Asker(process, settings, (END,), VERSION, outcome.counts)
-            other = asyncio.create_task(meanwhile(outcome.server, process, asker)) if meanwhile else None
+            pool = RequestPool(process, settings, (END,), VERSION, outcome.counts)
+            other = asyncio.create_task(meanwhile(outcome.server, process, pool)) if meanwhile else None
 
             def deliver(item: tuple[int, Response]) -> None:
                 assert item[0] not in outcome.delivered
                 outcome.delivered[item[0]] = item[1]
 
             async with asyncio.timeout(LIMIT_S):
-                outcome.failure = await asker.generate(listed, SamplingConfig(0.7, 0.9), MAX_TOKENS, deliver)
+                outcome.failure = await pool.generate(listed, SamplingConfig(0.7, 0.9), MAX_TOKENS, deliver)
                 if other:
                     await other
 
@@ -259,7 +259,7 @@ def ask(
 
 @pytest.fixture(autouse=True)
 def quick_watch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_WATCH_S", 0.02)
+    monkeypatch.setattr(requests, "_WATCH_S", 0.02)
 
 
 async def at_once(server: FakeServer, body: dict, before: int) -> object:
@@ -388,11 +388,11 @@ def test_an_abort_brings_everything_back(failing_aborts: int) -> None:
         await server.until_aborted(body)
         return answer([7] * (body["input_ids"][0] - 102), "abort")
 
-    async def stop(server: FakeServer, process: FakeProcess, asker: Asker) -> None:
+    async def stop(server: FakeServer, process: FakeProcess, pool: RequestPool) -> None:
         server.failing_aborts = failing_aborts
         while len(server.asked) < 2 + 4:
             await asyncio.sleep(0)
-        asker.stopping = True
+        pool.stopping = True
 
     outcome = ask(write, 12, meanwhile=stop)
     assert outcome.failure is None and not outcome.counts
@@ -446,7 +446,7 @@ def test_a_server_that_ends_is_noticed_at_once() -> None:
     async def write(server: FakeServer, body: dict, before: int) -> object:
         await asyncio.Event().wait()
 
-    async def end(server: FakeServer, process: FakeProcess, asker: Asker) -> None:
+    async def end(server: FakeServer, process: FakeProcess, pool: RequestPool) -> None:
         while len(server.asked) < 2:
             await asyncio.sleep(0)
         process.running = False
@@ -459,7 +459,7 @@ def test_a_server_that_is_gone_is_not_asked_again() -> None:
     async def write(server: FakeServer, body: dict, before: int) -> object:
         return web.Response(status=500)
 
-    async def end(server: FakeServer, process: FakeProcess, asker: Asker) -> None:
+    async def end(server: FakeServer, process: FakeProcess, pool: RequestPool) -> None:
         process.running = False
 
     outcome = ask(write, 1, meanwhile=end)

@@ -27,7 +27,7 @@ from megatron_vapo.observe.progress import Progress
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout import Request, in_order
-from megatron_vapo.rollout.sglang import handover, server
+from megatron_vapo.rollout.sglang import server, weight_update
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.training.run import Run
@@ -83,8 +83,8 @@ def run(start: Callable[..., Run]) -> Iterator[Run]:
 
 
 def processes(run: Run) -> list[psutil.Process]:
-    """Of the server, not its keeper."""
-    return psutil.Process(run.engine._server._keeper.pid).children(recursive=True)
+    """Of the server, not its supervisor."""
+    return psutil.Process(run.engine._server._supervisor.pid).children(recursive=True)
 
 
 def hit(run: Run, number: signal.Signals) -> None:
@@ -193,8 +193,8 @@ def test_a_corrupted_bucket_is_not_trained_on(run: Run, monkeypatch: pytest.Monk
         memory[len(memory) // 2] ^= 1
         return memory, payload
 
-    intact = handover.direct_payload
-    monkeypatch.setattr(handover, "direct_payload", flip_one_bit)
+    intact = weight_update.direct_payload
+    monkeypatch.setattr(weight_update, "direct_payload", flip_one_bit)
     with pytest.raises(TrainingError, match=r"does not hold the actor's model\.[\w.]+weight$"):
         run.sync_weights()
     monkeypatch.undo()
@@ -213,7 +213,7 @@ def test_an_update_that_is_no_update_or_of_another_model_fails(run: Run, monkeyp
         monkeypatch.undo()
         return torch.empty(0), "bm90IGEgcGlja2xl"
 
-    monkeypatch.setattr(handover, "direct_payload", garbage)
+    monkeypatch.setattr(weight_update, "direct_payload", garbage)
     with one_more_restart(run):
         run.sync_weights()
     assert_written_by_the_actor(run, rolled_out(run, 5))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from megatron_vapo.errors import RolloutError
+from megatron_vapo.rollout.sglang import supervisor
 from megatron_vapo.rollout.sglang.server import Address, Server, ServerSettings, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -139,12 +140,14 @@ def _note_earlier_children() -> None:
 
 
 def tree(owner: int) -> list[psutil.Process]:
-    """Keeper, server and the server's three children."""
+    """Supervisor, server and the server's three children."""
     return [process for process in psutil.Process(owner).children(recursive=True) if process not in EARLIER]
 
 
 def server_process(processes: list[psutil.Process]) -> psutil.Process:
-    (server,) = [p for p in processes if "sglang.launch_server" in p.cmdline() and "keeper" not in p.cmdline()[1]]
+    (server,) = [
+        p for p in processes if "sglang.launch_server" in p.cmdline() and supervisor.__file__ not in p.cmdline()
+    ]
     return server
 
 

@@ -24,7 +24,7 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt, PromptOrder
 from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
 from megatron_vapo.rewards.scorer import RewardScorer
-from megatron_vapo.rollout import Place, Request, Response
+from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
 from megatron_vapo.sampling import sampler as sampling_module
@@ -62,7 +62,7 @@ class FakeTokenizer:
         return f"#{int(token_ids.sum()) % 2}"
 
 
-ALONE = Place(0, 1)
+ALONE = EngineIndex(0, 1)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class FakeEngine:
 
     length: Callable[[Request], int]
     each_tick: Callable[[FakeEngine, int], None] = lambda engine, tick: None
-    place: Place | None = ALONE
+    index: EngineIndex | None = ALONE
     width: int = 10**6
     failure: str | None = None
     asleep: bool = False
@@ -588,7 +588,7 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Meeting]:
     return meet
 
 
-PLACES = [Place(0, 3), None, Place(1, 3), Place(2, 3)]
+INDICES = [EngineIndex(0, 3), None, EngineIndex(1, 3), EngineIndex(2, 3)]
 """Four processes, the second of which hosts an engine that the first asks."""
 
 
@@ -597,7 +597,7 @@ def test_engines_share_the_groups_and_all_processes_hold_the_result(meet: Callab
     """Whether or not one of them fails; a process whose engine is well waits for the others, and asks nothing twice."""
     alone = Steps(FakeEngine(some_length))
     expected = [alone.step(1), alone.step(2)]
-    engines = [FakeEngine(some_length, failing((0, 2)) if i == fails else failing(), p) for i, p in enumerate(PLACES)]
+    engines = [FakeEngine(some_length, failing((0, 2)) if i == fails else failing(), p) for i, p in enumerate(INDICES)]
     for engine in engines:
         engine.counts = {"rollout/retries": 1.0, "rollout/prompt_tokens": 10.0, "rollout/cached_prompt_tokens": 4.0}
     steps = [Steps(engine) for engine in engines]
@@ -615,7 +615,7 @@ def test_engines_share_the_groups_and_all_processes_hold_the_result(meet: Callab
         assert metrics == counted and again == {}
     assert {mine.refreshes for mine in steps} == {0 if fails is None else 1}
     assert engines[1].asked == []
-    first = [engine.asked[0] for engine in engines if engine.place]
+    first = [engine.asked[0] for engine in engines if engine.index]
     assert [[PLACE_OF[r.prompt_ids] for r in call[::3]] for call in first] == [[0, 3], [1], [2]]
     for i, engine in enumerate(engines):
         assert len(engine.asked) == (0 if i == 1 else 3 if i == fails else 2)
@@ -624,7 +624,7 @@ def test_engines_share_the_groups_and_all_processes_hold_the_result(meet: Callab
 def test_engines_share_a_quota(meet: Callable[[int], Meeting]) -> None:
     """Four of eight groups over three engines: two, one and one. All carry the same groups on."""
     lengths = by_place(9, 2, 9, 3, 9, 1, 2, 9)
-    steps = [Steps(FakeEngine(lengths, place=p), over_sampling=2.0, partial=True, max_version_lag=1) for p in PLACES]
+    steps = [Steps(FakeEngine(lengths, index=p), over_sampling=2.0, partial=True, max_version_lag=1) for p in INDICES]
 
     def work(mine: Steps) -> Callable[[], object]:
         def run() -> object:
@@ -641,13 +641,13 @@ def test_engines_share_a_quota(meet: Callable[[int], Meeting]) -> None:
     for mine in steps:
         for requests in asked_by_seed(mine.engine).values():
             assert len(requests) <= 2
-    written = [len(r.written) for mine in steps if mine.engine.place for r in mine.engine.asked[1]]
+    written = [len(r.written) for mine in steps if mine.engine.index for r in mine.engine.asked[1]]
     assert any(written)
 
 
 def test_more_engines_than_groups_are_missing(meet: Callable[[int], Meeting]) -> None:
     """An engine without a share of the quota begins nothing."""
-    engines = [FakeEngine(by_place(2), place=Place(i, 6)) for i in range(6)]
+    engines = [FakeEngine(by_place(2), index=EngineIndex(i, 6)) for i in range(6)]
     steps = [Steps(engine, over_sampling=1.5) for engine in engines]
     results = meet(6).run([lambda mine=mine: prompts_of(mine.step(1)[1]) for mine in steps])
     assert results == [[0, 1, 2, 3]] * 6
@@ -656,14 +656,14 @@ def test_more_engines_than_groups_are_missing(meet: Callable[[int], Meeting]) ->
 
 def test_discarded_responses_are_counted_once(meet: Callable[[int], Meeting]) -> None:
     lengths = by_place(10, 2)
-    steps = [Steps(FakeEngine(lengths, place=p), over_sampling=1.5, partial=True, max_version_lag=1) for p in PLACES]
+    steps = [Steps(FakeEngine(lengths, index=p), over_sampling=1.5, partial=True, max_version_lag=1) for p in INDICES]
     work = [lambda mine=mine: (mine.step(1), mine.step(4), mine.sampler.metrics())[2] for mine in steps]
     # The second and the third engine had completed a group more than their share, of three samples each.
     assert [metrics["rollout/discarded"] for metrics in meet(4).run(work)] == [6] * 4
 
 
 def test_tokens_are_counted_once(meet: Callable[[int], Meeting]) -> None:
-    engines = [FakeEngine(some_length, place=place) for place in PLACES]
+    engines = [FakeEngine(some_length, index=index) for index in INDICES]
     steps = [Steps(engine, over_sampling=1.5, dynamic_sampling=True) for engine in engines]
     results = meet(4).run([lambda mine=mine: (mine.step(1), mine.sampler.metrics())[1] for mine in steps])
     written = sum(engine.written for engine in engines)

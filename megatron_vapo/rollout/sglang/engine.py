@@ -26,13 +26,13 @@ from torch import Tensor
 
 from megatron_vapo.config import RolloutConfig, SamplingConfig
 from megatron_vapo.errors import RolloutError
-from megatron_vapo.rollout import Place, Request, Response
-from megatron_vapo.rollout.sglang.asking import Asker
+from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.rollout.sglang.client import EventLoop, ServerFailure, connect
-from megatron_vapo.rollout.sglang.handover import Handover, Way
 from megatron_vapo.rollout.sglang.launch import server_settings
 from megatron_vapo.rollout.sglang.payload import buckets
+from megatron_vapo.rollout.sglang.requests import RequestPool
 from megatron_vapo.rollout.sglang.server import Address, Server
+from megatron_vapo.rollout.sglang.weight_update import Way, WeightUpdater
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_parameters, sglang_shards, whole_model
 
@@ -69,7 +69,7 @@ class SGLangEngine:
         self._leads = self._host == 0
         self._leaders = list(range(0, size, hosts))
         self._hosts = _group_of_hosts(engine, hosts, size) if self._colocated else None
-        self.place = Place(engine, size // hosts) if self._leads else None
+        self.index = EngineIndex(engine, size // hosts) if self._leads else None
         self.failure: str | None = "not started yet"
         self.asleep = False
         self.version = -1
@@ -78,11 +78,11 @@ class SGLangEngine:
         self._launch = server_settings(settings, model_path, dtype, device, log_folder / f"rollout_{engine}.log")
         self._server: Server | None = None
         self._address: Address | None = None
-        self._handover: Handover | None = None
+        self._updater: WeightUpdater | None = None
         self._starts = 0
         self._loop = EventLoop()
         self._counts: Counter[str] = Counter()
-        self._asker: Asker | None = None
+        self._pool: RequestPool | None = None
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """See `RolloutEngine.takes`."""
@@ -105,11 +105,11 @@ class SGLangEngine:
         known = self._address
         if self._leads and self.failure is not None:
             if self._starts:
-                logger.warning("rollout engine %d is started anew: %s", self.place.engine, self.failure)
+                logger.warning("rollout engine %d is started anew: %s", self.index.engine, self.failure)
             problem = self._start()
         self._address = self._from_leader(self._address)
         if self._address != known:
-            self._handover = Handover(
+            self._updater = WeightUpdater(
                 self._way,
                 self._host,
                 self._settings.tensor_parallel,
@@ -156,9 +156,9 @@ class SGLangEngine:
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Response]]:
         """See `RolloutEngine.generate`."""
-        self._asker = Asker(self._server, self._settings, self._end_ids, self.version, self._counts)
+        self._pool = RequestPool(self._server, self._settings, self._end_ids, self.version, self._counts)
         finished: queue.SimpleQueue[tuple[int, Response] | None] = queue.SimpleQueue()
-        work = self._loop.start(self._asker.generate(requests, sampling, max_tokens, finished.put))
+        work = self._loop.start(self._pool.generate(requests, sampling, max_tokens, finished.put))
         work.add_done_callback(lambda _: finished.put(None))
         while (item := finished.get()) is not None:
             on_tokens(len(item[1].token_ids))
@@ -169,8 +169,8 @@ class SGLangEngine:
 
     def abort(self) -> None:
         """See `RolloutEngine.abort`."""
-        if self._asker is not None:
-            self._asker.stopping = True
+        if self._pool is not None:
+            self._pool.stopping = True
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; on a device that cannot release, the same calls are made and nothing is freed."""
@@ -196,7 +196,7 @@ class SGLangEngine:
     def _start(self) -> str | None:
         if self._starts > self._settings.sglang.max_restarts:
             return (
-                f"rollout engine {self.place.engine} failed {self._starts} times (rollout.sglang.max_restarts): "
+                f"rollout engine {self.index.engine} failed {self._starts} times (rollout.sglang.max_restarts): "
                 f"{self.failure}; the end of {self._launch.log}:\n{self._server.last_lines() if self._server else ''}"
             )
         self._counts["rollout/restarts"] += bool(self._starts)
@@ -225,7 +225,7 @@ class SGLangEngine:
 
     async def _hand_over(self, bucket: list[tuple[str, Tensor]]) -> None:
         async with connect(self._address) as server:
-            await self._handover.send(server, bucket)
+            await self._updater.send(server, bucket)
 
     async def _close_update(self, version: int) -> None:
         await self._call("/end_weight_update", {})

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from megatron_vapo.errors import RolloutError
-from megatron_vapo.rollout.sglang import keeper
+from megatron_vapo.rollout.sglang import supervisor
 
 _PORT_ATTEMPTS = 5
 _POLL_S = 0.2
@@ -66,7 +66,7 @@ class Server:
         for _ in range(_PORT_ATTEMPTS):
             self.address = Address(f"http://127.0.0.1:{(choose_port or free_port)()}", secrets.token_hex(32))
             self._log_start = settings.log.stat().st_size if settings.log.exists() else 0
-            self._keeper = self._launch()
+            self._supervisor = self._launch()
             if self._wait(answers):
                 return
             if not self._port_was_taken():
@@ -76,16 +76,17 @@ class Server:
 
     @property
     def running(self) -> bool:
-        return self._keeper.poll() is None
+        return self._supervisor.poll() is None
 
     def stop(self) -> None:
         """Kill the server and all its processes; returns when they are gone."""
-        self._keeper.stdin.close()
-        self._keeper.wait()
+        self._supervisor.stdin.close()
+        self._supervisor.wait()
 
     def resident_bytes(self) -> int:
         """Host memory of the server's processes."""
-        return sum(process.memory_info().rss for process in psutil.Process(self._keeper.pid).children(recursive=True))
+        processes = psutil.Process(self._supervisor.pid).children(recursive=True)
+        return sum(process.memory_info().rss for process in processes)
 
     def last_lines(self, count: int = 15) -> str:
         """Of its log, since it was started last."""
@@ -99,8 +100,10 @@ class Server:
         words = ["--host", "127.0.0.1", "--port", port]
         for name, value in self._settings.arguments.items():
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        # -P: this folder, of which a module is called requests, is not to be searched for imports.
+        supervised = [sys.executable, "-P", supervisor.__file__, self._settings.log]
         process = subprocess.Popen(
-            [sys.executable, keeper.__file__, self._settings.log, self._settings.python, "-m", _SERVER, *words],
+            [*supervised, self._settings.python, "-m", _SERVER, *words],
             stdin=subprocess.PIPE,
             env=_inherited() | dict(self._settings.environment),
             start_new_session=True,  # signals to the trainer's group are the trainer's to answer

@@ -1,4 +1,4 @@
-"""Three ways of weights into a server: its own shards, whole tensors in a flat bucket, or a broadcast."""
+"""Sends weights into a server in one of three ways: its own shards, whole tensors in a flat bucket, or a broadcast."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from megatron_vapo.rollout.sglang.update_group import UpdateGroup
 Way = Literal["direct", "flattened_bucket", "distributed"]
 
 
-class Handover:
-    """Of one process, to one server, for as long as that runs.
+class WeightUpdater:
+    """Sends one process's weights to one server; make a new one when the server restarts.
 
     Args:
         rank: the server's rank that this process hosts (way=direct).

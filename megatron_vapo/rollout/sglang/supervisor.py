@@ -1,4 +1,6 @@
-"""Runs a rollout server for no longer than its trainer lives: `python keeper.py LOG COMMAND...`, the API key on stdin.
+"""The process that runs a rollout server for no longer than its trainer lives.
+
+It is started as `python supervisor.py LOG COMMAND...`, with the API key on stdin.
 
 1. The server gets its key in a file that only its user can read: arguments are public in process lists.
 2. Its output goes to LOG with the key blotted out, for SGLang prints its settings.
@@ -37,7 +39,7 @@ def main(log_path: str, command: list[str]) -> int:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_keeper,
+            preexec_fn=_die_with_supervisor,
         )
         threading.Thread(target=_end_with_trainer, args=(server,), daemon=True).start()
         ending = threading.Thread(target=_end_with_server, args=(server,))
@@ -48,7 +50,7 @@ def main(log_path: str, command: list[str]) -> int:
     return server.wait()
 
 
-def _die_with_keeper() -> None:
+def _die_with_supervisor() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

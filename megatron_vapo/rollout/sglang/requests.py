@@ -22,7 +22,7 @@ _WATCH_S = 1.0
 _numbers = itertools.count()
 
 
-class Asker:
+class RequestPool:
     """Has a server answer one list of requests.
 
     Args:
