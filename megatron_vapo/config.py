@@ -5,6 +5,7 @@ A recipe is a YAML file that chooses values for these dataclasses (`megatron_vap
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,6 +38,12 @@ class OptimizerConfig:
     """Bound on the global gradient norm; 0 turns clipping off."""
 
 
+FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""What the sizes of a linear layer, and the tokens on a rank, must be a multiple of in each FP8 recipe (Transformer
+Engine's `assert_dim_for_fp8_exec`, Megatron Core's `get_align_size_for_quantization`). Blockwise products take 16 too,
+but what is no multiple of 128 travels between tensor-parallel ranks in 16 bits instead of 8."""
+
+
 @dataclass
 class PrecisionConfig:
     """Numbers that a role's linear layers compute with. Embeddings, norms, router and head keep `model.dtype`;
@@ -58,6 +65,16 @@ class PrecisionConfig:
     """Hold the linear layers' weights as FP8 too; the optimizer's main parameters keep what they lose."""
     emulate: bool = False
     """Round to FP8's numbers in PyTorch instead of computing in FP8: slow, for any device, to see what FP8 does."""
+
+    @property
+    def computes_in_fp8(self) -> bool:
+        """Whether products are really computed in FP8, not emulated."""
+        return self.linear == "fp8" and not self.emulate
+
+    @property
+    def token_multiple(self) -> int:
+        """The number that must divide a micro-batch's tokens on each tensor- and context-parallel rank."""
+        return FP8_MULTIPLES[self.recipe] if self.linear == "fp8" else 1
 
 
 @dataclass
@@ -104,6 +121,15 @@ class RoleConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def packing_multiples(self) -> tuple[int, int]:
+        """Two numbers that layout and precision ask of micro-batches: each sequence is padded to a multiple of the
+        first, and the sequences of a micro-batch together to a multiple of both numbers' product."""
+        # Context parallelism gives each rank two chunks of every sequence, sequence parallelism a part of those.
+        chunks = 2 if self.context_parallel > 1 else 1
+        parts = self.tensor_parallel if self.sequence_parallel else 1
+        return chunks * self.context_parallel, parts * math.lcm(self.precision.token_multiple, chunks) // chunks
 
 
 @dataclass

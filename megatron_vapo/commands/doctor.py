@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_vapo.recipe.precision import MULTIPLES, fp8_refusal
+from megatron_vapo.config import FP8_MULTIPLES
+from megatron_vapo.recipe.precision import fp8_refusal
 from megatron_vapo.runtime.kernels import Found, apex_wgrad_kernel, choose, nvidia_apex
 from megatron_vapo.runtime.versions import MEGATRON_VERSIONS
 
@@ -250,7 +251,7 @@ def check_communication(machine: Machine) -> Check:
 
 
 def check_fp8(machine: Machine) -> Check:
-    refusals = {recipe: fp8_refusal(recipe, found_on(machine)) for recipe in MULTIPLES}
+    refusals = {recipe: fp8_refusal(recipe, found_on(machine)) for recipe in FP8_MULTIPLES}
     possible = [recipe for recipe, refusal in refusals.items() if refusal is None]
     if possible:
         return Check("FP8", "ok", f"through Transformer Engine: {', '.join(possible)}")

@@ -13,7 +13,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vapo import config as settings
-from megatron_vapo.recipe.precision import runs_in_fp8
 
 _FOREVER = 1 << 62
 
@@ -35,7 +34,7 @@ def build_optimizer(
         bf16=config.bf16,
         params_dtype=config.params_dtype,
         use_distributed_optimizer=role.distributed_optimizer,
-        fp8_recipe=role.precision.recipe if runs_in_fp8(role.precision) else None,
+        fp8_recipe=role.precision.recipe if role.precision.computes_in_fp8 else None,
     )
     optimizer = get_megatron_optimizer(
         megatron,

@@ -30,7 +30,6 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.offload import KINDS, Offloader, storages_of
 from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.transformer_config import transformer_config
-from megatron_vapo.recipe.layout import packing_multiples
 from megatron_vapo.runtime.collectives import gathered
 from megatron_vapo.runtime.kernels import machine_backend
 from megatron_vapo.weights.architecture import Architecture
@@ -149,7 +148,7 @@ class Trainable(ABC):
     def packing(self) -> PackingRule:
         """What this layout asks of micro-batches."""
         role = self.role
-        sequence_multiple, total_multiple = packing_multiples(role)
+        sequence_multiple, total_multiple = role.packing_multiples
         return PackingRule(
             token_budget=role.micro_batch_tokens,
             sequence_multiple=sequence_multiple,

@@ -6,7 +6,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_vapo.config import PrecisionConfig, RoleConfig
-from megatron_vapo.recipe.precision import runs_in_fp8
 from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
 
@@ -93,7 +92,7 @@ def _experts(a: Architecture, role: RoleConfig, backend: Backend) -> dict[str, o
 def _precision(precision: PrecisionConfig) -> dict[str, object]:
     """FP8 covers the linear layers of transformer layers: Megatron opens its context around those alone, and router,
     embeddings and output layer are none of Transformer Engine's."""
-    if not runs_in_fp8(precision):
+    if not precision.computes_in_fp8:
         return {}
     return {
         "fp8": precision.format,

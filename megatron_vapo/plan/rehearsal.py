@@ -40,7 +40,6 @@ from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.models.transformer_config import transformer_config
-from megatron_vapo.recipe.layout import packing_multiples
 from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
 
@@ -274,7 +273,7 @@ def _attend(
 
 def _longest_micro_batch(role: RoleConfig) -> tuple[MicroBatch, PackedSequences]:
     """One sequence as long as the budget allows, all of it response: the most that a micro-batch can take."""
-    unit = math.prod(packing_multiples(role))
+    unit = math.prod(role.packing_multiples)
     tokens = max(role.micro_batch_tokens // unit, 1) * unit
     rows = torch.arange(tokens - 1)
     whole = MicroBatch(

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.errors import LayoutError
-from megatron_vapo.recipe.precision import token_multiple
 from megatron_vapo.weights.architecture import Architecture
-
-
-def packing_multiples(role: RoleConfig) -> tuple[int, int]:
-    """What layout and precision ask of micro-batches: each sequence is padded to a multiple of the first number, and
-    the sequences of a micro-batch together to a multiple of both numbers' product."""
-    # Context parallelism gives each rank two chunks of every sequence, sequence parallelism each rank a part of those.
-    chunks = 2 if role.context_parallel > 1 else 1
-    sequence = chunks * role.context_parallel
-    parts = role.tensor_parallel if role.sequence_parallel else 1
-    return sequence, parts * math.lcm(token_multiple(role.precision), chunks) // chunks
 
 
 def check_world(name: str, role: RoleConfig, world_size: int) -> None:

@@ -8,30 +8,16 @@ from __future__ import annotations
 
 from packaging.version import Version
 
-from megatron_vapo.config import PrecisionConfig, RoleConfig
+from megatron_vapo.config import FP8_MULTIPLES, PrecisionConfig, RoleConfig
 from megatron_vapo.errors import LayoutError, MachineError, RecipeError
 from megatron_vapo.runtime.kernels import Found
 from megatron_vapo.weights.architecture import Architecture
-
-MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-"""Of a linear layer's sizes and of the tokens on a rank. Blockwise products take 16 too, but what is no multiple of 128
-travels between tensor-parallel ranks in 16 bits instead of 8."""
 
 _CAPABILITIES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 _TRANSFORMER_ENGINES = {"delayed": "2.0", "tensorwise": "2.2", "blockwise": "2.3", "mxfp8": "2.1"}
 _BLOCKWISE_CUDA = "12.9"
 _NO_MXFP8 = (12, 0)
 """Capability from which on (workstations) MXFP8 is missing again."""
-
-
-def token_multiple(precision: PrecisionConfig) -> int:
-    """The tokens of a micro-batch on each tensor- and context-parallel rank are a multiple of this."""
-    return MULTIPLES[precision.recipe] if precision.linear == "fp8" else 1
-
-
-def runs_in_fp8(precision: PrecisionConfig) -> bool:
-    """Whether products are really computed in FP8, not emulated."""
-    return precision.linear == "fp8" and not precision.emulate
 
 
 def validate_precision(name: str, role: RoleConfig, dtype: str) -> None:
@@ -51,7 +37,7 @@ def validate_precision(name: str, role: RoleConfig, dtype: str) -> None:
             f"{key}.recipe=delayed cannot keep first_layers or last_layers in model.dtype: its scales are exchanged "
             "for all layers at once; set both to 0, or take tensorwise"
         )
-    if runs_in_fp8(precision) and dtype != "bfloat16":
+    if precision.computes_in_fp8 and dtype != "bfloat16":
         raise RecipeError(f"{key}.linear=fp8 needs model.dtype=bfloat16 (or {key}.emulate=true), not {dtype}")
     if precision.fp8_parameters:
         _validate_parameters(key, role)
@@ -97,7 +83,7 @@ def check_precision(name: str, role: RoleConfig, architecture: Architecture) -> 
             f"{name}.precision.fp8_parameters=true: not with experts, whose weights Megatron tells apart by "
             "no name of their own when it fills the optimizer's main parameters: set it to false"
         )
-    multiple = MULTIPLES[precision.recipe]
+    multiple = FP8_MULTIPLES[precision.recipe]
     for what, size in () if precision.emulate else _sizes(role, a):
         if size % multiple:
             raise LayoutError(
@@ -125,7 +111,7 @@ def check_machine(name: str, precision: PrecisionConfig, found: Found) -> None:
     Raises:
         MachineError: says what is missing, and what is there.
     """
-    refusal = fp8_refusal(precision.recipe, found) if runs_in_fp8(precision) else None
+    refusal = fp8_refusal(precision.recipe, found) if precision.computes_in_fp8 else None
     if refusal is not None:
         raise MachineError(
             f"{name}.precision.recipe={precision.recipe} needs {refusal}. Without, {name}.precision.emulate=true shows "

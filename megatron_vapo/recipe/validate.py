@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_vapo.config import Recipe, RoleConfig
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.recipe.layout import packing_multiples
 from megatron_vapo.recipe.precision import validate_precision
 
 
@@ -181,7 +180,7 @@ def _validate_role(name: str, role: RoleConfig) -> None:
             f"{name}.offload.parameters cannot move FP8 parameters, which Transformer Engine keeps in several tensors "
             f"each: turn it or {name}.precision.fp8_parameters off"
         )
-    unit = math.prod(packing_multiples(role))
+    unit = math.prod(role.packing_multiples)
     if role.virtual_pipeline and role.micro_batch_tokens % unit:
         raise RecipeError(
             f"{name}.micro_batch_tokens={role.micro_batch_tokens}: every micro-batch has this length under "

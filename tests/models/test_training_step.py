@@ -272,7 +272,7 @@ def test_padding_to_what_fp8_needs_changes_nothing(
         return micro
 
     expected = plain.forward(batch)
-    monkeypatch.setattr(trainable, "packing_multiples", lambda _: (1, multiple))
+    monkeypatch.setattr(RoleConfig, "packing_multiples", property(lambda _: (1, multiple)))
     monkeypatch.setattr(trainable, "pack", pack_to_multiple)
     for mine, other in zip(expected, padded.forward(batch), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,6 @@ import pytest
 
 from megatron_vapo.config import PrecisionConfig, RoleConfig
 from megatron_vapo.errors import LayoutError, MachineError, RecipeError
-from megatron_vapo.recipe.layout import packing_multiples
 from megatron_vapo.recipe.precision import check_machine, check_precision, validate_precision
 from megatron_vapo.runtime.kernels import Found
 from megatron_vapo.weights.architecture import read_architecture
@@ -138,9 +137,8 @@ def test_machines_that_can():
 @pytest.mark.parametrize("cp", [1, 2, 4])
 def test_tokens_of_every_rank_are_multiples(recipe, tp, sp, cp):
     precision = PrecisionConfig() if recipe is None else replace(FP8, recipe=recipe)
-    sequence, total = packing_multiples(
-        role(precision, tensor_parallel=tp, sequence_parallel=sp and tp > 1, context_parallel=cp)
-    )
+    layout = role(precision, tensor_parallel=tp, sequence_parallel=sp and tp > 1, context_parallel=cp)
+    sequence, total = layout.packing_multiples
     parts = cp * (tp if sp and tp > 1 else 1)
     needed = {None: 1, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}[recipe]
     assert sequence == (2 * cp if cp > 1 else 1)
