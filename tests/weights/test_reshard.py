@@ -17,7 +17,7 @@ from megatron_vapo.errors import LayoutError, TrainingError
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import checksum, verify
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, whole_model
-from megatron_vapo.weights.reshard import ReshardPlan, RankPlan, make_plan
+from megatron_vapo.weights.reshard import RankPlan, ReshardPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import FAMILIES, entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
