@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, Progress, checkpoints, refuse_damaged
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, refuse_damaged
 from megatron_vapo.config import ActorConfig, CheckpointConfig
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models.layout import ParallelLayout, init_world
@@ -317,7 +317,7 @@ def saving_seconds(folder: Path) -> dict[str, float]:
         saved = Checkpoints(folder / "saving", settings, {"actor": actor}, "", lambda text: None)
         for step in range(5):
             began = time.perf_counter()
-            saved.save(Progress(pretraining_done=True, steps=step + (10 if kind == "async" else 0)), [], {})
+            saved.save(RunState(pretraining_done=True, steps=step + (10 if kind == "async" else 0)), [], {})
             seconds[kind].append(time.perf_counter() - began)
             saved.settle(wait=True)
             if kind == "async":

@@ -30,7 +30,7 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.layout import init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.observe.metrics import read_metrics
-from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.plan.memory import PHASES
 from megatron_vapo.plan.work import forward_flops
 from megatron_vapo.recipe.load import load_recipe
@@ -161,7 +161,7 @@ def _trained(
     run_dir = _run_folder(work, name)
     overrides = [*_settings(work, shape), *settings, f"name={name}", f"run_dir={run_dir}", f"steps={steps}"]
     recipe = load_recipe(ROOT / "recipes" / "parts" / "vapo.yaml", overrides)
-    with _opened(recipe) as run, run.display.phase("train", total=steps) as run.phase:
+    with _opened(recipe) as run, run.display.bar("train", total=steps) as run.bar:
         for step in range(1, steps + 1):
             _step(run, step)
     records = read_metrics(run_dir, "train")
@@ -201,7 +201,7 @@ def _opened(recipe: Recipe) -> Iterator[Run]:
     init_world()
     open_run_folder(recipe, restart=True)
     with (
-        Progress(Console(quiet=True), quiet=True) as display,
+        ProgressDisplay(Console(quiet=True), quiet=True) as display,
         Interrupt(recipe.limits) as interrupt,
         Watchdog(recipe.limits, interrupt, recipe.run_dir) as watchdog,
     ):

@@ -33,14 +33,14 @@ from megatron_vapo.config import CheckpointConfig
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.checkpointing import Save, load_trainable
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.runtime.collectives import any_rank, gathered, on_first_rank
+from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first_rank
 from megatron_vapo.runtime.manifest import Entry, damage, describe, read_manifest, seal, sync
 
 _NAME = re.compile(r"(step|pretrain)_\d{6,}")
 
 
 @dataclass
-class Progress:
+class RunState:
     """How far a run has come, as of the end of its last finished step."""
 
     pretraining_steps: int = 0
@@ -94,8 +94,8 @@ class Checkpoints:
         """Whether a checkpoint is under way."""
         return self._pending is not None
 
-    def save(self, progress: Progress, unfinished: list[dict[str, Any]], generators: dict[str, Any]) -> None:
-        """Start a checkpoint, unless there is one of this very progress. Returns once tensors are copied to the host,
+    def save(self, state: RunState, unfinished: list[dict[str, Any]], generators: dict[str, Any]) -> None:
+        """Start a checkpoint, unless there is one of this very state. Returns once tensors are copied to the host,
         or, without `checkpoint.async_save`, once it is complete. Waits for the one before.
 
         Args:
@@ -106,28 +106,28 @@ class Checkpoints:
             MachineError: it, or the one before, could not be written, and `checkpoint.failed_save` is stop.
         """
         self.settle(wait=True)
-        part = self.folder / f"{progress.name}.part"
-        final = self.folder / progress.name
-        if on_first_rank(lambda: final.exists() and read_progress(final) == progress):
+        part = self.folder / f"{state.name}.part"
+        final = self.folder / state.name
+        if on_first_rank(lambda: final.exists() and read_state(final) == state):
             return
-        of_all = gathered(generators)
+        of_all = gather_objects(generators)
         try:
-            on_first_rank(lambda: self._begin(part, progress, {"unfinished": unfinished, "generators": of_all}))
+            on_first_rank(lambda: self._begin(part, state, {"unfinished": unfinished, "generators": of_all}))
         except OSError as error:
             self._failed(part, first_line(error))
             return
         saves = [Save(model, part / role) for role, model in self._models.items()]
-        self._pending = _Pending(part, final, replace(progress), saves)
+        self._pending = _Pending(part, final, replace(state), saves)
         if self._settings.async_save:
             self._pending.thread.start()
         else:
             self._pending.write()
 
-    def settle(self, wait: bool) -> Progress | None:
+    def settle(self, wait: bool) -> RunState | None:
         """Give the checkpoint under way its name if all ranks have written their part, or wait until they have.
 
         Returns:
-            The progress that it holds, where one was completed.
+            The state that it holds, where one was completed.
 
         Raises:
             MachineError: it could not be written, and `checkpoint.failed_save` is stop.
@@ -140,7 +140,7 @@ class Checkpoints:
         if any_rank(not pending.done.is_set()):
             return None
         self._pending = None
-        described = gathered((pending.described, pending.error))
+        described = gather_objects((pending.described, pending.error))
         for rank, (_, error) in enumerate(described):
             if error:
                 self._failed(pending.part, f"rank {rank}: {error}")
@@ -154,13 +154,13 @@ class Checkpoints:
             self._failed(pending.part, first_line(error))
             return None
         self._note(f"checkpoint saved: {pending.final}")
-        return pending.progress
+        return pending.state
 
-    def load(self) -> tuple[Progress, list[dict[str, Any]], dict[str, Any] | None] | None:
+    def load(self) -> tuple[RunState, list[dict[str, Any]], dict[str, Any] | None] | None:
         """Restore models from the newest checkpoint.
 
         Returns:
-            Progress, unfinished groups, this rank's generators (None: other processes left them); None where there is
+            state, unfinished groups, this rank's generators (None: other processes left them); None where there is
             no checkpoint.
 
         Raises:
@@ -183,13 +183,13 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: no checkpoint is left that is whole; --restart trains anew")
         return None
 
-    def _begin(self, part: Path, progress: Progress, sampling: dict[str, Any]) -> None:
+    def _begin(self, part: Path, state: RunState, sampling: dict[str, Any]) -> None:
         """On the first rank: the folder with all that is small."""
         self._check_space()
         shutil.rmtree(part, ignore_errors=True)
         for role in self._models:
             (part / role).mkdir(parents=True)
-        (part / "state.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
+        (part / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
         (part / "recipe.yaml").write_text(self._recipe, encoding="utf-8")
         torch.save(sampling, part / "sampling.pt")
 
@@ -226,7 +226,7 @@ class Checkpoints:
             raise MachineError(f"{text}. checkpoint.failed_save=continue would train on")
         self._note(f"WARNING: {text}")
 
-    def _load(self, checkpoint: Path) -> tuple[Progress, list[dict[str, Any]], dict[str, Any] | None]:
+    def _load(self, checkpoint: Path) -> tuple[RunState, list[dict[str, Any]], dict[str, Any] | None]:
         for role, model in self._models.items():
             load_trainable(model, checkpoint / role)
         unfinished, generators = torch.load(checkpoint / "sampling.pt", weights_only=True).values()
@@ -234,15 +234,15 @@ class Checkpoints:
         self._note(f"resumed from {checkpoint}")
         if len(generators) != dist.get_world_size():
             self._note(f"{len(generators)} processes before, {dist.get_world_size()} now: global generators start anew")
-            return read_progress(checkpoint), unfinished, None
-        return read_progress(checkpoint), unfinished, generators[dist.get_rank()]
+            return read_state(checkpoint), unfinished, None
+        return read_state(checkpoint), unfinished, generators[dist.get_rank()]
 
 
 class _Pending:
     """A checkpoint under way, and the thread that writes this rank's part of it."""
 
-    def __init__(self, part: Path, final: Path, progress: Progress, saves: list[Save]) -> None:
-        self.part, self.final, self.progress, self.saves = part, final, progress, saves
+    def __init__(self, part: Path, final: Path, state: RunState, saves: list[Save]) -> None:
+        self.part, self.final, self.state, self.saves = part, final, state, saves
         self.described: dict[str, Entry] = {}
         self.error: str | None = None
         self.done = threading.Event()
@@ -271,7 +271,7 @@ def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:
     """Those that rotation leaves: the newest, the best by held-out accuracy, and every n-th."""
     found = checkpoints(folder)
     kept = set(found[-settings.keep :])
-    states = {path: read_progress(path) for path in found if path.name.startswith("step_")}
+    states = {path: read_state(path) for path in found if path.name.startswith("step_")}
     if settings.keep_best:
         evaluated = {p: s.accuracy_after for p, s in states.items() if s.evaluated_at == s.steps and s.accuracy_after}
         kept |= set(sorted(evaluated, key=lambda path: (evaluated[path], path))[-1:])
@@ -301,15 +301,15 @@ def find_damage(checkpoint: Path) -> list[str]:
         found += damage(checkpoint, entries[rank::world])
     except (ValueError, OSError) as error:
         found = [str(error)] if rank == 0 else []
-    return [line for share in gathered(found) for line in share]
+    return [line for share in gather_objects(found) for line in share]
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """The progress that a checkpoint holds."""
+def read_state(checkpoint: Path) -> RunState:
+    """The state that a checkpoint holds."""
     path = checkpoint / "state.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+        return RunState(**{f.name: saved[f.name] for f in fields(RunState)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's state: {first_line(error)}") from error
 

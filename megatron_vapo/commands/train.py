@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from megatron_vapo.checkpoint.run_folder import open_run_folder, sole_use
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError, RolloutError
-from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.report import plot_curves, write_summary
 from megatron_vapo.recipe.precision import check_machine
 from megatron_vapo.recipe.preflight import Inputs, read_inputs, world_size
@@ -84,7 +84,7 @@ def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable
     from megatron_vapo.training.run import Run
 
     with (
-        Progress(console, quiet=not first_process()) as display,
+        ProgressDisplay(console, quiet=not first_process()) as display,
         Interrupt(recipe.limits) as interrupt,
         Watchdog(recipe.limits, interrupt, recipe.run_dir) as watchdog,
         name_machine_errors(watchdog),
@@ -95,7 +95,7 @@ def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable
         finally:
             run.close()
         run.leave_groups()  # never after an error: other processes may be gone
-    return asdict(run.progress) if finished else None
+    return asdict(run.state) if finished else None
 
 
 def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
@@ -122,7 +122,7 @@ def _train(run: Run) -> None:
     if run.first_rank:
         write_summary(
             run.folder,
-            **asdict(run.progress),
+            **asdict(run.state),
             export=str(export),
             seconds={k.split("/")[1]: v for k, v in run.timer.run_seconds().items() if k.startswith("seconds/")},
         )
@@ -132,7 +132,7 @@ def _train(run: Run) -> None:
 def _pretrain(run: Run) -> None:
     from megatron_vapo.training.loop import pretrain_critic
 
-    if not run.progress.pretraining_done:
+    if not run.state.pretraining_done:
         pretrain_critic(run)
     run.settle(wait=True)
     run.display.note(f"critic: {run.folder / 'critic_pretrained'}")

@@ -16,7 +16,7 @@ from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.megatron_versions import load_checkpoint, save_request
 from megatron_vapo.models.offload import SAVED
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.runtime.collectives import gathered, on_first_rank
+from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
 from megatron_vapo.weights.torch_dist import TorchDistReader
 
 
@@ -78,7 +78,7 @@ def save_trainable(model: Trainable, folder: Path) -> None:
     """
     save = Save(model, folder)
     save.write()
-    for rank, error in enumerate(gathered(save.error)):
+    for rank, error in enumerate(gather_objects(save.error)):
         if error is not None:
             raise MachineError(f"{folder}: could not be written by rank {rank}: {first_line(error)}")
     save.finish()

@@ -19,7 +19,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_vapo.config import RoleConfig
-from megatron_vapo.runtime.collectives import talk_over_gloo
+from megatron_vapo.runtime.collectives import use_gloo_for_control
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -38,7 +38,7 @@ def init_world() -> None:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if backend == "nccl":
-        talk_over_gloo()
+        use_gloo_for_control()
     else:
         # Gloo's threads must have ended before C++ takes its objects down, else a finished process may yet abort.
         atexit.register(_leave_world)

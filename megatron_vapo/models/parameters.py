@@ -13,7 +13,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
 from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.runtime.collectives import gathered
+from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, table_name, unshard
 from megatron_vapo.weights.training_layout import TrainingRank
@@ -85,7 +85,7 @@ def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
         experts = parallel_state.get_expert_tensor_parallel_group()
         names = frozenset(_held_parameters(model))
     mine = TrainingRank(names, model.layout.tp_rank, model.layout.tp_size, experts.rank(), experts.size())
-    return gathered(mine)
+    return gather_objects(mine)
 
 
 def _numbers(parameter: torch.nn.Parameter) -> Tensor:
@@ -146,5 +146,5 @@ def _gather_tensor_parallel(
 
 def _owners(held: dict[str, list[torch.nn.Parameter]]) -> dict[str, int]:
     """For each parameter the lowest rank of the world that holds a part of it."""
-    names = gathered(sorted(held))
+    names = gather_objects(sorted(held))
     return {name: rank for rank in reversed(range(len(names))) for name in names[rank]}

@@ -30,7 +30,7 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.offload import KINDS, Offloader, storages_of
 from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.transformer_config import transformer_config
-from megatron_vapo.runtime.collectives import gathered
+from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.runtime.kernels import machine_backend
 from megatron_vapo.weights.architecture import Architecture
 
@@ -201,7 +201,7 @@ class Trainable(ABC):
 
     def _assemble(self, parts: list[dict], total: int) -> Outputs:
         """Each token is written by the one rank that owns it and is zero elsewhere: a sum over the world joins them."""
-        count = max(gathered(len(parts[0]["outputs"]) if parts else 0))
+        count = max(gather_objects(len(parts[0]["outputs"]) if parts else 0))
         joined = torch.zeros(count, total, device=self.device)
         if self.layout.owns_outputs:
             for part in parts:
@@ -211,7 +211,7 @@ class Trainable(ABC):
 
     def _total(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
         """Sum of every statistic over micro-batches and ranks, known to all ranks."""
-        names = next(filter(None, gathered(sorted(parts[0]) if parts else None)))
+        names = next(filter(None, gather_objects(sorted(parts[0]) if parts else None)))
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         if self.layout.owns_outputs:
             for part in parts:

@@ -49,8 +49,8 @@ class Activity:
     done: float = 0.0
 
 
-class Phase:
-    """One counted part of a run, such as value pretraining. Made by `Progress.phase`."""
+class PhaseBar:
+    """One counted part of a run, such as value pretraining. Made by `ProgressDisplay.bar`."""
 
     def __init__(self, name: str, total: int, start: int, step_done: Callable[[str], None]) -> None:
         self.name, self.total, self.done = name, total, start
@@ -117,13 +117,13 @@ class Phase:
         return Columns(pairs, padding=(0, 3))
 
 
-class Progress:
+class ProgressDisplay:
     """Shows the phases of a run, nested ones below each other.
 
-        with Progress() as progress, progress.phase("train", total=steps) as phase:
-            phase.activity("rollout", total=tokens)
-            phase.add(tokens)
-            phase.advance(metrics)
+        with ProgressDisplay() as display, display.bar("train", total=steps) as bar:
+            bar.activity("rollout", total=tokens)
+            bar.add(tokens)
+            bar.advance(metrics)
 
     On a terminal: bars, redrawn in place; each phase leaves one line behind. Elsewhere: one line per step.
     `quiet` shows nothing at all, for all ranks but one.
@@ -131,7 +131,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self._console = Console(quiet=True) if quiet else console or Console()
-        self._phases: list[Phase] = []
+        self._bars: list[PhaseBar] = []
         self._live = None
         if self._console.is_interactive and not quiet:
             self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
@@ -148,16 +148,16 @@ class Progress:
             self._live.stop()
 
     @contextmanager
-    def phase(self, name: str, total: int, start: int = 0) -> Iterator[Phase]:
+    def bar(self, name: str, total: int, start: int = 0) -> Iterator[PhaseBar]:
         """A phase of `total` steps, of which a resumed run has done `start`."""
-        phase = Phase(name, total, start, step_done=self._print_step)
+        bar = PhaseBar(name, total, start, step_done=self._print_step)
         self._print_step(f"{name}: starts at {start}/{total}")
-        self._phases.append(phase)
+        self._bars.append(bar)
         try:
-            yield phase
+            yield bar
         finally:  # also when interrupted: the last numbers stay visible
-            self._phases.remove(phase)
-            self.note(phase.closing_line())
+            self._bars.remove(bar)
+            self.note(bar.closing_line())
 
     def note(self, text: str) -> None:
         """One line that stays, above the bars: a checkpoint saved, a warning."""
@@ -173,10 +173,10 @@ class Progress:
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True, justify="right")
         grid.add_column(no_wrap=True, justify="right")
-        phases = tuple(self._phases)  # the refresh thread reads while the run appends
-        for phase in phases:
-            phase.add_bars(grid)
-        return Group(grid, *(phase.metrics_columns() for phase in phases))
+        bars = tuple(self._bars)  # the refresh thread reads while the run appends
+        for bar in bars:
+            bar.add_bars(grid)
+        return Group(grid, *(bar.metrics_columns() for bar in bars))
 
 
 def clock_time(seconds: float | None) -> str:

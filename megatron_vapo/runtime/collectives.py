@@ -1,7 +1,7 @@
-"""What one process met becomes known to all, so that none waits for another that is gone.
+"""Small control-flow collectives (barrier, gather, raise everywhere), on gloo even when tensors use NCCL.
 
-Over NCCL these conversations have a group of their own, on gloo: a process that waits in NCCL keeps its GPU busy, on
-which a rollout engine may be writing responses for an hour, and NCCL gives up on whoever waits so long.
+A process that waits in NCCL keeps its GPU busy, on which a rollout engine may be writing responses for an hour, and
+NCCL gives up on whoever waits so long. All ranks call every function here.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _group: dist.ProcessGroup | None = None
 """None: the world's own group."""
 
 
-def talk_over_gloo() -> None:
-    """Let all that follows be said over gloo, in a world whose own group is on NCCL; all ranks together."""
+def use_gloo_for_control() -> None:
+    """Give these collectives a gloo group, in a world whose own group is on NCCL."""
     global _group
     _group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
@@ -35,8 +35,8 @@ def barrier() -> None:
     dist.barrier(group=_group)
 
 
-def gathered(value: T) -> list[T]:
-    """Every process's value, on every process; all must call together."""
+def gather_objects(value: T) -> list[T]:
+    """Return every process's value, in rank order, on every process."""
     values: list[T] = [value] * dist.get_world_size()
     if len(values) > 1:
         dist.all_gather_object(values, value, group=_group)
@@ -44,21 +44,25 @@ def gathered(value: T) -> list[T]:
 
 
 def any_rank(mine: bool) -> bool:
-    """Whether it is so on any process; all must call together."""
+    """Return whether `mine` is true on any process."""
     flag = torch.tensor(float(mine))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_group)
     return bool(flag)
 
 
-def raise_together(problem: str | None, kind: type[Exception]) -> None:
-    """Raise on all processes what one of them met."""
-    for message in gathered(problem):
+def raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
+    """Raise the first rank's problem that is not None, on every process.
+
+    Args:
+        problem: this process's message, None where all is well.
+    """
+    for message in gather_objects(problem):
         if message is not None:
             raise kind(message)
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """The first rank acts; all ranks get its result, or raise its UserError or OSError."""
+    """Return the result of `action`, run on the first rank only; all ranks raise its UserError or OSError."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:

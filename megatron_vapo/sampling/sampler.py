@@ -18,7 +18,7 @@ from megatron_vapo.data.prompts import Prompt, PromptOrder
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
-from megatron_vapo.runtime.collectives import any_rank, gathered
+from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored
@@ -98,7 +98,7 @@ class Sampler:
         """Counts since the last call, over all processes."""
         mine, self._counts = dict(self._counts), Counter()
         total: Counter[str] = Counter()
-        for counts in gathered(self.engine.metrics() | mine):
+        for counts in gather_objects(self.engine.metrics() | mine):
             total.update(counts)
         asked = total.pop("rollout/prompt_tokens", 0)
         cached = total.pop("rollout/cached_prompt_tokens", 0)
@@ -207,7 +207,7 @@ class Sampler:
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
         """All processes learn what each one's engine wrote."""
-        shares = [samples for samples in gathered((self.engine.index, mine)) if samples[0] is not None]
+        shares = [samples for samples in gather_objects((self.engine.index, mine)) if samples[0] is not None]
         for index, written in shares:
             for group, samples in zip(groups[index.engine :: index.engines], written, strict=True):
                 group.samples = samples

@@ -11,15 +11,15 @@ def train(run: Run) -> None:
     """Evaluate, pretrain the critic, train with VAPO.
 
     Raises:
-        StopRequested: the run was asked to stop; `run.progress` and the models are as of the last finished step.
+        StopRequested: the run was asked to stop; `run.state` and the models are as of the last finished step.
     """
-    recipe, progress = run.recipe, run.progress
+    recipe, state = run.recipe, run.state
     _evaluate_if_due(run)
-    if not progress.pretraining_done:
+    if not state.pretraining_done:
         pretrain_critic(run)
-    with run.display.phase("train", total=recipe.steps, start=progress.steps) as run.phase:
+    with run.display.bar("train", total=recipe.steps, start=state.steps) as run.bar:
         while not run.over:
-            step = progress.steps + 1
+            step = state.steps + 1
 
             batch = run.rollout("train", step)
             run.interrupt.check()
@@ -50,26 +50,26 @@ def pretrain_critic(run: Run) -> None:
     Raises:
         StopRequested: as `train`.
     """
-    settings, progress = run.recipe.value_pretraining, run.progress
+    settings, state = run.recipe.value_pretraining, run.state
     pretrains = run.recipe.uses_critic and settings.enabled and not settings.checkpoint
     if pretrains:
-        with run.display.phase("value pretraining", settings.max_steps, progress.pretraining_steps) as run.phase:
+        with run.display.bar("value pretraining", settings.max_steps, state.pretraining_steps) as run.bar:
             _pretraining_steps(run)
         run.save_pretrained_critic()
         if settings.reset_optimizer:
             run.critic.reset_optimizer()
     elif run.recipe.uses_critic and settings.checkpoint:
         run.load_pretrained_critic(settings.checkpoint)
-    progress.pretraining_done = True
+    state.pretraining_done = True
     if pretrains:
         run.save()
 
 
 def _pretraining_steps(run: Run) -> None:
-    settings, progress = run.recipe.value_pretraining, run.progress
+    settings, state = run.recipe.value_pretraining, run.state
     explained = False
-    while progress.pretraining_steps < settings.max_steps and not explained:
-        step = progress.pretraining_steps + 1
+    while state.pretraining_steps < settings.max_steps and not explained:
+        step = state.pretraining_steps + 1
 
         batch = run.rollout("pretrain", step)
         batch = run.values(batch)
@@ -89,9 +89,9 @@ def _pretraining_steps(run: Run) -> None:
 
 def _evaluate_if_due(run: Run) -> None:
     """Before training, every so many steps, and after it."""
-    settings, step = run.recipe.evaluation, run.progress.steps
+    settings, step = run.recipe.evaluation, run.state.steps
     due = step == 0 or _due(step, settings.every, last=run.over)
-    if settings.data and due and run.progress.evaluated_at != step:
+    if settings.data and due and run.state.evaluated_at != step:
         run.evaluate()
 
 

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vapo.algorithm.types import Loss
-from megatron_vapo.checkpoint.checkpoints import Checkpoints
-from megatron_vapo.checkpoint.checkpoints import Progress as RunProgress
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import PromptOrder
@@ -27,13 +26,13 @@ from megatron_vapo.models.parameters import hf_tensors
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
-from megatron_vapo.observe.progress import Phase, Progress
+from megatron_vapo.observe.progress import PhaseBar, ProgressDisplay
 from megatron_vapo.observe.report import write_samples
 from megatron_vapo.observe.timer import PhaseTimer
 from megatron_vapo.recipe.load import to_yaml
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
-from megatron_vapo.runtime.collectives import barrier, gathered
+from megatron_vapo.runtime.collectives import barrier, gather_objects
 from megatron_vapo.runtime.kernels import linear_layers, machine_backend
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
@@ -59,12 +58,12 @@ from megatron_vapo.weights.hf_folder import torch_dtype, write_hf_folder
 class Run:
     """Built once the recipe and its inputs are known to be good. All processes hold one.
 
-    `progress` is as of the end of the last finished step or evaluation, with what else a checkpoint holds besides the
+    `state` is as of the end of the last finished step or evaluation, with what else a checkpoint holds besides the
     models (`_mark`), whatever has begun since.
     """
 
     def __init__(
-        self, recipe: Recipe, inputs: Inputs, display: Progress, interrupt: Interrupt, watchdog: Watchdog
+        self, recipe: Recipe, inputs: Inputs, display: ProgressDisplay, interrupt: Interrupt, watchdog: Watchdog
     ) -> None:
         init_world()
         self.recipe, self.inputs, self.display = recipe, inputs, display
@@ -107,10 +106,10 @@ class Run:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", recipe.checkpoint, self.models, to_yaml(recipe), display.note
         )
-        self.progress = self._restore()
+        self.state = self._restore()
         self.writer = self._open_records() if self.first_rank else None
-        self.phase: Phase | None = None
-        self.sampler.on_tokens = lambda count: self.phase.add(count * dist.get_world_size())
+        self.bar: PhaseBar | None = None
+        self.sampler.on_tokens = lambda count: self.bar.add(count * dist.get_world_size())
         self.sync_weights()
         self._mark()
 
@@ -125,7 +124,7 @@ class Run:
     @property
     def over(self) -> bool:
         """Whether the last training step is done."""
-        return self.recipe.ends_at(self.progress.steps, self.progress.sampled_tokens)
+        return self.recipe.ends_at(self.state.steps, self.state.sampled_tokens)
 
     def rollout(self, purpose: Kind, step: int) -> Experience:
         """Group-sample the next prompts with the present policy and score the responses."""
@@ -168,27 +167,27 @@ class Run:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
         with self._phase("weight_sync", "weight sync"):
             torch.cuda.empty_cache()  # for engines in other processes
-            self._sync(version=self.progress.steps)
+            self._sync(version=self.state.steps)
 
     def evaluate(self) -> None:
         """Held-out accuracy of the present policy, recorded."""
-        settings, step = self.recipe.evaluation, self.progress.steps
-        training_phase = self.phase
-        with self.display.phase("evaluate", total=1) as self.phase:
+        settings, step = self.recipe.evaluation, self.state.steps
+        training_bar = self.bar
+        with self.display.bar("evaluate", total=1) as self.bar:
             with self._phase("evaluation", "evaluation (tokens)"):
                 result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
             self._write("evaluate", step, result.metrics)
-            self.phase.advance(result.metrics)
-        self.phase = training_phase
+            self.bar.advance(result.metrics)
+        self.bar = training_bar
         if self.first_rank:
             rows = evaluation_rows(self.inputs.held_out, result.responses, settings.samples)
             write_samples(self.folder / "evaluation", step, rows, 64)
         when = "accuracy_before" if step == 0 else "accuracy_after"
-        setattr(self.progress, when, result.metrics["evaluate/accuracy"])
+        setattr(self.state, when, result.metrics["evaluate/accuracy"])
         failures, timeouts = self._new_failures()
-        self.progress.reward_failures += failures
-        self.progress.reward_timeouts += timeouts
-        self.progress.evaluated_at = step
+        self.state.reward_failures += failures
+        self.state.reward_timeouts += timeouts
+        self.state.evaluated_at = step
         self._mark()
 
     def finish_step(self, kind: Kind, step: int, batch: Experience, metrics: dict[str, float]) -> None:
@@ -196,13 +195,13 @@ class Run:
         tokens = int(batch.cu_seqlens[-1])
         sampled = int(self._rollout_metrics.get("rollout/sampled_tokens", tokens))  # a replayed batch counts as sampled
         if kind == "pretrain":
-            self.progress.pretraining_steps = step
-            self.progress.pretraining_tokens += sampled
+            self.state.pretraining_steps = step
+            self.state.pretraining_tokens += sampled
         else:
-            self.progress.steps = step
-            self.progress.sampled_tokens += sampled
-        self.progress.reward_failures += self._step_failures[0]
-        self.progress.reward_timeouts += self._step_failures[1]
+            self.state.steps = step
+            self.state.sampled_tokens += sampled
+        self.state.reward_failures += self._step_failures[0]
+        self.state.reward_timeouts += self._step_failures[1]
         self._mark()
         seconds = self.timer.step_seconds()
         spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
@@ -211,21 +210,21 @@ class Run:
             | token_metrics(batch)
             | metrics
             | seconds
-            | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": self.progress.sampled_tokens}
-            | {"reward/failures": self.progress.reward_failures, "reward/timeouts": self.progress.reward_timeouts}
+            | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": self.state.sampled_tokens}
+            | {"reward/failures": self.state.reward_failures, "reward/timeouts": self.state.reward_timeouts}
             | self._rollout_metrics
             | self._memory.metrics()
         )
         self._write(kind, step, everything)
-        self.phase.advance(everything)
+        self.bar.advance(everything)
         self.timer.start_step()
 
     def save(self) -> None:
-        """Start a checkpoint of models and progress; `settle` completes it."""
+        """Start a checkpoint of models and state; `settle` completes it."""
         with self._phase("checkpoint"):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
-            self.checkpoints.save(self.progress, self._unfinished, self._generators)
+            self.checkpoints.save(self.state, self._unfinished, self._generators)
 
     def settle(self, wait: bool = False) -> None:
         """Complete the checkpoint under way, if all ranks have written their part of it or `wait` says so."""
@@ -287,7 +286,7 @@ class Run:
         if self.first_rank and purpose == "train":
             write_samples(self.folder, step, sample_rows(rows), self.recipe.observe.samples_per_step)
         if self.recipe.checkpoint.rollouts:
-            generators = gathered(read_generators(self._layouts))
+            generators = gather_objects(read_generators(self._layouts))
             if self.first_rank:
                 notes = Notes(before, self._position(), self._step_failures, self._rollout_metrics, generators)
                 self.kept.save(name, batch, notes)
@@ -343,18 +342,18 @@ class Run:
             for indices in order.split(self.recipe.minibatch_size):
                 yield batch.select(indices)
 
-    def _restore(self) -> RunProgress:
+    def _restore(self) -> RunState:
         found = self.checkpoints.load()
         if found is None:
             seed_generators(self.recipe.seed, dist.get_rank())
-            return RunProgress()
-        progress, unfinished, generators = found
+            return RunState()
+        state, unfinished, generators = found
         if generators is not None:
             write_generators(generators, self._layouts)
-        self._go_to({"order": progress.prompt_order, "unfinished": unfinished})
+        self._go_to({"order": state.prompt_order, "unfinished": unfinished})
         if self.first_rank:
-            self.kept.drop(progress.pretraining_steps, progress.steps)
-        return progress
+            self.kept.drop(state.pretraining_steps, state.steps)
+        return state
 
     def _tell_backend(self) -> None:
         for name, role in self.recipe.roles.items():
@@ -363,7 +362,7 @@ class Run:
 
     def _mark(self) -> None:
         """What a checkpoint would hold besides the models."""
-        self.progress.prompt_order, self._unfinished = self._position().values()
+        self.state.prompt_order, self._unfinished = self._position().values()
         self._generators = read_generators(self._layouts)
 
     def _position(self) -> dict[str, Any]:
@@ -379,9 +378,9 @@ class Run:
         return MetricsWriter(
             self.folder,
             start_at={
-                "pretrain": self.progress.pretraining_steps + 1,
-                "train": self.progress.steps + 1,
-                "evaluate": 0 if self.progress.evaluated_at is None else self.progress.evaluated_at + 1,
+                "pretrain": self.state.pretraining_steps + 1,
+                "train": self.state.steps + 1,
+                "evaluate": 0 if self.state.evaluated_at is None else self.state.evaluated_at + 1,
             },
             tensorboard=self.recipe.observe.tensorboard,
             wandb={"project": project, "name": self.recipe.name} if project else None,
@@ -394,8 +393,8 @@ class Run:
     @contextmanager
     def _phase(self, name: str, shown: str | None = None) -> Iterator[None]:
         """Times a part of a step, shows it, tells the watchdog, and has on the device what it needs."""
-        if self.phase is not None:
-            self.phase.activity(shown or name)
+        if self.bar is not None:
+            self.bar.activity(shown or name)
         self._watchdog.phase = name
         with self.timer(name), self._memory(name):
             yield

@@ -11,7 +11,7 @@ from megatron_vapo.errors import RolloutError, TrainingError, few
 from megatron_vapo.models.parameters import gather_training_ranks, held_tensors
 from megatron_vapo.models.roles import Actor
 from megatron_vapo.rollout import RolloutEngine
-from megatron_vapo.runtime.collectives import any_rank, raise_together
+from megatron_vapo.runtime.collectives import any_rank, raise_everywhere
 from megatron_vapo.weights.checksum import digest, verify
 from megatron_vapo.weights.engine_layout import RolloutShard
 from megatron_vapo.weights.fp8 import Form
@@ -36,7 +36,7 @@ def load_everywhere(
         RolloutError: an engine cannot be started, or failed too often.
     """
     while True:
-        raise_together(engine.revive(), RolloutError)
+        raise_everywhere(engine.revive(), RolloutError)
         engine.load_weights(tensors(), version)
         if not any_rank(engine.failure is not None):
             check()
@@ -89,7 +89,7 @@ class WeightSync:
         """What the plans bring is the actor's, and the engine holds the same."""
         digests = self._engine.digests()
         problems = [self._difference(plan, source, held) for plan, held in zip(self._checks, digests, strict=True)]
-        raise_together(next(filter(None, problems), None), TrainingError)
+        raise_everywhere(next(filter(None, problems), None), TrainingError)
 
     def _formed(self, plan: RankPlan, source: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         parameters = {parameter.name: parameter for parameter in plan.targets}

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_vapo.checkpoint import checkpoints as checkpoint_module
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, Progress, checkpoints, kept_checkpoints, read_progress
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, kept_checkpoints, read_state
 from megatron_vapo.config import ActorConfig, CheckpointConfig, CriticConfig
 from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.models.checkpointing import load_trainable
@@ -53,8 +53,8 @@ def opened(tmp_path: Path, models: dict[str, Trainable], notes: list[str]) -> Ca
     return open_
 
 
-def progress(steps: int, **changes: object) -> Progress:
-    return Progress(pretraining_done=True, steps=steps, prompt_order={"n": 3, "seed": 0}, **changes)
+def progress(steps: int, **changes: object) -> RunState:
+    return RunState(pretraining_done=True, steps=steps, prompt_order={"n": 3, "seed": 0}, **changes)
 
 
 def fill(models: dict[str, Trainable], number: float) -> None:
@@ -132,7 +132,7 @@ def test_the_same_progress_is_saved_once(opened: Callable[..., Checkpoints], tmp
     save(folder, 1)
     assert (tmp_path / "step_000001").stat().st_ino == inode
     save(folder, 1, accuracy_after=0.5)
-    assert read_progress(tmp_path / "latest").accuracy_after == 0.5
+    assert read_state(tmp_path / "latest").accuracy_after == 0.5
     assert names(tmp_path) == ["latest", "step_000001"]
 
 
@@ -227,8 +227,8 @@ def test_the_best_is_judged_by_its_own_evaluation(opened: Callable[..., Checkpoi
 
 def test_pretraining_comes_before_training(opened: Callable[..., Checkpoints], tmp_path: Path) -> None:
     folder = opened(keep=9)
-    folder.save(Progress(pretraining_steps=20), [], {})
-    folder.save(Progress(pretraining_steps=30, pretraining_done=True), [], {})
+    folder.save(RunState(pretraining_steps=20), [], {})
+    folder.save(RunState(pretraining_steps=30, pretraining_done=True), [], {})
     folder.settle(wait=True)
     assert [path.name for path in checkpoints(tmp_path)] == ["pretrain_000020", "step_000000"]
 

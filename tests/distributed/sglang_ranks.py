@@ -10,7 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from megatron_vapo.models.layout import init_world
-from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.runtime.signals import Interrupt
@@ -53,7 +53,7 @@ def compare_with_export(run: Run) -> int:
 def main() -> None:
     recipe = load_recipe(sys.argv[1], sys.argv[2:])
     init_world()
-    display, interrupt = Progress(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
+    display, interrupt = ProgressDisplay(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
     run = Run(recipe, read_inputs(recipe), display, interrupt, Watchdog(recipe.limits, interrupt, recipe.run_dir))
     train(run)
     compared = torch.tensor(compare_with_export(run))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from megatron_vapo.observe import progress as progress_module
-from megatron_vapo.observe.progress import RECENT_STEPS, Progress, clock_time, short
+from megatron_vapo.observe.progress import RECENT_STEPS, ProgressDisplay, clock_time, short
 
 METRICS = {
     "reward/mean": -0.25,
@@ -37,16 +37,16 @@ def terminal_console(width):
     )
 
 
-def screen(progress, width):
+def screen(display, width):
     """What the bars look like, as plain lines."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(progress._render())
+    console.print(display._render())
     return console.file.getvalue().splitlines()
 
 
 def test_a_log_file_gets_one_line_per_step_and_one_per_phase_change(clock):
     console = plain_console()
-    with Progress(console) as progress, progress.phase("train", total=10, start=7) as phase:
+    with ProgressDisplay(console) as display, display.bar("train", total=10, start=7) as phase:
         for seconds in (60, 120):
             phase.activity("rollout", total=100)
             phase.add(50)
@@ -65,7 +65,7 @@ def test_a_log_file_gets_one_line_per_step_and_one_per_phase_change(clock):
 
 def test_the_columns_of_a_log_file_line_up(clock):
     console = plain_console()
-    with Progress(console) as progress, progress.phase("train", total=100) as phase:
+    with ProgressDisplay(console) as display, display.bar("train", total=100) as phase:
         phase.advance(METRICS)
         clock[0] += 1000.0
         phase.advance(dict.fromkeys(METRICS, 0.0))
@@ -78,7 +78,7 @@ def test_the_columns_of_a_log_file_line_up(clock):
 
 def test_a_phase_of_one_step_needs_no_line_for_the_step(clock):
     console = plain_console()
-    with Progress(console) as progress, progress.phase("evaluate", total=1) as phase:
+    with ProgressDisplay(console) as display, display.bar("evaluate", total=1) as phase:
         phase.advance({"evaluate/accuracy": 0.5, "evaluate/standard_error": 0.02})
     assert console.file.getvalue().splitlines() == [
         "evaluate: starts at 0/1",
@@ -88,14 +88,14 @@ def test_a_phase_of_one_step_needs_no_line_for_the_step(clock):
 
 def test_notes_are_printed_as_they_are_and_never_wrapped(clock):
     console = plain_console()
-    with Progress(console) as progress:
-        progress.note("[bold]saved[/bold] " + "x" * 100)
+    with ProgressDisplay(console) as display:
+        display.note("[bold]saved[/bold] " + "x" * 100)
     assert console.file.getvalue() == "[bold]saved[/bold] " + "x" * 100 + "\n"
 
 
 def test_an_interrupted_phase_still_reports_where_it_stopped(clock):
     console = plain_console()
-    with pytest.raises(KeyboardInterrupt), Progress(console) as progress, progress.phase("train", total=9) as phase:
+    with pytest.raises(KeyboardInterrupt), ProgressDisplay(console) as display, display.bar("train", total=9) as phase:
         phase.advance(METRICS)
         raise KeyboardInterrupt
     assert "train: 1/9 in" in console.file.getvalue().splitlines()[-1]
@@ -103,11 +103,11 @@ def test_an_interrupted_phase_still_reports_where_it_stopped(clock):
 
 @pytest.mark.parametrize("width", [24, 40, 60, 100, 200])
 def test_bars_fit_the_terminal_and_keep_every_metric_whole(clock, width):
-    with Progress(terminal_console(width)) as progress, progress.phase("value pretraining", total=50) as phase:
+    with ProgressDisplay(terminal_console(width)) as display, display.bar("value pretraining", total=50) as phase:
         phase.advance(METRICS)
         phase.activity("rollout", total=131072)
         phase.add(65536)
-        lines = screen(progress, width)
+        lines = screen(display, width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     for pair in ("reward -0.250", "accuracy 0.375", "length 1,234", "entropy 0.630", "expl. var. +0.120"):
@@ -117,12 +117,12 @@ def test_bars_fit_the_terminal_and_keep_every_metric_whole(clock, width):
 
 
 def test_nested_phases_are_shown_below_each_other_and_vanish_when_done(clock):
-    with Progress(terminal_console(100)) as progress, progress.phase("train", total=50) as train:
+    with ProgressDisplay(terminal_console(100)) as display, display.bar("train", total=50) as train:
         train.advance(METRICS)
-        with progress.phase("evaluate", total=1) as evaluation:
+        with display.bar("evaluate", total=1) as evaluation:
             evaluation.activity("rollout")
-            inside = screen(progress, 100)
-        after = screen(progress, 100)
+            inside = screen(display, 100)
+        after = screen(display, 100)
     assert [line.split()[0] for line in inside[:3]] == ["train", "evaluate", "rollout"]
     assert not any("evaluate" in line for line in after)
     assert "reward -0.250" in after[-1]
@@ -130,7 +130,7 @@ def test_nested_phases_are_shown_below_each_other_and_vanish_when_done(clock):
 
 def test_a_terminal_keeps_one_line_per_phase(clock):
     console = terminal_console(200)
-    with Progress(console) as progress, progress.phase("train", total=3) as phase:
+    with ProgressDisplay(console) as display, display.bar("train", total=3) as phase:
         phase.advance(METRICS)
         phase.advance(METRICS)
     written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
@@ -139,22 +139,22 @@ def test_a_terminal_keeps_one_line_per_phase(clock):
 
 
 def test_quiet_shows_nothing_even_on_a_terminal(clock, capsys):
-    with Progress(terminal_console(80), quiet=True) as progress, progress.phase("train", total=2) as phase:
+    with ProgressDisplay(terminal_console(80), quiet=True) as display, display.bar("train", total=2) as phase:
         phase.activity("rollout")
         phase.advance(METRICS)
-        progress.note("hello")
+        display.note("hello")
     assert capsys.readouterr() == ("", "")
 
 
 def test_quiet_leaves_the_given_console_alone(clock):
     console = terminal_console(80)
-    with Progress(console, quiet=True) as progress, progress.phase("train", total=2) as phase:
+    with ProgressDisplay(console, quiet=True) as display, display.bar("train", total=2) as phase:
         phase.advance(METRICS)
     assert console.file.getvalue() == ""
 
 
 def test_time_left_forgets_old_steps_and_runs_down_within_a_step(clock):
-    with Progress(plain_console()) as progress, progress.phase("train", total=RECENT_STEPS + 11) as phase:
+    with ProgressDisplay(plain_console()) as display, display.bar("train", total=RECENT_STEPS + 11) as phase:
         assert phase.seconds_left() is None
         clock[0] += 5000.0
         phase.advance({})

@@ -23,7 +23,7 @@ from megatron_vapo.config import SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import RolloutError, TrainingError
 from megatron_vapo.models.parameters import held_tensors
-from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout import Request, in_order
@@ -68,7 +68,7 @@ def start(
         (folder / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
         changes = [f"rollout.{override}" for override in overrides]
         recipe = load_recipe(folder / "recipe.yaml", [*paths, f"rollout.sglang.python={sglang_python}", *changes])
-        display, interrupt = Progress(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
+        display, interrupt = ProgressDisplay(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
         return Run(recipe, read_inputs(recipe), display, interrupt, Watchdog(recipe.limits, interrupt, str(folder)))
 
     return make
@@ -94,7 +94,7 @@ def hit(run: Run, number: signal.Signals) -> None:
 
 
 def rolled_out(run: Run, step: int, on_first_response: Callable[[], None] | None = None) -> Experience:
-    with run.display.phase("train", total=1) as run.phase:
+    with run.display.bar("train", total=1) as run.bar:
         hears = run.sampler.on_tokens
         pending = [on_first_response] if on_first_response else []
         run.sampler.on_tokens = lambda count: pending.pop()() if pending else None
@@ -144,7 +144,7 @@ def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]
             with torch.no_grad():
                 for parameter in held_tensors(run.actor).values():
                     parameter.mul_(1.1)
-            run.progress.steps = version
+            run.state.steps = version
             run.sync_weights()
             assert_written_by_the_actor(run, rolled_out(run, version), version)
             metrics = run._rollout_metrics

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from megatron_vapo.errors import RolloutError
-from megatron_vapo.runtime.collectives import any_rank, gathered, on_first_rank, raise_together
+from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first_rank, raise_everywhere
 
 
 def test_alone(world: None) -> None:
-    assert gathered({"a": 1}) == [{"a": 1}]
+    assert gather_objects({"a": 1}) == [{"a": 1}]
     assert not any_rank(False) and any_rank(True)
-    raise_together(None, RolloutError)
+    raise_everywhere(None, RolloutError)
     with pytest.raises(RolloutError, match=r"^the server ended$"):
-        raise_together("the server ended", RolloutError)
+        raise_everywhere("the server ended", RolloutError)
     assert on_first_rank(lambda: 7) == 7
 
 
@@ -26,7 +26,9 @@ RANK = """
 import sys
 import torch.distributed as dist
 from megatron_vapo.errors import RolloutError, TrainingError
-from megatron_vapo.runtime.collectives import any_rank, barrier, gathered, on_first_rank, raise_together, talk_over_gloo
+from megatron_vapo.runtime.collectives import (
+    any_rank, barrier, gather_objects, on_first_rank, raise_everywhere, use_gloo_for_control
+)
 
 rank = int(sys.argv[1])
 
@@ -41,14 +43,14 @@ def in_no_world(function):
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=3)
 if sys.argv[3] == "apart":
-    talk_over_gloo()
+    use_gloo_for_control()
     for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier"):
         setattr(dist, name, in_no_world(getattr(dist, name)))
 
 
 def met(problem, kind):
     try:
-        raise_together(problem, kind)
+        raise_everywhere(problem, kind)
     except kind as error:
         return str(error)
     return "nothing"
@@ -58,7 +60,7 @@ def fail():
     raise RolloutError("the first rank's")
 
 
-print(gathered((rank, "x" * rank)))
+print(gather_objects((rank, "x" * rank)))
 print(any_rank(False), any_rank(rank == 2), any_rank(rank == 0))
 print(met(None, RolloutError), met(f"of {rank}" if rank else None, RolloutError), met("all", TrainingError))
 print(on_first_rank(lambda: 40 + rank))
@@ -67,7 +69,7 @@ try:
 except RolloutError as error:
     print(error)
 barrier()
-print(gathered(rank))
+print(gather_objects(rank))
 """
 
 

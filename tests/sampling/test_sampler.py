@@ -549,7 +549,7 @@ class Meeting:
         self._barrier = threading.Barrier(size, timeout=WAIT_S)
         self.rank = threading.local()
 
-    def gathered(self, value: object) -> list[object]:
+    def gather_objects(self, value: object) -> list[object]:
         self._values[self.rank.number] = pickle.dumps(value)
         self._barrier.wait()
         values = [pickle.loads(dumped) for dumped in self._values]
@@ -557,7 +557,7 @@ class Meeting:
         return values
 
     def any_rank(self, mine: bool) -> bool:
-        return any(self.gathered(mine))
+        return any(self.gather_objects(mine))
 
     def run(self, work: Sequence[Callable[[], object]]) -> list[object]:
         def enter(number: int) -> object:
@@ -577,8 +577,8 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Meeting]:
     def meet(size: int) -> Meeting:
         meeting = Meeting(size)
         for module, name in (
-            (together, "gathered"),
-            (sampling_module, "gathered"),
+            (together, "gather_objects"),
+            (sampling_module, "gather_objects"),
             (sampling_module, "any_rank"),
             (interrupt_module, "any_rank"),
         ):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from megatron_vapo.checkpoint.run_folder import open_run_folder
 from megatron_vapo.config import LimitsConfig
-from megatron_vapo.observe.progress import Progress
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
@@ -113,7 +113,7 @@ def start(
         assert open_run_folder(recipe, restart=False) is None
         for seed in (random.seed, np.random.seed, lambda: torch.seed()):
             seed()  # nothing may depend on what they were before
-        with Progress(Console(quiet=True), quiet=True) as display, Interrupt(recipe.limits) as interrupt:
+        with ProgressDisplay(Console(quiet=True), quiet=True) as display, Interrupt(recipe.limits) as interrupt:
             run = Run(recipe, inputs, display, interrupt, Events(interrupt, stop, crash))
             try:
                 train(run)
