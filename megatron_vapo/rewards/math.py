@@ -1,9 +1,10 @@
-"""Checkers of mathematical answers: DAPO's string rule, and the symbolic comparison of the math-verify library.
+"""Checkers of mathematical answers: DAPO's string rule, and our own reading, which ends in the math-verify library.
 
-Both read the last `Answer: ...` at the end of the response, where the template asks for it. DAPO's rule is cheap and
-cannot be talked into a wrong number, but it knows one way to write each answer. math-verify knows that 34.0, 034 and
-68/2 are 34, costs milliseconds, and may never return from a hostile expression such as 9^9^9^9: it belongs in the
-workers of `RewardScorer`.
+docs/rewards.md says which to take when. DAPO's rule is a published fact and stays to the letter: cheap, and never wrong
+about a number it accepts, but it knows one way to write each answer. `math_verify_reward` reads answers as models write
+them (`final_answer`), compares numbers exactly, and asks math-verify only about what is no plain number: that knows
+that 68/2 is 34, costs milliseconds, and may never return from a hostile expression such as 9^9^9^9, so it belongs in
+the workers of `RewardScorer`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import logging
 import re
 from collections.abc import Callable
 
-_TAIL_CHARACTERS = 300
-"""Where an answer is looked for, as in DAPO. It bounds the cost, and what stands in the reasoning is no answer."""
+from megatron_vapo.rewards.final_answer import TAIL_CHARACTERS, final_answer, is_one_expression, number, plain
 
 _ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
@@ -34,40 +34,41 @@ def math_dapo(response: str, answer: str) -> float:
     strings, so these are wrong where the reference is 34: `**Answer:** 34`, `34.`, `34.0`, `034`; and so are
     `\dfrac{1}{2}` and `1/2` where it is `\frac{1}{2}`.
     """
-    given = _last_answer(response[-_TAIL_CHARACTERS:])
+    given = _last_answer(response[-TAIL_CHARACTERS:])
     return 1.0 if given is not None and _normalize(given) == _normalize(answer) else -1.0
 
 
 def math_verify_reward(response: str, answer: str) -> float:
-    """+1 if math-verify finds the final answer mathematically equal to `answer`, else -1.
+    r"""Return +1 if the response's final answer is mathematically equal to `answer`, else -1.
 
-    The final answer is the last `Answer: ...` in the final 300 characters or, where there is none, the last
-    `\boxed{...}` there. It is read as a whole: `34, 35` is not 34 and `10^{20}` is not 10 (the library by itself picks
-    the first number that it finds). Known false accept, the library's choice: `34%` for 34.
+    Where both are plain numbers (`final_answer.number`) they are compared exactly. Else math-verify compares what is
+    there, read as a whole: `34, 35` is not 34 and `10^{20}` is not 10 (the library by itself takes the first number
+    that it finds). Where the reference is a number, an answer with relations (`\leq 34`), subscripts (`34_{7}`),
+    several parts or words is wrong without asking it: it would drop the ones and multiply the letters of the others.
 
-    No time limit of its own: the library's uses signals, which work in a main thread only. Raises ValueError if the
-    library cannot read the reference.
+    No time limit of its own: the library's uses signals, which work in a main thread only.
+
+    Raises:
+        ValueError: the library cannot read the reference.
     """
+    given = final_answer(response)
+    if given is None:
+        return -1.0
+    expected, found = number(plain(answer)), number(plain(given))
+    if expected is not None and found is not None:
+        return 1.0 if found == expected else -1.0
+    if expected is not None and not is_one_expression(plain(given)):
+        return -1.0
     parse, verify = _math_verify()
-    gold = parse(f"\\boxed{{{answer}}}")
+    gold = parse(f"\\boxed{{{plain(answer)}}}")
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-    given = _final_expression(response[-_TAIL_CHARACTERS:])
-    return 1.0 if given is not None and verify(gold, parse(given)) else -1.0
+    return 1.0 if verify(gold, parse(f"\\boxed{{{plain(given)}}}")) else -1.0
 
 
 def _last_answer(tail: str) -> str | None:
     answers = _ANSWER.findall(tail)
     return answers[-1] if answers else None
-
-
-def _final_expression(tail: str) -> str | None:
-    """The final answer as `\boxed{...}`, the one form that math-verify reads as a whole."""
-    answer = _last_answer(tail)
-    if answer is not None:
-        return f"\\boxed{{{answer.strip(' *.')}}}"  # **Answer:** 34 leaves "** 34"; a sentence leaves "34."
-    _, boxed, rest = tail.rpartition("\\boxed{")
-    return boxed + rest if boxed else None
 
 
 @functools.cache
