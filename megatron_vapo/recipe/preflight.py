@@ -135,16 +135,24 @@ def load_tokenizer(folder: str, architecture: Architecture) -> PreTrainedTokeniz
 
 
 def end_tokens(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a response: those of the generation configuration and the tokenizer's."""
-    generation = Path(folder) / "generation_config.json"
-    listed = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    named = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
-    ends = [token for token in named if token is not None]
-    if not all(type(token) is int and token >= 0 for token in ends):
-        raise CheckpointError(f"{generation}: eos_token_id={listed}: must be a token's number, or a list of them")
+    """Return the tokens that end a response, for every engine alike: those that config.json, generation_config.json and
+    the tokenizer name, since models are published with any of the three incomplete.
+
+    Raises:
+        CheckpointError: none is named, or what is named is no token's number.
+    """
+    ends = {tokenizer.eos_token_id} - {None}
+    for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
+        listed = read_json(path).get("eos_token_id") if path.is_file() else None
+        named = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(token) is int and token >= 0 for token in named):
+            raise CheckpointError(f"{path}: eos_token_id={listed}: must be a token's number, or a list of them")
+        ends.update(named)
     if not ends:
-        raise CheckpointError(f"{folder}: neither tokenizer nor generation_config.json names an end token")
-    return tuple(sorted(set(ends)))
+        raise CheckpointError(
+            f"{folder}: neither tokenizer nor config.json nor generation_config.json names an end token"
+        )
+    return tuple(sorted(ends))
 
 
 def load_prompts(

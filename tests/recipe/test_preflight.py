@@ -303,6 +303,11 @@ def test_end_tokens(read: Callable[..., Inputs], refusal: Callable[..., str], ba
     assert "generation_config.json: not valid JSON" in refusal(CheckpointError)
     (base / "generation_config.json").unlink()
     assert read().end_ids == (1,)
+    edit(base / "config.json", eos_token_id=[1, 2])
+    assert read().end_ids == (1, 2)
+    edit(base / "config.json", eos_token_id="2")
+    assert "config.json: " in refusal(CheckpointError)
+    edit(base / "config.json", eos_token_id=None)
     tokenizer = load_tokenizer(str(base), read_architecture(base))
     tokenizer.eos_token = None
     with pytest.raises(CheckpointError, match="names an end token"):
