@@ -73,6 +73,8 @@ test-latest: $(INSTALLED) $(LATEST_INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 # Every parallel layout against one process and against plain PyTorch; writes docs/layouts.md.
 layouts: $(INSTALLED)
@@ -86,4 +88,4 @@ doctor: $(INSTALLED)
 	$(BIN)/megatron-vapo doctor
 
 clean:
-	rm -rf $(VENV) $(SGLANG_VENV) $(LATEST_VENV) artifacts runs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(SGLANG_VENV) $(LATEST_VENV) artifacts runs .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis *.egg-info

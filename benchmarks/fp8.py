@@ -54,7 +54,7 @@ def run(variant: str, seed: int, base: Path, folder: Path, steps: int) -> list[d
         data = [f"model.path={base}/base", f"data.train={base}/train.jsonl", f"evaluation.data={base}/heldout.jsonl"]
         evaluation = ["evaluation.every=0", "evaluation.problems=256", "evaluation.samples=2"]
         shorter = [f"steps={steps}", f"seed={seed}", "checkpoint.every=0", *evaluation]
-        command = [sys.executable, "-m", "megatron_vapo.cli", "train", str(ROOT / "recipes" / "tiny.yaml")]
+        command = [sys.executable, "-m", "megatron_vapo", "train", str(ROOT / "recipes" / "tiny.yaml")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         settings = [f"run_dir={run_dir}", *data, *shorter, *VARIANTS[variant]]
         subprocess.run([*command, *settings], check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -243,7 +243,7 @@ def _command(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "megatron_vapo.cli", *arguments]
+    command = [sys.executable, "-m", "megatron_vapo", *arguments]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command,

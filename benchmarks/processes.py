@@ -39,7 +39,7 @@ def run(world: int, folder: Path, steps: int, overrides: list[str]) -> list[dict
     replay = [] if world == 1 else [f"rollout.replay={folder / '1' / 'rollouts'}"]
     evaluation = ["evaluation.every=1", "evaluation.problems=128", "evaluation.samples=2", "checkpoint.every=0"]
     settings = [f"run_dir={folder / str(world)}", f"steps={steps}", *evaluation, *replay, *LAYOUTS[world], *overrides]
-    train = ["-m", "megatron_vapo.cli", "train", str(ROOT / "recipes" / "tiny.yaml"), *settings]
+    train = ["-m", "megatron_vapo", "train", str(ROOT / "recipes" / "tiny.yaml"), *settings]
     subprocess.run([*command, *train], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return [json.loads(line) for line in (folder / str(world) / "metrics.jsonl").read_text().splitlines()]
 

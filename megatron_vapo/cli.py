@@ -1,4 +1,4 @@
-"""megatron-vapo: train, evaluate and look at runs from the command line.
+"""Train, evaluate and look at runs from the command line.
 
 Exit codes: 0 done; 2 recipe or arguments; 3 data; 4 checkpoint; 5 layout; 6 training cannot go on; 7 rollout
 engine; 8 memory, disk or a process that no longer answers; 9 a package missing or of another version; 75 stopped by a
@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vapo import __version__
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, LayoutError, ProcessError, UserError
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron-vapo", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    description, _, exit_codes = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(prog="megatron-vapo", description=description, epilog=exit_codes)
+    parser.add_argument("--version", action="version", version=f"megatron-vapo {__version__}")
+    commands = parser.add_subparsers(required=True, title="commands")
 
     for name, command, text in (
         ("train", _train, "run a recipe; a run that is already in its folder goes on"),
@@ -162,6 +165,3 @@ def _doctor(options: argparse.Namespace) -> int:
 
     return run_doctor(Console())
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -59,7 +59,7 @@ plan() {
         [[ $word == -* ]] || settings+=("$word")
     done
     # Planning needs no GPU, and must not open one.
-    "${on_first_node[@]}" env CUDA_VISIBLE_DEVICES= COLUMNS=200 "$python" -m megatron_vapo.cli plan "$recipe" \
+    "${on_first_node[@]}" env CUDA_VISIBLE_DEVICES= COLUMNS=200 "$python" -m megatron_vapo plan "$recipe" \
         --gpu "$VAPO_GPU" --nodes "$SLURM_JOB_NUM_NODES" --assume "gpus_per_node=${SLURM_GPUS_ON_NODE:-$processes}" \
         ${settings[@]+"${settings[@]}"} &> "$logs/plan.txt"
     code=$?
@@ -94,7 +94,7 @@ train() {
 
     # Says in seconds what would otherwise fail after minutes: paths, data, layout, recipe.
     WORLD_SIZE=$((SLURM_JOB_NUM_NODES * processes)) "${on_first_node[@]}" \
-        "$python" -m megatron_vapo.cli "${arguments[@]}" --dry-run || exit
+        "$python" -m megatron_vapo "${arguments[@]}" --dry-run || exit
     [ -z "${VAPO_GPU:-}" ] || plan "$recipe" "$processes" ${overrides[@]+"${overrides[@]}"}
     echo "follow it: tail -f $logs/node0.log (each rank's output is below that folder)"
     echo "stop with a checkpoint, requeued: scancel --batch --signal=USR1 $SLURM_JOB_ID; for good: scancel $SLURM_JOB_ID"

@@ -23,5 +23,5 @@ train=$(submit ${TRAIN_OPTIONS:-} --dependency=afterok:"$convert" "$script" mode
 export=$(submit ${TASK_OPTIONS:-} --dependency=afterok:"$train" --job-name=export slurm/task.sh \
     bash -c "$python tools/convert_megatron_to_hf.py \$(ls -d $run/checkpoints/step_* | tail -n 1)/actor $run-export --base $model")
 evaluate=$(submit ${TASK_OPTIONS:-} --dependency=afterok:"$export" --job-name=evaluate slurm/task.sh \
-    "$python" -m megatron_vapo.cli evaluate "$run-export" --recipe "$run/recipe.yaml")
+    "$python" -m megatron_vapo evaluate "$run-export" --recipe "$run/recipe.yaml")
 echo "convert $convert, train $train, export $export, evaluate $evaluate"

@@ -70,7 +70,7 @@ def local_script(options: argparse.Namespace) -> Script:
     import nemo_run as run
 
     launcher = [options.python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}"]
-    command = [*launcher, "-m", "megatron_vapo.cli", "train", options.recipe, *options.overrides]
+    command = [*launcher, "-m", "megatron_vapo", "train", options.recipe, *options.overrides]
     return run.Script(inline=f"cd {shlex.quote(options.repository)} && exec {shlex.join(command)}\n")
 
 

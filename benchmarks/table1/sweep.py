@@ -166,7 +166,7 @@ class Sweep:
             return 0.0
         started = time.monotonic()
         origin = {"started": _now(), **source()}
-        command = [sys.executable, "-m", "megatron_vapo.cli", verb, str(arm.recipe), *overrides]
+        command = [sys.executable, "-m", "megatron_vapo", verb, str(arm.recipe), *overrides]
         self._process(command, folder.with_name(f"{folder.name}.log"))
         seconds = time.monotonic() - started
         _complete(folder, origin | {"finished": _now(), "seconds": round(seconds, 1)})

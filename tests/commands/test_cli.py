@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def start(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started = []
 
     def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "megatron_vapo.cli", *arguments]
+        command = [sys.executable, "-m", "megatron_vapo", *arguments]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, cwd=folder, env=environment(folder), **streams))
         return started[-1]
@@ -115,9 +116,11 @@ def records(run: Path, kind: str) -> list[dict[str, float]]:
 
 def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -> None:
     text = finish(start("--help"))
-    assert all(command in text for command in ("train", "pretrain-critic", "evaluate", "report", "doctor"))
+    usage = text.partition("\n\n")[0]
+    assert all(command in usage for command in ("train", "pretrain-critic", "evaluate", "plan", "report", "doctor"))
     text = finish(start("train", "--help"))
     assert all(word in text for word in ("recipe", "key=value", "--restart", "--dry-run"))
+    assert finish(start("--version")).strip() == f"megatron-vapo {version('megatron-vapo')}"
 
 
 @pytest.mark.parametrize(

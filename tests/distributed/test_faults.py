@@ -35,7 +35,7 @@ class Launched:
         self.run_dir, self.world = run_dir, world
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
         self.process = subprocess.Popen(
-            [*launcher, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", f"run_dir={run_dir}", *overrides],
+            [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", f"run_dir={run_dir}", *overrides],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -28,7 +28,7 @@ SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_
 def _command(world: int, run_dir: Path, checkpoint: Path, problems: Path, *overrides: str) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     paths = [f"run_dir={run_dir}", f"model.path={checkpoint}", f"data.train={problems}", f"evaluation.data={problems}"]
-    return [*launcher, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", *paths, *SMALL, *overrides]
+    return [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *paths, *SMALL, *overrides]
 
 
 def _metrics(run_dir: Path) -> list[dict]:
@@ -96,7 +96,7 @@ def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Pa
     launcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         _wait_for_a_step(run_dir, launcher)
-        ranks = [p for p in psutil.Process(launcher.pid).children() if "megatron_vapo.cli" in " ".join(p.cmdline())]
+        ranks = [p for p in psutil.Process(launcher.pid).children() if "megatron_vapo train" in " ".join(p.cmdline())]
         ranks[-1].send_signal(signal.SIGKILL)
         killed = time.monotonic()
         output = launcher.communicate(timeout=120)[0]

@@ -204,7 +204,7 @@ def test_assumptions_are_checked() -> None:
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_vapo.cli", "plan", *arguments]
+    command = [sys.executable, "-m", "megatron_vapo", "plan", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
 
 

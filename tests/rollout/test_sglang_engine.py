@@ -249,7 +249,7 @@ def test_no_server_outlives_a_killed_trainer(
     sglang_python: str, make_checkpoint: Callable[..., Path], tiny_problems: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"steps": 100000}))
-    command = [sys.executable, "-m", "megatron_vapo.cli", "train", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "megatron_vapo", "train", str(tmp_path / "recipe.yaml")]
     command += [
         f"run_dir={tmp_path / 'run'}",
         f"model.path={make_checkpoint('qwen2', intermediate_size=64)}",

@@ -46,7 +46,7 @@ def test_everything_is_set_before_cuda_starts() -> None:
 
 @pytest.mark.parametrize("name", VARIABLES)
 def test_an_environment_that_asks_for_something_else_is_refused(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", "deterministic=true"]
+    command = [sys.executable, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", "deterministic=true"]
     done = subprocess.run(command, cwd=ROOT, env=QUIET | {name: "1"}, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert f"{name} to be {VARIABLES[name][0]}" in done.stderr and done.stderr.count("\n") == 1

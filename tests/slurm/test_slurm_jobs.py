@@ -141,7 +141,7 @@ def local(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     """The same run by torchrun on this machine, never interrupted."""
     run = tmp_path_factory.mktemp("local") / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = [*launcher, "-m", "megatron_vapo.cli", "train", "recipes/tiny.yaml", *settings, f"run_dir={run}"]
+    command = [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *settings, f"run_dir={run}"]
     subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=400)
     return comparable(run)
 
