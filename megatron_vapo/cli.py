@@ -164,4 +164,3 @@ def _doctor(options: argparse.Namespace) -> int:
     from megatron_vapo.commands.doctor import run_doctor
 
     return run_doctor(Console())
-
