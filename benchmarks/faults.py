@@ -37,6 +37,7 @@ from megatron_vapo.config import ActorConfig, CheckpointConfig
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.roles import Actor
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import read_architecture
 
 SETTINGS = ["minibatch_size=8", "epochs=2", "steps=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
@@ -48,8 +49,8 @@ LAYOUTS = {
     2: ["critic.distributed_optimizer=true"],
     4: ["actor.tensor_parallel=2", "critic.pipeline_parallel=2", "critic.first_stage_layers=2"],
 }
-PHASES = ("rollout", "values", "logprobs", "critic_update", "actor_update", "weight_sync", "checkpoint", "write",
-          "evaluation")  # fmt: skip
+PHASES = (Phase.ROLLOUT, Phase.VALUES, Phase.LOGPROBS, Phase.CRITIC_UPDATE, Phase.ACTOR_UPDATE, Phase.WEIGHT_SYNC,
+          Phase.CHECKPOINT, "write", Phase.EVALUATION)  # fmt: skip
 """`write` is a step that trains while the checkpoint before it is still being written."""
 
 

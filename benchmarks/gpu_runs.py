@@ -31,10 +31,10 @@ from megatron_vapo.models.layout import init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.observe.metrics import read_metrics
 from megatron_vapo.observe.progress import ProgressDisplay
-from megatron_vapo.plan.memory import PHASES
 from megatron_vapo.plan.work import forward_flops
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.training.objectives import with_advantages
@@ -44,7 +44,7 @@ from megatron_vapo.weights.architecture import read_architecture
 ROOT = Path(__file__).resolve().parents[1]
 ROLES = ("actor", "critic")
 OFFLOAD = [f"{role}.offload.{kind}=true" for role in ROLES for kind in KINDS]
-TRAINING = ("values", "logprobs", "critic_update", "actor_update")
+TRAINING = (Phase.VALUES, Phase.LOGPROBS, Phase.CRITIC_UPDATE, Phase.ACTOR_UPDATE)
 PADDING = 0.02
 """Share by which Megatron's buffers may be larger than what is in them."""
 PEAK = 0.15
@@ -87,11 +87,11 @@ def memory_against_plan(work: Workplace) -> Numbers:
     name = next(name for name in ("updates at 1.5B", "tiny updates") if name in work.found)
     run = _run_folder(work, name)
     command = ["plan", str(run / "recipe.yaml"), "--nodes", "1", "--assume", "gpus_per_node=1", "--json"]
-    planned = {phase["name"]: phase["parts"] for phase in json.loads(_command(command).stdout)["phases"]}
+    planned = {use["phase"]: use["parts"] for use in json.loads(_command(command).stdout)["phases"]}
     record = read_metrics(run, "train")[-1]
     ratios: Numbers = {}
-    for phase in (phase for phase in NEEDED if phase != "rollout"):  # responses were made up
-        parts = planned[PHASES[phase]]
+    for phase in (phase for phase in NEEDED if phase != Phase.ROLLOUT):  # responses were made up
+        parts = planned[phase]
         expected = sum(size for part, size in parts.items() if part.split(" ")[0] in ROLES)
         resident = sum(record[f"memory/{phase}/{kind}"] for kind in KINDS)
         assert expected <= resident <= expected * (1 + PADDING), f"{phase}: {resident:.0f} bytes of models, {expected}"

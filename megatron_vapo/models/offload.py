@@ -28,6 +28,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, UntypedStorage
 
 from megatron_vapo.config import OffloadConfig
+from megatron_vapo.runtime.phases import Phase
 
 Kind = Literal["parameters", "gradients", "main_parameters", "optimizer"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -36,15 +37,15 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 SAVED: tuple[Kind, ...] = ("parameters", "main_parameters", "optimizer")
 """What a checkpoint holds."""
 
-NEEDED: dict[str, dict[str, tuple[Kind, ...]]] = {
-    "rollout": {},
-    "values": {"critic": ("parameters",)},
-    "logprobs": {"actor": ("parameters",)},
-    "critic_update": {"critic": KINDS},
-    "actor_update": {"actor": KINDS},
-    "weight_sync": {"actor": ("parameters",)},
+NEEDED: dict[Phase, dict[str, tuple[Kind, ...]]] = {
+    Phase.ROLLOUT: {},
+    Phase.VALUES: {"critic": ("parameters",)},
+    Phase.LOGPROBS: {"actor": ("parameters",)},
+    Phase.CRITIC_UPDATE: {"critic": KINDS},
+    Phase.ACTOR_UPDATE: {"actor": KINDS},
+    Phase.WEIGHT_SYNC: {"actor": ("parameters",)},
 }
-"""What each phase of a step keeps on the device, by role."""
+"""The kinds that each phase of a step keeps on the device, by role; those of other phases are not needed."""
 
 CHUNK = 2**28
 """Bytes of host memory taken at a time: torch rounds what it pins up to a power of two, which would nearly double a

@@ -1,9 +1,11 @@
-"""Where the seconds of a step go."""
+"""The seconds that each phase of a step takes."""
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter, process_time
+
+from megatron_vapo.runtime.phases import Phase
 
 
 class PhaseTimer:
@@ -19,7 +21,7 @@ class PhaseTimer:
         self._run: Counter[str] = Counter()
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: Phase) -> Iterator[None]:
         wall, cpu = perf_counter(), process_time()
         try:
             yield
@@ -29,12 +31,13 @@ class PhaseTimer:
             self._run.update(spent)
 
     def start_step(self) -> None:
+        """Start the current step's sums anew."""
         self._step.clear()
 
     def step_seconds(self) -> dict[str, float]:
-        """Seconds since `start_step`, as metrics: `seconds/rollout` (wall), `cpu_seconds/rollout`, ..."""
+        """Return seconds since `start_step`, as metrics: `seconds/rollout` (wall), `cpu_seconds/rollout`, ..."""
         return dict(self._step)
 
     def run_seconds(self) -> dict[str, float]:
-        """Seconds since this timer was made, named as in `step_seconds`."""
+        """Return seconds since this timer was made, named as in `step_seconds`."""
         return dict(self._run)

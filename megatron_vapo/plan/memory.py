@@ -19,6 +19,7 @@ from megatron_vapo.models.offload import NEEDED, Kind
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
 from megatron_vapo.plan.rehearsal import Rehearsal, parameter_shapes, rehearse, smallest_world
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_parameters
 from megatron_vapo.weights.fp8 import bytes_in_blocks
@@ -28,15 +29,11 @@ from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, 
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
 
-PHASES = {
-    "rollout": "rollout",
-    "values": "values",
-    "logprobs": "log-probs",
-    "critic_update": "critic update",
-    "actor_update": "actor update",
-    "weight_sync": "weight sync",
+PASSES = {
+    "actor": (Phase.LOGPROBS, Phase.ACTOR_UPDATE),
+    "critic": (Phase.VALUES, Phase.CRITIC_UPDATE),
 }
-"""Phases of the loop in the order of a step, and how a plan calls them."""
+"""Each role's forward pass and update."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,10 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One phase on the rank where it takes most."""
+class PhaseMemoryUse:
+    """One phase on the rank where it takes most: bytes, by what they are for."""
 
-    name: str
+    phase: Phase
     stage: int
     parts: dict[str, int]
 
@@ -147,8 +144,8 @@ class Model:
         """
         return {f"{self.name} {kind.replace('_', ' ')}": size for kind, size in self._kinds(stage, world).items()}
 
-    def resident(self, phase: str, stage: int, world: int) -> dict[str, int]:
-        """What of `standing` is on the device in a phase of the loop."""
+    def resident(self, phase: Phase, stage: int, world: int) -> dict[str, int]:
+        """Return what of `standing` is on the device in a phase of the loop."""
         kept = NEEDED[phase].get(self.name, ())
         return {
             f"{self.name} {kind.replace('_', ' ')}": size
@@ -204,7 +201,7 @@ def _kind(model: Model) -> type[Actor] | type[Critic]:
     return Critic if isinstance(model.role, CriticConfig) else Actor
 
 
-def resident(models: dict[str, Model], phase: str, rank: int, world: int) -> dict[str, int]:
+def resident(models: dict[str, Model], phase: Phase, rank: int, world: int) -> dict[str, int]:
     """What actor and critic have on a rank's device in a phase of the loop."""
     parts: dict[str, int] = {}
     for model in models.values():
@@ -212,40 +209,40 @@ def resident(models: dict[str, Model], phase: str, rank: int, world: int) -> dic
     return parts
 
 
-def phases(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> list[Phase]:
-    """Every phase of a step on its worst rank, in the order of the step."""
+def phases(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> list[PhaseMemoryUse]:
+    """Return every phase of a step on its worst rank, in the order of the step."""
     world = cluster.world
     firsts = sorted({stage * world // m.role.pipeline_parallel for m in models.values() for stage in range(_depth(m))})
-    found = [phase for rank in firsts for phase in _phases_of(recipe, models, cluster, rank)]
-    worst = {name: [phase for phase in found if phase.name == name] for name in PHASES.values()}
-    return [max(of_name, key=_need) for of_name in worst.values() if of_name]
+    found = [use for rank in firsts for use in _phases_of(recipe, models, cluster, rank)]
+    of_phases = [[use for use in found if use.phase == phase] for phase in Phase]
+    return [max(uses, key=_need) for uses in of_phases if uses]
 
 
-def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank: int) -> Iterator[Phase]:
-    def base(phase: str) -> dict[str, int]:
+def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank: int) -> Iterator[PhaseMemoryUse]:
+    def base(phase: Phase) -> dict[str, int]:
         return resident(models, phase, rank, cluster.world)
 
     engine = {"engine weights": engine_weights(recipe, models["actor"])}
     resting = {} if recipe.rollout.engine == "sglang" else engine
     if recipe.rollout.placement == "colocated":
-        sampling, syncing = base("rollout") | engine, base("weight_sync") | engine
+        sampling, syncing = base(Phase.ROLLOUT) | engine, base(Phase.WEIGHT_SYNC) | engine
         starting = syncing  # an engine takes what is left when it starts, which is in a weight sync
     else:
-        sampling, syncing = engine, base("weight_sync")
+        sampling, syncing = engine, base(Phase.WEIGHT_SYNC)
         starting = engine
     free = sum(starting.values()) - sum(sampling.values())
     cache_bytes = max(int(_most_for_sampling(recipe, cluster) - sum(starting.values())), 0)
     room = {"left for weight syncs": free} if free else {}
-    yield Phase("rollout", rank, sampling | room | {"keys and values": cache_bytes})
+    yield PhaseMemoryUse(Phase.ROLLOUT, rank, sampling | room | {"keys and values": cache_bytes})
     for model in models.values():
         seen = model.rehearsal(rank * model.role.pipeline_parallel // cluster.world)
-        forward, update = ("values" if model.name == "critic" else "logprobs"), f"{model.name}_update"
-        yield Phase(PHASES[forward], rank, base(forward) | resting | {"working memory": seen.forward_peak})
+        forward, update = PASSES[model.name]
+        yield PhaseMemoryUse(forward, rank, base(forward) | resting | {"working memory": seen.forward_peak})
         saved, working = seen.saved, max(seen.training_peak - seen.saved, 0)
         activations = {"saved activations": saved, "working memory": working}
-        yield Phase(PHASES[update], rank, base(update) | resting | activations)
+        yield PhaseMemoryUse(update, rank, base(update) | resting | activations)
     buckets = {"reshard buckets": 2 * min(recipe.rollout.bucket_mib * 2**20, engine["engine weights"])}
-    yield Phase("weight sync", rank, syncing | buckets)
+    yield PhaseMemoryUse(Phase.WEIGHT_SYNC, rank, syncing | buckets)
 
 
 def _most_for_sampling(recipe: Recipe, cluster: Cluster) -> float:
@@ -259,9 +256,9 @@ def _depth(model: Model) -> int:
     return model.role.pipeline_parallel
 
 
-def _need(phase: Phase) -> int:
-    """Bytes without the cache, which takes what is left."""
-    return phase.total - phase.parts.get("keys and values", 0)
+def _need(use: PhaseMemoryUse) -> int:
+    """Return bytes without the cache, which takes what is left."""
+    return use.total - use.parts.get("keys and values", 0)
 
 
 def engine_gpus(recipe: Recipe) -> int:
@@ -270,7 +267,7 @@ def engine_gpus(recipe: Recipe) -> int:
     return recipe.rollout.servers * recipe.rollout.tensor_parallel if separate else 0
 
 
-def cache_of(recipe: Recipe, actor: Model, rollout: Phase, world: int) -> Cache:
+def cache_of(recipe: Recipe, actor: Model, rollout: PhaseMemoryUse, world: int) -> Cache:
     """The engine's cache in the bytes that are left for it."""
     a, size = actor.architecture, engine_size(recipe)
     heads = max(a.kv_heads // size, 1)
@@ -292,15 +289,15 @@ def engine_weights(recipe: Recipe, actor: Model) -> int:
     return sum(math.prod(parameter.shape) for parameter in parameters) * actor.itemsize
 
 
-def shortage(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> tuple[str, int] | None:
-    """The phase that misses most bytes, and how many; None where everything fits."""
-    missing = {}
-    for phase in phases(recipe, models, cluster):
-        need = _need(phase)
-        if phase.name == "rollout":
-            per_token = cache_of(recipe, models["actor"], phase, cluster.world).bytes_per_token
+def shortage(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> tuple[Phase, int] | None:
+    """Return the phase that misses most bytes, and how many; None where everything fits."""
+    missing: dict[Phase, int] = {}
+    for use in phases(recipe, models, cluster):
+        need = _need(use)
+        if use.phase == Phase.ROLLOUT:
+            per_token = cache_of(recipe, models["actor"], use, cluster.world).bytes_per_token
             need += per_token * (recipe.rollout.max_response_tokens + recipe.data.max_prompt_tokens)
-        room = _most_for_sampling(recipe, cluster) if phase.name == "rollout" else cluster.budget
-        missing[phase.name] = int(need - room)
-    name = max(missing, key=missing.__getitem__)
-    return (name, missing[name]) if missing[name] > 0 else None
+        room = _most_for_sampling(recipe, cluster) if use.phase == Phase.ROLLOUT else cluster.budget
+        missing[use.phase] = int(need - room)
+    worst = max(missing, key=missing.__getitem__)
+    return (worst, missing[worst]) if missing[worst] > 0 else None

@@ -11,14 +11,18 @@ from rich.table import Table
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.plan.hardware import GIB
-from megatron_vapo.plan.memory import Cache, Cluster, Phase, cache_of, phases, roles_of, shortage
+from megatron_vapo.plan.memory import Cache, Cluster, PhaseMemoryUse, cache_of, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, smallest_change
 from megatron_vapo.plan.work import Batch, Traffic, batch_of, bubble, forward_flops, seconds, traffic, training_flops
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
+
+PRETRAINING = (Phase.ROLLOUT, Phase.VALUES, Phase.CRITIC_UPDATE)
+"""Phases of a step of value pretraining."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """What `megatron-vapo plan` says. Bytes, seconds, operations."""
 
     recipe: str
@@ -29,8 +33,8 @@ class Plan:
     """Training processes."""
     parameters: dict[str, int]
     budget: int
-    phases: list[Phase]
-    missing: tuple[str, int] | None
+    phases: list[PhaseMemoryUse]
+    missing: tuple[Phase, int] | None
     """Phase and bytes, where it does not fit."""
     change: list[str] | None
     """Overrides that would make it fit."""
@@ -57,7 +61,7 @@ class Plan:
     @property
     def hours(self) -> float:
         """The whole run, value pretraining included, which leaves out log-probs and the actor's update."""
-        pretraining = sum(self.seconds[name] for name in ("rollout", "values", "critic update") if name in self.seconds)
+        pretraining = sum(self.seconds.get(phase.shown, 0.0) for phase in PRETRAINING)
         return (self.steps * self.step_seconds + self.pretraining_steps * pretraining) / 3600
 
 
@@ -67,7 +71,7 @@ def make_plan_of(
     parameters: dict[str, int],
     gpu: str,
     cluster: Cluster,
-) -> Plan:
+) -> CapacityPlan:
     """Plan a recipe.
 
     Args:
@@ -88,7 +92,7 @@ def make_plan_of(
         for m in models.values()
     )
     pretrains = recipe.uses_critic and recipe.value_pretraining.enabled and not recipe.value_pretraining.checkpoint
-    return Plan(
+    return CapacityPlan(
         recipe=recipe.name,
         gpu=gpu,
         nodes=cluster.nodes,
@@ -112,13 +116,13 @@ def make_plan_of(
     )
 
 
-def as_json(plan: Plan) -> str:
+def as_json(plan: CapacityPlan) -> str:
     """Everything, machine-readable."""
     derived = {"fits": plan.fits, "step_seconds": plan.step_seconds, "hours": plan.hours, **_derived(plan)}
     return json.dumps(asdict(plan) | derived, indent=2)
 
 
-def _derived(plan: Plan) -> dict[str, float]:
+def _derived(plan: CapacityPlan) -> dict[str, float]:
     gpu_hours = plan.hours * plan.gpus
     return {
         "gpu_hours": gpu_hours,
@@ -126,7 +130,7 @@ def _derived(plan: Plan) -> dict[str, float]:
     }
 
 
-def show(plan: Plan, console: Console, watts: float) -> None:
+def show(plan: CapacityPlan, console: Console, watts: float) -> None:
     """Tables on the terminal."""
     counts = ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items())
     apart = f" ({plan.gpus - plan.world} of them for engines)" if plan.gpus > plan.world else ""
@@ -137,20 +141,20 @@ def show(plan: Plan, console: Console, watts: float) -> None:
     console.print(_summary(plan, watts), highlight=False)
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: CapacityPlan) -> Table:
     title = f"Memory of the worst rank, GiB of {_gib(plan.budget)} that a plan may use"
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=title)
     table.add_column("", no_wrap=True)
-    for phase in plan.phases:
-        table.add_column(phase.name, justify="right")
-    for name in dict.fromkeys(name for phase in plan.phases for name in phase.parts):
-        cells = ["" if name not in phase.parts else _gib(phase.parts[name]) for phase in plan.phases]
+    for use in plan.phases:
+        table.add_column(use.phase.shown, justify="right")
+    for name in dict.fromkeys(name for use in plan.phases for name in use.parts):
+        cells = ["" if name not in use.parts else _gib(use.parts[name]) for use in plan.phases]
         table.add_row(name, *(f"[bold]{c}[/]" if p.largest == name else c for p, c in zip(plan.phases, cells)))
-    table.add_row("total", *(_gib(phase.total) for phase in plan.phases), style="bold")
+    table.add_row("total", *(_gib(use.total) for use in plan.phases), style="bold")
     return table
 
 
-def _verdict(plan: Plan) -> str:
+def _verdict(plan: CapacityPlan) -> str:
     nodes = f"the fewest nodes are {plan.fewest_nodes}" if plan.fewest_nodes else "no number of nodes is enough"
     longest = plan.assumptions["mean_response_share"]
     cache = plan.cache
@@ -160,15 +164,15 @@ def _verdict(plan: Plan) -> str:
         f"{cache.responses(plan.batch.response_tokens / longest)} of the longest"
     )
     if plan.fits:
-        tightest = max((p for p in plan.phases if p.name != "rollout"), key=lambda phase: phase.total)
+        tightest = max((p for p in plan.phases if p.phase != Phase.ROLLOUT), key=lambda use: use.total)
         spare = _gib(plan.budget - tightest.total)
-        return f"It fits, with {spare} GiB to spare in the tightest phase ({tightest.name}); {nodes}.\n{room}."
-    name, size = plan.missing
+        return f"It fits, with {spare} GiB to spare in the tightest phase ({tightest.phase.shown}); {nodes}.\n{room}."
+    phase, size = plan.missing
     change = f"The smallest change that makes it fit: {' '.join(plan.change)}" if plan.change else "It takes more nodes"
-    return f"It does not fit: {name} misses {_gib(size)} GiB. {change}; as it is, {nodes}.\n{room}."
+    return f"It does not fit: {phase.shown} misses {_gib(size)} GiB. {change}; as it is, {nodes}.\n{room}."
 
 
-def _time_table(plan: Plan) -> Table:
+def _time_table(plan: CapacityPlan) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title="Time of a step, estimated")
     table.add_column("phase")
     table.add_column("seconds", justify="right")
@@ -179,7 +183,7 @@ def _time_table(plan: Plan) -> Table:
     return table
 
 
-def _summary(plan: Plan, watts: float) -> str:
+def _summary(plan: CapacityPlan, watts: float) -> str:
     moved, derived = plan.traffic, _derived(plan)
     energy = derived["gpu_hours"] * watts * plan.assumptions["power_share"] / 1e6
     inside, updates = _gib(moved.inside_layers), _gib(moved.gradients + moved.parameters)
@@ -198,19 +202,19 @@ def _summary(plan: Plan, watts: float) -> str:
     )
 
 
-def draw(plan: Plan, path: Path) -> None:
+def draw(plan: CapacityPlan, path: Path) -> None:
     """Stacked bars of every phase against the budget."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(name for phase in plan.phases for name in phase.parts))
+    names = list(dict.fromkeys(name for use in plan.phases for name in use.parts))
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     bottoms = [0.0] * len(plan.phases)
     for name, color in zip(names, plt.colormaps["tab20"].colors):
-        sizes = [phase.parts.get(name, 0) / GIB for phase in plan.phases]
-        axes.bar([phase.name for phase in plan.phases], sizes, bottom=bottoms, label=name, color=color)
+        sizes = [use.parts.get(name, 0) / GIB for use in plan.phases]
+        axes.bar([use.phase.shown for use in plan.phases], sizes, bottom=bottoms, label=name, color=color)
         bottoms = [bottom + size for bottom, size in zip(bottoms, sizes)]
     axes.axhline(plan.budget / GIB, color="black", linewidth=1, linestyle="--", label="budget")
     axes.set_ylabel("GiB a GPU, worst rank")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.models.offload import NEEDED
-from megatron_vapo.plan.memory import Cache, Cluster, Model, engine_size, engine_weights
+from megatron_vapo.plan.memory import PASSES, Cache, Cluster, Model, engine_size, engine_weights
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_shards, whole_model
 from megatron_vapo.weights.reshard import make_plan
@@ -150,18 +151,19 @@ def reshard_bytes(recipe: Recipe, actor: Model, cluster: Cluster) -> tuple[int, 
 def seconds(
     recipe: Recipe, models: dict[str, Model], cluster: Cluster, cache: Cache, moved: Traffic
 ) -> dict[str, float]:
-    """Seconds of each phase of a step."""
-    found = {"rollout": rollout_seconds(recipe, models["actor"], cluster, cache)}
+    """Return seconds by phase of a step, as shown, and of what its communication and offloading take."""
+    found = {Phase.ROLLOUT.shown: rollout_seconds(recipe, models["actor"], cluster, cache)}
     batch, assumed = batch_of(recipe, cluster), cluster.assumptions
     device = cluster.world * cluster.gpu.flops
     network = cluster.gpu.network * assumed.network_efficiency
     for name, model in models.items():
         once = batch.tokens * forward_flops(model.architecture, batch.sequence)
-        found["values" if name == "critic" else "log-probs"] = once / (device * assumed.forward_efficiency)
+        forward, update = PASSES[name]
+        found[forward.shown] = once / (device * assumed.forward_efficiency)
         work = batch.tokens * training_flops(model, batch.sequence) * epochs_of(recipe, name)
-        found[f"{name} update"] = work / (device * assumed.training_efficiency) / (1 - bubble(recipe, model, cluster))
+        found[update.shown] = work / (device * assumed.training_efficiency) / (1 - bubble(recipe, model, cluster))
     found["gradient sync"] = (moved.gradients + moved.parameters) / network
-    found["weight sync"] = moved.reshard / network
+    found[Phase.WEIGHT_SYNC.shown] = moved.reshard / network
     if moved.offload:  # at worst, when nothing hides it
         found["offload"] = 2 * moved.offload / (cluster.gpu.host * assumed.host_efficiency)
     return found

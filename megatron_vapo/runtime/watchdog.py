@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_vapo.config import LimitsConfig
 from megatron_vapo.errors import MachineError, ProcessError, UserError, first_line
 from megatron_vapo.runtime.collectives import barrier, on_first_rank
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 
 
@@ -34,7 +35,7 @@ class Watchdog:
     """
 
     def __init__(self, limits: LimitsConfig, interrupt: Interrupt, run_dir: str) -> None:
-        self.phase = "starting"
+        self.phase = Phase.STARTING
         self._silent, self._interrupt, self.run_dir = limits.silent_seconds, interrupt, run_dir
         self._interval = min(1.0, self._silent / 8)
         self.me = f"pid {os.getpid()} on {socket.gethostname()}"
@@ -99,7 +100,7 @@ class Watchdog:
 
     def _end(self, silent: list[int]) -> None:
         for other in silent[:8]:
-            _, who, phase = self._news.get(other, "||starting").split("|", 2)
+            _, who, phase = self._news.get(other, f"||{Phase.STARTING}").split("|", 2)
             lost = "has ended" if self._lost_store else f"was not heard of for {self._silent:g} s"
             self._say(f"rank {other} ({who}) {lost}; its phase was: {phase}. This rank's: {self.phase}")
         self._say(f"the run ends; the last complete checkpoint is in {self.run_dir}/checkpoints")

@@ -1,4 +1,4 @@
-"""Device memory through the phases of a run: what a phase does not need is sent away, what each one held is kept."""
+"""Moves the models' memory as phases begin, and measures what each phase holds on the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.runtime.phases import Phase
 
 
 class PhaseMemory:
@@ -20,7 +21,7 @@ class PhaseMemory:
 
     def __init__(self, models: Mapping[str, Trainable]) -> None:
         self._models = models
-        self._phase: str | None = None
+        self._phase: Phase | None = None
         self._most: dict[str, int] = {}
 
     @property
@@ -29,7 +30,7 @@ class PhaseMemory:
         return any(model.offloader.moves for model in self._models.values())
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: Phase) -> Iterator[None]:
         outer = self._phase
         self._enter(phase)
         yield
@@ -39,18 +40,19 @@ class PhaseMemory:
         self._phase = outer
 
     def metrics(self) -> dict[str, int]:
-        """Bytes of this process: the most that parameters and the like took in each phase of a step since the run was
-        started, `memory/values/parameters`, and on CUDA the most that torch had given out, `memory/values/allocated`.
+        """Return the most that this process held in each phase of a step since the run was started, in bytes: of
+        parameters and the like, `memory/values/parameters`, and on CUDA all that torch had given out,
+        `memory/values/allocated`.
         """
         return dict(self._most)
 
-    def _enter(self, phase: str) -> None:
+    def _enter(self, phase: Phase) -> None:
         self._phase = phase
         for role, model in self._models.items():
             model.offloader.keep(NEEDED.get(phase, {}).get(role, ()))
         torch.cuda.reset_peak_memory_stats()
 
-    def _measure(self, phase: str) -> None:
+    def _measure(self, phase: Phase) -> None:
         if phase not in NEEDED:
             return
         resident = [model.offloader.resident() for model in self._models.values()]

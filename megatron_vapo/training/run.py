@@ -34,6 +34,7 @@ from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.runtime.collectives import barrier, gather_objects
 from megatron_vapo.runtime.kernels import linear_layers, machine_backend
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.evaluation import evaluate
@@ -131,7 +132,7 @@ class Run:
         name = f"{purpose}_{step:06d}"
         if self.recipe.rollout.replay:
             return _replayed(Path(self.recipe.rollout.replay) / f"{name}.safetensors")
-        with self._phase("rollout", "rollout (tokens)"):
+        with self._phase(Phase.ROLLOUT):
             batch = self._kept_rollout(name) or self._sampled_rollout(name, purpose, step)
         if self.first_rank and self.recipe.rollout.save:
             (self.folder / "rollouts").mkdir(exist_ok=True)
@@ -141,13 +142,13 @@ class Run:
 
     def values(self, batch: Experience) -> Experience:
         """Add the critic's values."""
-        with self._phase("values"):
+        with self._phase(Phase.VALUES):
             (values,) = self.critic.forward(batch)
         return replace(batch, values=values)
 
     def logprobs(self, batch: Experience) -> Experience:
         """Add the actor's log-probs and entropy."""
-        with self._phase("logprobs", "log-probs"):
+        with self._phase(Phase.LOGPROBS):
             logprobs, entropy = self.actor.forward(batch)
         batch = replace(batch, logprobs=logprobs, entropy=entropy)
         check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
@@ -155,17 +156,17 @@ class Run:
 
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Minibatch updates towards the value targets; metrics are means over them."""
-        with self._phase("critic_update", "critic update"):
+        with self._phase(Phase.CRITIC_UPDATE):
             return self._update(self.critic, objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
         """Minibatch updates of the policy; metrics are means over them."""
-        with self._phase("actor_update", "actor update"):
+        with self._phase(Phase.ACTOR_UPDATE):
             return self._update(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
-        with self._phase("weight_sync", "weight sync"):
+        with self._phase(Phase.WEIGHT_SYNC):
             torch.cuda.empty_cache()  # for engines in other processes
             self._sync(version=self.state.steps)
 
@@ -174,7 +175,7 @@ class Run:
         settings, step = self.recipe.evaluation, self.state.steps
         training_bar = self.bar
         with self.display.bar("evaluate", total=1) as self.bar:
-            with self._phase("evaluation", "evaluation (tokens)"):
+            with self._phase(Phase.EVALUATION):
                 result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
             self._write("evaluate", step, result.metrics)
             self.bar.advance(result.metrics)
@@ -221,7 +222,7 @@ class Run:
 
     def save(self) -> None:
         """Start a checkpoint of models and state; `settle` completes it."""
-        with self._phase("checkpoint"):
+        with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
             self.checkpoints.save(self.state, self._unfinished, self._generators)
@@ -230,7 +231,7 @@ class Run:
         """Complete the checkpoint under way, if all ranks have written their part of it or `wait` says so."""
         if not self.checkpoints.pending:
             return
-        with self._phase("checkpoint"):
+        with self._phase(Phase.CHECKPOINT):
             covered = self.checkpoints.settle(wait)
         if covered is not None and self.first_rank:
             self.kept.drop(covered.pretraining_steps, covered.steps)
@@ -293,7 +294,7 @@ class Run:
         return batch
 
     def _sleep(self) -> None:
-        with self.timer("sleep"):
+        with self.timer(Phase.SLEEP):
             self.engine.sleep()
 
     def _new_failures(self) -> tuple[int, int]:
@@ -391,12 +392,12 @@ class Run:
             self.writer.write(step, metrics, kind)
 
     @contextmanager
-    def _phase(self, name: str, shown: str | None = None) -> Iterator[None]:
+    def _phase(self, phase: Phase) -> Iterator[None]:
         """Times a part of a step, shows it, tells the watchdog, and has on the device what it needs."""
         if self.bar is not None:
-            self.bar.activity(shown or name)
-        self._watchdog.phase = name
-        with self.timer(name), self._memory(name):
+            self.bar.activity(phase.shown)
+        self._watchdog.phase = phase
+        with self.timer(phase), self._memory(phase):
             yield
 
 

@@ -80,7 +80,7 @@ def test_the_papers_recipe_fits_16_nodes_of_h100(recipe, architectures) -> None:
     models = roles_of(recipe, *architectures)
     paper = cluster(16)
     assert shortage(recipe, models, paper) is None
-    training = [phase.total for phase in phases(recipe, models, paper) if phase.name != "rollout"]
+    training = [use.total for use in phases(recipe, models, paper) if use.phase != "rollout"]
     assert max(training) < 0.75 * paper.budget  # with margin
 
 
@@ -156,18 +156,18 @@ def test_engines_apart_leave_training_its_memory(recipe, architectures) -> None:
     together, beside = cluster(4), replace(cluster(4, gpus_per_node=16), engine_gpus=32)
     assert (beside.gpus, beside.world) == (64, together.world)
     models = roles_of(recipe, *architectures)
-    alone = {phase.name: phase.parts for phase in phases(apart, models, beside)}
-    shared = {phase.name: phase.parts for phase in phases(recipe, models, together)}
+    alone = {use.phase: use.parts for use in phases(apart, models, beside)}
+    shared = {use.phase: use.parts for use in phases(recipe, models, together)}
     engine = engine_weights(recipe, models["actor"])
     assert alone["rollout"].keys() == {"engine weights", "keys and values"}
     standing = sum(size for name, size in shared["rollout"].items() if name not in alone["rollout"])
     grown = alone["rollout"]["keys and values"] - shared["rollout"]["keys and values"]
     most = 0.8 * GPUS["h100-80"].memory  # SGLang's share; together, what was left of it
     assert sum(alone["rollout"].values()) == pytest.approx(most, abs=2) and grown == pytest.approx(standing, abs=2)
-    assert sum(shared["weight sync"].values()) - sum(alone["weight sync"].values()) == engine
-    for name in ("values", "log-probs", "critic update", "actor update"):
+    assert sum(shared["weight_sync"].values()) - sum(alone["weight_sync"].values()) == engine
+    for name in ("values", "logprobs", "critic_update", "actor_update"):
         assert alone[name] == shared[name]
-    rollout = next(phase for phase in phases(apart, models, beside) if phase.name == "rollout")
+    rollout = next(use for use in phases(apart, models, beside) if use.phase == "rollout")
     assert cache_of(apart, models["actor"], rollout, beside.world).engines == 4
 
 

@@ -15,7 +15,7 @@ from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.plan.hardware import GPUS, Assumptions
-from megatron_vapo.plan.memory import PHASES, Cluster, phases, roles_of
+from megatron_vapo.plan.memory import Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
 from megatron_vapo.training.phase_memory import PhaseMemory
@@ -73,9 +73,9 @@ def _resident(models: dict[str, Trainable]) -> Iterator[tuple[str, int]]:
 def test_each_phase_holds_what_is_planned(recipe: Recipe) -> None:
     """To the byte, but for the padding of buffers that the distributed optimizer cuts."""
     real = measured(recipe)
-    planned = {phase.name: phase.parts for phase in phases(recipe, roles_of(recipe, *SHAPES), ALONE)}
+    planned = {use.phase: use.parts for use in phases(recipe, roles_of(recipe, *SHAPES), ALONE)}
     for phase, found in real.items():
-        parts = planned[PHASES[phase]]
+        parts = planned[phase]
         for name, size in found.items():
             expected = parts.get(name, 0)
             padding = 0.02 * expected if recipe.actor.distributed_optimizer else 0

@@ -22,6 +22,7 @@ from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt, StopRequested
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.sampler import Sampler
@@ -73,7 +74,7 @@ class Crash(Exception):
     """Stands for kill -9."""
 
 
-PHASES = ("rollout", "values", "logprobs", "critic_update", "actor_update", "weight_sync", "checkpoint", "evaluation")
+PHASES = [phase for phase in Phase if phase not in (Phase.STARTING, Phase.SLEEP)]
 
 
 class Events(Watchdog):
