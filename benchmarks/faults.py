@@ -32,13 +32,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, refuse_damaged
 from megatron_vapo.config import ActorConfig, CheckpointConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.models.layout import ParallelLayout, init_world
-from megatron_vapo.models.roles import Actor
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import read_architecture
+
+cpu_backend.install()  # before the first import of Megatron
+
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, refuse_damaged
+from megatron_vapo.models.layout import ParallelLayout, init_world
+from megatron_vapo.models.roles import Actor
 
 SETTINGS = ["minibatch_size=8", "epochs=2", "steps=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
             "rollout.max_response_tokens=64", "value_pretraining.max_steps=2",

@@ -17,9 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_vapo import cli
+from megatron_vapo.runtime import cpu_backend
 
 
 def main() -> int:
+    cpu_backend.install()
     from megatron_vapo.checkpoint import checkpoints as checkpoint
     from megatron_vapo.runtime import signals as interrupt
     from megatron_vapo.runtime import watchdog

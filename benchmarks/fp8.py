@@ -27,8 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, AlgorithmConfig, OptimizerConfig, PrecisionConfig
-from megatron_vapo.models.roles import Actor
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.fp8 import dequantise, is_quantised, quantise
+
+cpu_backend.install()  # before the first import of Megatron
+
+from megatron_vapo.models.roles import Actor
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}

@@ -91,6 +91,9 @@ def work(folder: Path) -> None:
 
     import torch
 
+    from megatron_vapo.runtime import cpu_backend
+
+    cpu_backend.install()
     for name in list(PARTS)[len(_read(folder)) :]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         result = run_part(name, folder)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime import cpu_backend
 
 ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, epsilon=1e-6, clip_grad=0.5)
@@ -180,6 +181,7 @@ def take_updates(case: Case, folder: Path) -> dict:
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     rendezvous, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks import reference
 from benchmarks.layout_cases import ALGORITHM, CASES, OPTIMIZER, UPDATES, Case
+from megatron_vapo.runtime import cpu_backend
 
 LOSS_TOLERANCE = 1e-5
 """Relative, on losses, entropy and gradient norms."""
@@ -89,6 +90,8 @@ def run_cases(cases: list[Case], folder: Path) -> list[Row]:
 
 def _single_process(case: Case, folder: Path) -> dict:
     from benchmarks.layout_cases import take_updates
+
+    cpu_backend.install()
     from megatron_vapo.models.layout import init_world
 
     init_world()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_vapo.runtime import cpu_backend
+
 
 def _plain(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     log_p = (hidden @ weight.t()).float().log_softmax(-1)
@@ -52,7 +54,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def measure(way: str, tokens: int, hidden_size: int, vocab: int, dtype: str, repeats: int) -> dict[str, float]:
     """Seconds (the GPU's, or of CPU; best of repeats), peak extra bytes, and a checksum of results and gradients."""
-    import megatron_vapo.models  # noqa: F401  (its memory is not the way's)
+    cpu_backend.install()  # its memory is not the way's
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import verify
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, whole_model
@@ -45,6 +46,7 @@ def start(work: Callable[[], object], world: int, folder: Path) -> None:
 
 
 def _join(rank: int, work: Callable[[], object], world: int, folder: Path) -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     # A file, because a search for a free port collides under load.
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)

@@ -24,11 +24,15 @@ from pathlib import Path
 import torch
 
 from megatron_vapo.config import RolloutConfig, SamplingConfig, SGLangConfig
-from megatron_vapo.models.layout import init_world
 from megatron_vapo.rollout import Request, RolloutEngine, in_order
 from megatron_vapo.rollout.sglang.engine import SGLangEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.hf_folder import HFFolder
+
+cpu_backend.install()  # before the first import of Megatron
+
+from megatron_vapo.models.layout import init_world
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUESTS, PROMPT_TOKENS, NEW_TOKENS, IN_FLIGHT = 64, 32, 64, 32

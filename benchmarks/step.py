@@ -30,14 +30,18 @@ from benchmarks.plain_loop import Padded, PlainLoop
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import read_prompts, tokenize_prompts
-from megatron_vapo.models.layout import ParallelLayout, init_world
-from megatron_vapo.models.parameters import hf_tensors, load_hf
-from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.training import objectives
 from megatron_vapo.weights.architecture import read_architecture
+
+cpu_backend.install()  # before the first import of Megatron
+
+from megatron_vapo.models.layout import ParallelLayout, init_world
+from megatron_vapo.models.parameters import hf_tensors, load_hf
+from megatron_vapo.models.roles import Actor, Critic
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "artifacts" / "tiny"

@@ -146,6 +146,9 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
+    from megatron_vapo.runtime import cpu_backend
+
+    cpu_backend.install()
     from megatron_vapo.plan.command import run_plan
 
     return 0 if run_plan(recipe, options) else LayoutError.exit_code

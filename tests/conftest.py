@@ -11,6 +11,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from megatron_vapo.runtime import cpu_backend
+
+cpu_backend.install()
+
 # Tests share the machine with others: no time limit per hypothesis example, no more threads than asked for.
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -11,6 +11,7 @@ import sys
 
 from megatron_vapo.errors import UserError
 from megatron_vapo.observe.transfer import byte_progress
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.convert import hf_to_megatron
 from megatron_vapo.weights.hf_folder import torch_dtype
 
@@ -33,6 +34,7 @@ def main() -> None:
         )
     print(f"written: {options.out}")
     if options.check:
+        cpu_backend.install()
         from megatron_vapo.commands.compare_logits import largest_difference
 
         difference, largest = largest_difference(options.source, options.out)

@@ -11,6 +11,7 @@ import sys
 
 from megatron_vapo.errors import UserError
 from megatron_vapo.observe.transfer import byte_progress
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.convert import megatron_to_hf
 from megatron_vapo.weights.hf_folder import torch_dtype
 
@@ -35,6 +36,7 @@ def main() -> None:
         )
     print(f"written: {options.out}")
     if options.check:
+        cpu_backend.install()
         from megatron_vapo.commands.compare_logits import largest_difference
 
         difference, largest = largest_difference(options.out, options.checkpoint)

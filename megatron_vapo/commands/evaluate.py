@@ -14,6 +14,7 @@ from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
 from megatron_vapo.weights.hf_folder import HFFolder
 
@@ -54,6 +55,7 @@ def evaluate_checkpoint(
 def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) -> dict[str, float]:
     import torch
 
+    cpu_backend.install()
     from megatron_vapo.checkpoint.checkpoints import refuse_damaged
     from megatron_vapo.models.layout import init_world
     from megatron_vapo.rewards.scorer import RewardScorer

@@ -19,6 +19,7 @@ from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.report import plot_curves, write_summary
 from megatron_vapo.recipe.precision import check_machine
 from megatron_vapo.recipe.preflight import Inputs, read_inputs, world_size
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.determinism import be_deterministic
 from megatron_vapo.runtime.kernels import look
@@ -55,6 +56,7 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
 
 @record  # leaves the first failure of any process where torchrun reports it
 def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body: Callable) -> bool:
+    cpu_backend.install()
     from megatron_vapo.models.layout import init_world
 
     init_world()  # takes this process's device, which `look` asks

@@ -1,7 +1,5 @@
-"""All that builds on megatron.core. Importing this room makes megatron.core usable where there is no CUDA."""
+"""All that builds on megatron.core, which `runtime.cpu_backend.install` makes usable where there is no CUDA."""
 
-from megatron_vapo.models import cpu_backend
-from megatron_vapo.runtime.versions import check_megatron
+from megatron_vapo.runtime import cpu_backend
 
-check_megatron()
-cpu_backend.install()
+cpu_backend.require()

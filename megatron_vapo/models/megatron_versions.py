@@ -45,14 +45,6 @@ def _common_state_strategy() -> Any:
     return CommonStateStrategy()
 
 
-def define_general_gemm() -> None:
-    """0.16.1 leaves a name undefined without Transformer Engine that its router compares with None; 0.19.2 sets it."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def hide_successors() -> None:
     """0.19.2 warns at each GPTModel that its successor is HybridModel, which 0.16.1 does not have."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(

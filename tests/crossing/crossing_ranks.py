@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, CriticConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime import cpu_backend
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1, clip_grad=0.5)
 UPDATES = 3
@@ -26,6 +27,7 @@ KINDS = ("actor", "critic")
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     verb, rendezvous, folder, result = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

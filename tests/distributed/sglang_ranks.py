@@ -9,16 +9,20 @@ import torch.distributed as dist
 from rich.console import Console
 from safetensors.torch import load_file
 
-from megatron_vapo.models.layout import init_world
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
-from megatron_vapo.training.loop import train
-from megatron_vapo.training.run import Run
 from megatron_vapo.weights.checksum import digest
 from megatron_vapo.weights.slices import Parameter
+
+cpu_backend.install()  # before the first import of Megatron
+
+from megatron_vapo.models.layout import init_world
+from megatron_vapo.training.loop import train
+from megatron_vapo.training.run import Run
 
 
 def assembled(parameter: Parameter, tensors: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.kernels import Backend
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -35,6 +36,7 @@ LOCAL, FUSED = Backend(), Backend(layers="transformer_engine")
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     rendezvous, folder = sys.argv[1], Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vapo.runtime import cpu_backend
+
 
 @dataclass(frozen=True)
 class Case:
@@ -95,6 +97,7 @@ def mend_bfloat16_products() -> None:
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     rendezvous, folder = sys.argv[1], Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.architecture import Architecture
 
 TOKENS = 1024
@@ -95,6 +96,7 @@ CASES = {
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     rendezvous, folder = sys.argv[1], Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -28,8 +28,10 @@ assert torch.are_deterministic_algorithms_enabled() and not torch.is_determinist
 assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 print(*(os.environ[name] for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")))
 
+from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.config import ActorConfig
+cpu_backend.install()
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.weights.architecture import read_architecture
 architecture = read_architecture("recipes/shapes/Qwen2.5-7B")

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.runtime import cpu_backend
 
 CASES: dict[str, dict[str, object]] = {
     "TP2": {"tensor_parallel": 2},
@@ -31,6 +32,7 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
+    cpu_backend.install()
     torch.set_num_threads(1)
     rendezvous, folder = sys.argv[1], Path(sys.argv[2])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -1,9 +1,9 @@
 """Unmodified Megatron Core on CPU and gloo: stand-ins for what it asks of CUDA.
 
-`install()` must run before the first import of megatron.core (`megatron_vapo.models` sees to that). Where CUDA is
-present, it only fills in what Megatron lacks without Transformer Engine and Apex. Each function replaces one thing and
-says who needs it. `torch.cuda.is_available()` stays False. Written for, and checked against, the versions in
-`installation.MEGATRON_VERSIONS`.
+A process that uses Megatron calls `install()` once, where it begins: before `megatron_vapo.models`, or Megatron, is
+first imported. Where CUDA is present, this only fills in what Megatron lacks without Transformer Engine and Apex. Each
+function replaces one thing and says who needs it. `torch.cuda.is_available()` stays False. Written for, and checked
+against, the versions in `versions.MEGATRON_VERSIONS`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from typing import Any
 import torch
 from torch.utils import _device
 
+from megatron_vapo.runtime.versions import check_megatron
+
 _CPU = torch.device("cpu")
 
 
+@functools.cache
 def install() -> None:
-    """Replace CUDA calls by CPU ones, once, where there is no CUDA device; else see `_replace_without_kernels`."""
+    """Replace CUDA calls by CPU ones where there is no CUDA device; else see `_replace_without_kernels`. Once.
+
+    Raises:
+        InstallationError: no Megatron Core, or another version than those that this was written for.
+    """
+    check_megatron()
     if torch.cuda.is_available():
         _replace_without_kernels()
-        return
-    if getattr(torch.cuda, "_megatron_vapo_cpu_backend", False):
         return
     _replace_device_queries()
     _replace_random_state()
@@ -37,7 +43,19 @@ def install() -> None:
     _replace_moe_helpers()
     _define_missing_names()
     _share_groups()
-    torch.cuda._megatron_vapo_cpu_backend = True
+
+
+def require() -> None:
+    """Refuse to go on where `install` was forgotten.
+
+    Raises:
+        RuntimeError: says what to call.
+    """
+    if not install.cache_info().currsize:
+        raise RuntimeError(
+            "Megatron Core is not prepared for this machine: call megatron_vapo.runtime.cpu_backend.install() where "
+            "the process begins, before megatron_vapo.models or megatron is imported"
+        )
 
 
 def _replace_without_kernels() -> None:
@@ -229,17 +247,17 @@ def _replace_moe_helpers() -> None:
 
 
 def _define_missing_names() -> None:
-    """0.16.1 leaves two names undefined without Transformer Engine (router, selective recompute)."""
+    """0.16.1 leaves two names undefined without Transformer Engine (selective recompute, router); 0.19.2 has both."""
     from megatron.core.tensor_parallel import random
-
-    from megatron_vapo.models.megatron_versions import define_general_gemm
+    from megatron.core.transformer.moe import moe_utils
 
     class NoFP8:
         is_fp8_enabled = staticmethod(lambda: False)
 
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = NoFP8
-    define_general_gemm()
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # which the router compares with None
 
 
 def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
