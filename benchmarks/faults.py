@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 
 from megatron_vapo.config import ActorConfig, CheckpointConfig
+from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.phases import Phase
@@ -40,7 +41,8 @@ from megatron_vapo.weights.architecture import read_architecture
 
 cpu_backend.install()  # before the first import of Megatron
 
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, refuse_damaged
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, checkpoints, refuse_damaged
+from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.roles import Actor
 
@@ -322,7 +324,8 @@ def saving_seconds(folder: Path) -> dict[str, float]:
         saved = Checkpoints(folder / "saving", settings, {"actor": actor}, "", lambda text: None)
         for step in range(5):
             began = time.perf_counter()
-            saved.save(RunState(pretraining_done=True, steps=step + (10 if kind == "async" else 0)), [], {})
+            state = RunState(pretraining_done=True, steps=step + (10 if kind == "async" else 0))
+            saved.save(Snapshot(state, SamplingPosition({}, []), {}))
             seconds[kind].append(time.perf_counter() - began)
             saved.settle(wait=True)
             if kind == "async":

@@ -25,8 +25,8 @@ def main() -> int:
     from megatron_vapo.checkpoint import checkpoints as checkpoint
     from megatron_vapo.runtime import signals as interrupt
     from megatron_vapo.runtime import watchdog
-    from megatron_vapo.sampling import rollout_store as kept_rollouts
-    from megatron_vapo.training import run
+    from megatron_vapo.sampling import rollout_store
+    from megatron_vapo.training import rollouts, run
 
     if os.environ.get("CLOCK_JUMPS"):
         true_time, jumps = time.time, random.Random(0)
@@ -35,9 +35,9 @@ def main() -> int:
     checkpoint._Pending.write = _around(checkpoint._Pending.write, lambda: say("write"), lambda: say("written"))
     spent = [0.0]
     for owner, name in (
-        (run.Run, "_mark"),
-        (run.Run, "_kept_rollout"),
-        (kept_rollouts.KeptRollouts, "save"),
+        (run.Run, "_advance"),
+        (rollouts.Rollouts, "stored"),
+        (rollout_store.RolloutStore, "save"),
         (interrupt.Interrupt, "check"),
     ):
         setattr(owner, name, _timed(getattr(owner, name), spent))

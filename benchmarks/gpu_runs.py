@@ -161,7 +161,7 @@ def _trained(
     run_dir = _run_folder(work, name)
     overrides = [*_settings(work, shape), *settings, f"name={name}", f"run_dir={run_dir}", f"steps={steps}"]
     recipe = load_recipe(ROOT / "recipes" / "parts" / "vapo.yaml", overrides)
-    with _opened(recipe) as run, run.display.bar("train", total=steps) as run.bar:
+    with _opened(recipe) as run, run.display.bar("train", total=steps):
         for step in range(1, steps + 1):
             _step(run, step)
     records = read_metrics(run_dir, "train")
@@ -215,11 +215,11 @@ def _opened(recipe: Recipe) -> Iterator[Run]:
 
 def _step(run: Run, step: int) -> None:
     """As in `megatron_vapo.training.loop`."""
-    batch = run.rollout("train", step)
-    batch = run.logprobs(run.values(batch))
+    rollout = run.rollout("train", step)
+    batch = run.logprobs(run.values(rollout.batch))
     batch = with_advantages(batch, run.recipe.algorithm)
     metrics = run.update_critic(batch, run.recipe.critic.epochs, step) | run.update_actor(batch, step)
-    run.finish_step("train", step, batch, metrics)
+    run.finish_step("train", step, rollout, batch, metrics)
     run.sync_weights()
 
 

@@ -21,7 +21,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
+from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.checkpointing import Save, load_trainable
 from megatron_vapo.models.trainable import Trainable
@@ -37,33 +39,6 @@ from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first
 from megatron_vapo.runtime.manifest import Entry, damage, describe, read_manifest, seal, sync
 
 _NAME = re.compile(r"(step|pretrain)_\d{6,}")
-
-
-@dataclass
-class RunState:
-    """How far a run has come, as of the end of its last finished step."""
-
-    pretraining_steps: int = 0
-    pretraining_done: bool = False
-    steps: int = 0
-    prompt_order: dict[str, int] | None = None
-    sampled_tokens: int = 0
-    """Response tokens of training rollouts, those that no batch held included."""
-    pretraining_tokens: int = 0
-    """Response tokens of value pretraining's rollouts."""
-    reward_failures: int = 0
-    """Responses whose reward raised or died, on all ranks."""
-    reward_timeouts: int = 0
-    accuracy_before: float | None = None
-    accuracy_after: float | None = None
-    """Of the last evaluation."""
-    evaluated_at: int | None = None
-    """Training steps at the last evaluation."""
-
-    @property
-    def name(self) -> str:
-        """Of the checkpoint's folder."""
-        return f"step_{self.steps:06d}" if self.pretraining_done else f"pretrain_{self.pretraining_steps:06d}"
 
 
 class Checkpoints:
@@ -94,30 +69,27 @@ class Checkpoints:
         """Whether a checkpoint is under way."""
         return self._pending is not None
 
-    def save(self, state: RunState, unfinished: list[dict[str, Any]], generators: dict[str, Any]) -> None:
+    def save(self, snapshot: Snapshot) -> None:
         """Start a checkpoint, unless there is one of this very state. Returns once tensors are copied to the host,
         or, without `checkpoint.async_save`, once it is complete. Waits for the one before.
-
-        Args:
-            unfinished: states of groups that were begun and not finished (`Group.state`), the same on all ranks.
-            generators: this rank's.
 
         Raises:
             MachineError: it, or the one before, could not be written, and `checkpoint.failed_save` is stop.
         """
         self.settle(wait=True)
+        state = snapshot.state
         part = self.folder / f"{state.name}.part"
         final = self.folder / state.name
         if on_first_rank(lambda: final.exists() and read_state(final) == state):
             return
-        of_all = gather_objects(generators)
+        generators = gather_objects(snapshot.generators)
         try:
-            on_first_rank(lambda: self._begin(part, state, {"unfinished": unfinished, "generators": of_all}))
+            on_first_rank(lambda: self._begin(part, snapshot, generators))
         except OSError as error:
             self._failed(part, first_line(error))
             return
         saves = [Save(model, part / role) for role, model in self._models.items()]
-        self._pending = _Pending(part, final, replace(state), saves)
+        self._pending = _Pending(part, final, state, saves)
         if self._settings.async_save:
             self._pending.thread.start()
         else:
@@ -156,12 +128,11 @@ class Checkpoints:
         self._note(f"checkpoint saved: {pending.final}")
         return pending.state
 
-    def load(self) -> tuple[RunState, list[dict[str, Any]], dict[str, Any] | None] | None:
+    def load(self) -> Snapshot | None:
         """Restore models from the newest checkpoint.
 
         Returns:
-            state, unfinished groups, this rank's generators (None: other processes left them); None where there is
-            no checkpoint.
+            The snapshot that it holds; None where there is no checkpoint.
 
         Raises:
             CheckpointError: it is damaged (the files are named) and `checkpoint.resume_older` is off, or none is whole.
@@ -183,14 +154,16 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: no checkpoint is left that is whole; --restart trains anew")
         return None
 
-    def _begin(self, part: Path, state: RunState, sampling: dict[str, Any]) -> None:
+    def _begin(self, part: Path, snapshot: Snapshot, generators: list[Any]) -> None:
         """On the first rank: the folder with all that is small."""
         self._check_space()
         shutil.rmtree(part, ignore_errors=True)
         for role in self._models:
             (part / role).mkdir(parents=True)
-        (part / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+        state = asdict(snapshot.state) | {"prompt_order": snapshot.position.order}
+        (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         (part / "recipe.yaml").write_text(self._recipe, encoding="utf-8")
+        sampling = {"unfinished": snapshot.position.unfinished, "generators": generators}
         torch.save(sampling, part / "sampling.pt")
 
     def _check_space(self) -> None:
@@ -226,16 +199,17 @@ class Checkpoints:
             raise MachineError(f"{text}. checkpoint.failed_save=continue would train on")
         self._note(f"WARNING: {text}")
 
-    def _load(self, checkpoint: Path) -> tuple[RunState, list[dict[str, Any]], dict[str, Any] | None]:
+    def _load(self, checkpoint: Path) -> Snapshot:
         for role, model in self._models.items():
             load_trainable(model, checkpoint / role)
         unfinished, generators = torch.load(checkpoint / "sampling.pt", weights_only=True).values()
         on_first_rank(lambda: _point_latest(checkpoint))
         self._note(f"resumed from {checkpoint}")
-        if len(generators) != dist.get_world_size():
+        mine = generators[dist.get_rank()] if len(generators) == dist.get_world_size() else None
+        if mine is None:
             self._note(f"{len(generators)} processes before, {dist.get_world_size()} now: global generators start anew")
-            return read_state(checkpoint), unfinished, None
-        return read_state(checkpoint), unfinished, generators[dist.get_rank()]
+        position = SamplingPosition(_read_state(checkpoint)["prompt_order"], unfinished)
+        return Snapshot(read_state(checkpoint), position, mine)
 
 
 class _Pending:
@@ -305,11 +279,17 @@ def find_damage(checkpoint: Path) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The state that a checkpoint holds."""
+    """Return the state that a checkpoint holds."""
+    saved = _read_state(checkpoint)
+    return RunState(**{field.name: saved[field.name] for field in fields(RunState)})
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state.json"
+    wanted = {field.name for field in fields(RunState)} | {"prompt_order"}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return RunState(**{f.name: saved[f.name] for f in fields(RunState)})
+        return {name: saved[name] for name in wanted}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's state: {first_line(error)}") from error
 

@@ -85,7 +85,7 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
             load_everywhere(engine, tensors, version=0)
 
         load_weights()
-        sampler = Sampler(inputs, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
+        sampler = Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
         return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
 
 

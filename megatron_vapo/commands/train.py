@@ -1,4 +1,4 @@
-"""What the command line's verbs do."""
+"""The verbs `train` and `pretrain-critic` of the command line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _open(recipe: Recipe, restart: bool, stack: ExitStack, console: Console) -> 
 
 
 def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable) -> dict[str, Any] | None:
-    """The run, under the eyes of signals and watchdog; its progress, None where it was stopped (with a checkpoint)."""
+    """Run under signals and watchdog; return the final state, None where it was stopped (with a checkpoint)."""
     from megatron_vapo.runtime.signals import Interrupt
     from megatron_vapo.runtime.watchdog import Watchdog, name_machine_errors
     from megatron_vapo.training.run import Run
@@ -117,10 +117,11 @@ def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
 
 
 def _train(run: Run) -> None:
+    from megatron_vapo.checkpoint.export import export_actor
     from megatron_vapo.training.loop import train
 
     train(run)
-    export = run.export()
+    export = export_actor(run.actor, run.folder / "export", run.recipe.model.path)
     if run.first_rank:
         write_summary(
             run.folder,

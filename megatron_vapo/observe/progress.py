@@ -159,6 +159,21 @@ class ProgressDisplay:
             self._bars.remove(bar)
             self.note(bar.closing_line())
 
+    def activity(self, name: str) -> None:
+        """Name what the innermost bar's step does now. This, `add` and `advance` do nothing without a bar."""
+        for bar in self._bars[-1:]:
+            bar.activity(name)
+
+    def add(self, done: float) -> None:
+        """Move the innermost bar's activity."""
+        for bar in self._bars[-1:]:
+            bar.add(done)
+
+    def advance(self, metrics: Mapping[str, float]) -> None:
+        """End a step of the innermost bar."""
+        for bar in self._bars[-1:]:
+            bar.advance(metrics)
+
     def note(self, text: str) -> None:
         """One line that stays, above the bars: a checkpoint saved, a warning."""
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)

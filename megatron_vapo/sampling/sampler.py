@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,13 +16,15 @@ from megatron_vapo.algorithm.advantages import soft_overlong_penalty
 from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt, PromptOrder
-from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Sampler:
@@ -35,7 +38,7 @@ class Sampler:
 
     def __init__(
         self,
-        inputs: Inputs,
+        tokenizer: PreTrainedTokenizerBase,
         engine: RolloutEngine,
         scorer: RewardScorer,
         seed: int,
@@ -48,7 +51,8 @@ class Sampler:
         self.unfinished: list[Group] = []
         """What earlier steps began and did not need (rollout.partial); the same on all processes."""
         self.on_tokens: Callable[[int], None] = lambda count: None
-        self._tokenizer, self._rollout, self._reward = inputs.tokenizer, rollout, reward
+        self._tokenizer, self._rollout, self._reward = tokenizer, rollout, reward
+        self._failures_before = (0, 0)
         self._counts: Counter[str] = Counter()
 
     def sample(
@@ -95,7 +99,7 @@ class Sampler:
         return self._pack(rows, samples), rows
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call, over all processes."""
+        """Return counts since the last call, over all processes."""
         mine, self._counts = dict(self._counts), Counter()
         total: Counter[str] = Counter()
         for counts in gather_objects(self.engine.metrics() | mine):
@@ -104,6 +108,13 @@ class Sampler:
         cached = total.pop("rollout/cached_prompt_tokens", 0)
         carried = {"rollout/unfinished_groups": float(len(self.unfinished))} if self._rollout.partial else {}
         return dict(total) | ({"rollout/cached_prompt_share": cached / asked} if asked else {}) | carried
+
+    def new_failures(self) -> tuple[int, int]:
+        """Return how many rewards of all processes raised, and how many timed out, since the last call."""
+        now, before = (self.scorer.failures, self.scorer.timeouts), self._failures_before
+        self._failures_before = now
+        raised, timed_out = zip(*gather_objects((now[0] - before[0], now[1] - before[1])), strict=True)
+        return sum(raised), sum(timed_out)
 
     def _begin(
         self, indices: Sequence[int], prompts: Sequence[Prompt], samples: int, purpose: str, step: int

@@ -1,25 +1,32 @@
-"""Models and rollout engine as a recipe asks for them."""
+"""Builds the parts of a run as its recipe asks for them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from megatron_vapo.checkpoint.checkpoints import Checkpoints
 from megatron_vapo.config import Recipe
 from megatron_vapo.models.layout import ParallelLayout, layout_sizes
 from megatron_vapo.models.parameters import load_hf
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.recipe.load import to_yaml
 from megatron_vapo.recipe.preflight import Inputs
+from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
+from megatron_vapo.runtime.kernels import linear_layers, machine_backend
+from megatron_vapo.sampling.sampler import Sampler
+from megatron_vapo.training.weight_sync import WeightSync
 from megatron_vapo.weights.fp8 import Form, in_blocks, in_full, rounded_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype
 
 
 def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
-    """Actor, and critic where the algorithm has one, loaded from their Hugging Face folders."""
+    """Build the actor, and the critic where the algorithm has one, loaded from their Hugging Face folders."""
     dtype = torch_dtype(recipe.model.dtype)
     temperature = recipe.rollout.sampling.temperature
     layout = ParallelLayout(recipe.actor, recipe.seed)
@@ -39,7 +46,7 @@ def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
 
 
 def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folder: Path) -> RolloutEngine:
-    """The engine that the recipe names."""
+    """Build the engine that the recipe names."""
     dtype = torch_dtype(recipe.model.dtype)
     if recipe.rollout.engine == "sglang":
         from megatron_vapo.rollout.sglang.engine import SGLangEngine
@@ -56,8 +63,35 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folde
     )
 
 
+def build_weight_sync(recipe: Recipe, actor: Actor, engine: RolloutEngine) -> WeightSync:
+    """Plan how the engine gets the actor's weights."""
+    settings = recipe.rollout
+    return WeightSync(actor, engine, settings.check_weights_every, settings.bucket_mib * 2**20, engine_form(recipe))
+
+
+def build_sampler(
+    recipe: Recipe, inputs: Inputs, engine: RolloutEngine, refresh: Callable[[], None], overdue: Callable[[], bool]
+) -> Sampler:
+    """Join engine and reward; `refresh` and `overdue` as in `Sampler`."""
+    reward = recipe.reward
+    scorer = RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds)
+    return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue)
+
+
+def build_checkpoints(recipe: Recipe, models: dict[str, Trainable], note: Callable[[str], None]) -> Checkpoints:
+    """Open RUN/checkpoints; `note` shows one line to the user."""
+    return Checkpoints(Path(recipe.run_dir, "checkpoints"), recipe.checkpoint, models, to_yaml(recipe), note)
+
+
+def backend_choices(recipe: Recipe) -> Iterator[str]:
+    """Yield a line for each role: the kernels that it runs on here, and why."""
+    for name, role in recipe.roles.items():
+        backend = machine_backend(torch_dtype(recipe.model.dtype), role.precision)
+        yield "; ".join([f"{name}: {linear_layers(role.precision)}", *map(str, backend.choices())])
+
+
 def engine_form(recipe: Recipe) -> Form:
-    """What the engine holds of a parameter."""
+    """Return how the engine holds a parameter."""
     if recipe.rollout.quantization == "none":
         return in_full
     return in_blocks if recipe.rollout.engine == "sglang" else rounded_in_blocks

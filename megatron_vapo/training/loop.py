@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_vapo.algorithm.statistics import explained_variance
+from megatron_vapo.checkpoint.pretrained_critic import load_pretrained_critic, save_pretrained_critic
 from megatron_vapo.training.objectives import monte_carlo_returns, with_advantages
 from megatron_vapo.training.run import Run
 
@@ -13,27 +16,24 @@ def train(run: Run) -> None:
     Raises:
         StopRequested: the run was asked to stop; `run.state` and the models are as of the last finished step.
     """
-    recipe, state = run.recipe, run.state
+    recipe = run.recipe
     _evaluate_if_due(run)
-    if not state.pretraining_done:
+    if not run.state.pretraining_done:
         pretrain_critic(run)
-    with run.display.bar("train", total=recipe.steps, start=state.steps) as run.bar:
+    with run.display.bar("train", total=recipe.steps, start=run.state.steps):
         while not run.over:
-            step = state.steps + 1
+            step = run.state.steps + 1
 
-            batch = run.rollout("train", step)
+            rollout = run.rollout("train", step)
             run.interrupt.check()
-            if recipe.uses_critic:
-                batch = run.values(batch)
+            batch = run.values(rollout.batch) if recipe.uses_critic else rollout.batch
             batch = run.logprobs(batch)
             batch = with_advantages(batch, recipe.algorithm)
             run.interrupt.check()  # for the last time: models change from here on
-            metrics = {}
-            if recipe.uses_critic:
-                metrics |= run.update_critic(batch, recipe.critic.epochs, step)
+            metrics = run.update_critic(batch, recipe.critic.epochs, step) if recipe.uses_critic else {}
             metrics |= run.update_actor(batch, step)
 
-            run.finish_step("train", step, batch, metrics)
+            run.finish_step("train", step, rollout, batch, metrics)
             run.sync_weights()
             _evaluate_if_due(run)
             if _due(step, recipe.checkpoint.every, last=run.over):
@@ -50,36 +50,36 @@ def pretrain_critic(run: Run) -> None:
     Raises:
         StopRequested: as `train`.
     """
-    settings, state = run.recipe.value_pretraining, run.state
+    settings = run.recipe.value_pretraining
     pretrains = run.recipe.uses_critic and settings.enabled and not settings.checkpoint
     if pretrains:
-        with run.display.bar("value pretraining", settings.max_steps, state.pretraining_steps) as run.bar:
+        with run.display.bar("value pretraining", settings.max_steps, run.state.pretraining_steps):
             _pretraining_steps(run)
-        run.save_pretrained_critic()
+        save_pretrained_critic(run.critic, run.folder / "critic_pretrained")
         if settings.reset_optimizer:
             run.critic.reset_optimizer()
     elif run.recipe.uses_critic and settings.checkpoint:
-        run.load_pretrained_critic(settings.checkpoint)
-    state.pretraining_done = True
+        load_pretrained_critic(run.critic, Path(settings.checkpoint), with_optimizer=not settings.reset_optimizer)
+    run.end_pretraining()
     if pretrains:
         run.save()
 
 
 def _pretraining_steps(run: Run) -> None:
-    settings, state = run.recipe.value_pretraining, run.state
+    settings = run.recipe.value_pretraining
     explained = False
-    while state.pretraining_steps < settings.max_steps and not explained:
-        step = state.pretraining_steps + 1
+    while run.state.pretraining_steps < settings.max_steps and not explained:
+        step = run.state.pretraining_steps + 1
 
-        batch = run.rollout("pretrain", step)
-        batch = run.values(batch)
+        rollout = run.rollout("pretrain", step)
+        batch = run.values(rollout.batch)
         batch = monte_carlo_returns(batch, run.recipe.algorithm.gamma)
         run.interrupt.check()
         # Judged on rollouts that the critic was not trained on yet.
         explained = explained_variance(batch.values, batch.returns) >= settings.target_explained_variance
         metrics = run.update_critic(batch, settings.epochs, step)
 
-        run.finish_step("pretrain", step, batch, metrics)
+        run.finish_step("pretrain", step, rollout, batch, metrics)
         if not explained:  # else pretraining is first concluded: a resumed run could not judge it again
             if _due(step, run.recipe.checkpoint.every, last=step == settings.max_steps):
                 run.save()
@@ -88,7 +88,7 @@ def _pretraining_steps(run: Run) -> None:
 
 
 def _evaluate_if_due(run: Run) -> None:
-    """Before training, every so many steps, and after it."""
+    """Evaluate before training, every so many steps, and after it."""
     settings, step = run.recipe.evaluation, run.state.steps
     due = step == 0 or _due(step, settings.every, last=run.over)
     if settings.data and due and run.state.evaluated_at != step:

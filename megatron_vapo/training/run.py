@@ -2,65 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.algorithm.types import Loss
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState
+from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.prompts import PromptOrder
-from megatron_vapo.errors import DataError, TrainingError
-from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-from megatron_vapo.models.generators import read_generators, seed_generators, write_generators
+from megatron_vapo.models import generators
 from megatron_vapo.models.layout import init_world
-from megatron_vapo.models.parameters import hf_tensors
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
-from megatron_vapo.observe.metrics import Kind, MetricsWriter
-from megatron_vapo.observe.progress import PhaseBar, ProgressDisplay
-from megatron_vapo.observe.report import write_samples
+from megatron_vapo.observe.metrics import Kind
+from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.timer import PhaseTimer
-from megatron_vapo.recipe.load import to_yaml
 from megatron_vapo.recipe.preflight import Inputs
-from megatron_vapo.rewards.scorer import RewardScorer
-from megatron_vapo.runtime.collectives import barrier, gather_objects
-from megatron_vapo.runtime.kernels import linear_layers, machine_backend
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.evaluation import evaluate
-from megatron_vapo.sampling.rollout_store import KeptRollouts, Notes
-from megatron_vapo.sampling.sampler import Sampler
-from megatron_vapo.sampling.seeds import seeds
-from megatron_vapo.sampling.trajectory import Group
-from megatron_vapo.training import objectives
-from megatron_vapo.training.build import build_engine, build_models, engine_form
+from megatron_vapo.sampling.rollout_store import Rollout
+from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
-from megatron_vapo.training.step_metrics import (
-    check_logprobs,
-    evaluation_rows,
-    rollout_metrics,
-    sample_rows,
-    token_metrics,
-)
-from megatron_vapo.training.weight_sync import WeightSync
-from megatron_vapo.weights.hf_folder import torch_dtype, write_hf_folder
+from megatron_vapo.training.records import Records
+from megatron_vapo.training.rollouts import Rollouts
+from megatron_vapo.training.updates import MinibatchUpdates
 
 
 class Run:
     """Built once the recipe and its inputs are known to be good. All processes hold one.
 
-    `state` is as of the end of the last finished step or evaluation, with what else a checkpoint holds besides the
-    models (`_mark`), whatever has begun since.
+    snapshot: what a checkpoint would hold besides the models, as of the end of the last finished step or evaluation,
+        whatever has begun since.
     """
 
     def __init__(
@@ -69,50 +45,24 @@ class Run:
         init_world()
         self.recipe, self.inputs, self.display = recipe, inputs, display
         self.interrupt, self._watchdog = interrupt, watchdog
-        self.folder = Path(recipe.run_dir)
-        self.first_rank = dist.get_rank() == 0
+        self.folder, self.first_rank = Path(recipe.run_dir), dist.get_rank() == 0
         self.timer = PhaseTimer()
-        self._skipped: Counter[str] = Counter()
-        self._failures_before = 0
-        self._step_failures = (0, 0)
-        self._rollout_metrics: dict[str, float] = {}
-        self._tell_backend()
-        self.models = build_models(recipe, inputs)
-        self._memory = PhaseMemory(self.models)
-        self.scorer = RewardScorer(
-            inputs.reward, workers=recipe.reward.workers, timeout_s=recipe.reward.timeout_seconds
-        )
-        self.engine = build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
-        self._sync = WeightSync(
-            self.actor,
-            self.engine,
-            recipe.rollout.check_weights_every,
-            recipe.rollout.bucket_mib * 2**20,
-            engine_form(recipe),
-        )
-        self.sampler = Sampler(
-            inputs,
-            self.engine,
-            self.scorer,
-            recipe.seed,
-            recipe.rollout,
-            recipe.reward,
-            self.sync_weights,
-            interrupt.overdue,
-        )
-        interrupt.on_overdue = self.engine.abort
-        self.order = PromptOrder(len(inputs.prompts), recipe.seed)
+        for choice in build.backend_choices(recipe):
+            display.note(choice)
+        self.models = build.build_models(recipe, inputs)
         self._layouts = list({id(model.layout): model.layout for model in self.models.values()}.values())
-        self.kept = KeptRollouts(self.folder / "kept_rollouts")
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", recipe.checkpoint, self.models, to_yaml(recipe), display.note
-        )
-        self.state = self._restore()
-        self.writer = self._open_records() if self.first_rank else None
-        self.bar: PhaseBar | None = None
-        self.sampler.on_tokens = lambda count: self.bar.add(count * dist.get_world_size())
+        self._memory, self._updates = PhaseMemory(self.models), MinibatchUpdates(recipe)
+        self.engine = build.build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
+        self._sync = build.build_weight_sync(recipe, self.actor, self.engine)
+        self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, interrupt.overdue)
+        self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
+        interrupt.on_overdue = self.engine.abort
+        self._rollouts = Rollouts(recipe, inputs.prompts, self.sampler, self._layouts, self._sleep)
+        self.checkpoints = build.build_checkpoints(recipe, self.models, display.note)
+        self.snapshot = self._restore()
+        self._records = Records(recipe, self.state) if self.first_rank else None
         self.sync_weights()
-        self._mark()
+        self._advance(self.state)
 
     @property
     def actor(self) -> Actor:
@@ -123,22 +73,28 @@ class Run:
         return self.models["critic"]
 
     @property
+    def state(self) -> RunState:
+        """How far the run has come."""
+        return self.snapshot.state
+
+    @property
     def over(self) -> bool:
         """Whether the last training step is done."""
         return self.recipe.ends_at(self.state.steps, self.state.sampled_tokens)
 
-    def rollout(self, purpose: Kind, step: int) -> Experience:
+    def rollout(self, purpose: StepKind, step: int) -> Rollout:
         """Group-sample the next prompts with the present policy and score the responses."""
-        name = f"{purpose}_{step:06d}"
         if self.recipe.rollout.replay:
-            return _replayed(Path(self.recipe.rollout.replay) / f"{name}.safetensors")
+            return self._rollouts.replayed(purpose, step)
         with self._phase(Phase.ROLLOUT):
-            batch = self._kept_rollout(name) or self._sampled_rollout(name, purpose, step)
-        if self.first_rank and self.recipe.rollout.save:
-            (self.folder / "rollouts").mkdir(exist_ok=True)
-            batch.save(self.folder / "rollouts" / f"{name}.safetensors")
+            rollout = self._rollouts.stored(purpose, step)
+            if rollout is not None:
+                self.display.note(f"{purpose} step {step}: the rollout stored by the run before")
+            else:
+                rollout = self._sampled(purpose, step)
+        self._rollouts.save(purpose, step, rollout.batch)
         self._sleep()
-        return batch
+        return rollout
 
     def values(self, batch: Experience) -> Experience:
         """Add the critic's values."""
@@ -151,18 +107,18 @@ class Run:
         with self._phase(Phase.LOGPROBS):
             logprobs, entropy = self.actor.forward(batch)
         batch = replace(batch, logprobs=logprobs, entropy=entropy)
-        check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
+        step_metrics.check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
         return batch
 
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
-        """Minibatch updates towards the value targets; metrics are means over them."""
+        """Train the critic towards the value targets; return means of its metrics over minibatches."""
         with self._phase(Phase.CRITIC_UPDATE):
-            return self._update(self.critic, objectives.value_objective, batch, epochs, step)
+            return self._updates(self.critic, objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
-        """Minibatch updates of the policy; metrics are means over them."""
+        """Train the policy; return means of its metrics over minibatches."""
         with self._phase(Phase.ACTOR_UPDATE):
-            return self._update(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
+            return self._updates(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
@@ -171,61 +127,40 @@ class Run:
             self._sync(version=self.state.steps)
 
     def evaluate(self) -> None:
-        """Held-out accuracy of the present policy, recorded."""
+        """Measure and record held-out accuracy of the present policy."""
         settings, step = self.recipe.evaluation, self.state.steps
-        training_bar = self.bar
-        with self.display.bar("evaluate", total=1) as self.bar:
+        with self.display.bar("evaluate", total=1):
             with self._phase(Phase.EVALUATION):
-                result = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
-            self._write("evaluate", step, result.metrics)
-            self.bar.advance(result.metrics)
-        self.bar = training_bar
-        if self.first_rank:
-            rows = evaluation_rows(self.inputs.held_out, result.responses, settings.samples)
-            write_samples(self.folder / "evaluation", step, rows, 64)
-        when = "accuracy_before" if step == 0 else "accuracy_after"
-        setattr(self.state, when, result.metrics["evaluate/accuracy"])
-        failures, timeouts = self._new_failures()
-        self.state.reward_failures += failures
-        self.state.reward_timeouts += timeouts
-        self.state.evaluated_at = step
-        self._mark()
+                found = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
+            self._record("evaluate", step, found.metrics)
+        if self._records is not None:
+            self._records.evaluation(step, self.inputs.held_out, found, settings.samples)
+        self._advance(self.state.after_evaluation(found.metrics["evaluate/accuracy"], self.sampler.new_failures()))
 
-    def finish_step(self, kind: Kind, step: int, batch: Experience, metrics: dict[str, float]) -> None:
-        """Record the step, which is now finished."""
-        tokens = int(batch.cu_seqlens[-1])
-        sampled = int(self._rollout_metrics.get("rollout/sampled_tokens", tokens))  # a replayed batch counts as sampled
-        if kind == "pretrain":
-            self.state.pretraining_steps = step
-            self.state.pretraining_tokens += sampled
-        else:
-            self.state.steps = step
-            self.state.sampled_tokens += sampled
-        self.state.reward_failures += self._step_failures[0]
-        self.state.reward_timeouts += self._step_failures[1]
-        self._mark()
-        seconds = self.timer.step_seconds()
-        spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
-        everything = (
-            rollout_metrics(batch)
-            | token_metrics(batch)
-            | metrics
-            | seconds
-            | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": self.state.sampled_tokens}
-            | {"reward/failures": self.state.reward_failures, "reward/timeouts": self.state.reward_timeouts}
-            | self._rollout_metrics
-            | self._memory.metrics()
-        )
-        self._write(kind, step, everything)
-        self.bar.advance(everything)
+    def finish_step(
+        self, kind: StepKind, step: int, rollout: Rollout, batch: Experience, metrics: dict[str, float]
+    ) -> None:
+        """Record the step, which is now finished.
+
+        Args:
+            batch: the rollout's, with all that was computed for it.
+            metrics: of the updates.
+        """
+        self._advance(self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures))
+        everything = step_metrics.of_step(batch, metrics, self.timer.step_seconds(), self.state)
+        self._record(kind, step, everything | rollout.metrics | self._memory.metrics())
         self.timer.start_step()
 
+    def end_pretraining(self) -> None:
+        """Go on to training."""
+        self.snapshot = replace(self.snapshot, state=replace(self.state, pretraining_done=True))
+
     def save(self) -> None:
-        """Start a checkpoint of models and state; `settle` completes it."""
+        """Start a checkpoint of models and snapshot; `settle` completes it."""
         with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
-            self.checkpoints.save(self.state, self._unfinished, self._generators)
+            self.checkpoints.save(self.snapshot)
 
     def settle(self, wait: bool = False) -> None:
         """Complete the checkpoint under way, if all ranks have written their part of it or `wait` says so."""
@@ -233,43 +168,14 @@ class Run:
             return
         with self._phase(Phase.CHECKPOINT):
             covered = self.checkpoints.settle(wait)
-        if covered is not None and self.first_rank:
-            self.kept.drop(covered.pretraining_steps, covered.steps)
-
-    def save_pretrained_critic(self) -> None:
-        """Keep the critic that value pretraining made, so that other runs can start from it."""
-        folder, part = self.folder / "critic_pretrained", self.folder / "critic_pretrained.part"
-        if self.first_rank:
-            for old in (folder, part):
-                shutil.rmtree(old, ignore_errors=True)
-            part.mkdir(parents=True)
-        barrier()
-        save_trainable(self.critic, part)
-        if self.first_rank:
-            part.rename(folder)
-        barrier()
-
-    def load_pretrained_critic(self, folder: str) -> None:
-        """Start from a critic that an earlier run pretrained."""
-        load_trainable(self.critic, Path(folder), with_optimizer=not self.recipe.value_pretraining.reset_optimizer)
-
-    def export(self) -> Path:
-        """Write the actor as a Hugging Face checkpoint."""
-        folder = self.folder / "export"
-        if self.first_rank:
-            shutil.rmtree(folder, ignore_errors=True)
-            write_hf_folder(folder, hf_tensors(self.actor), self.recipe.model.path)
-        else:
-            for _ in hf_tensors(self.actor):
-                pass
-        barrier()
-        return folder
+        if covered is not None:
+            self._rollouts.forget(covered)
 
     def close(self) -> None:
         """Close records and end worker processes."""
-        if self.writer is not None:
-            self.writer.close()
-        self.scorer.close()
+        if self._records is not None:
+            self._records.close()
+        self.sampler.scorer.close()
         self.engine.close()
 
     def leave_groups(self) -> None:
@@ -277,131 +183,43 @@ class Run:
         for layout in self._layouts:
             layout.close()
 
-    def _sampled_rollout(self, name: str, purpose: Kind, step: int) -> Experience:
+    def _sampled(self, purpose: StepKind, step: int) -> Rollout:
         if self.engine.asleep:
             self.sync_weights()
-        before = self._position()
-        batch, rows = self.sampler.experience(self.inputs.prompts, self.order, purpose, step)
-        self._sleep()  # before its metrics are read
-        self._step_failures, self._rollout_metrics = self._new_failures(), self.sampler.metrics()
-        if self.first_rank and purpose == "train":
-            write_samples(self.folder, step, sample_rows(rows), self.recipe.observe.samples_per_step)
-        if self.recipe.checkpoint.rollouts:
-            generators = gather_objects(read_generators(self._layouts))
-            if self.first_rank:
-                notes = Notes(before, self._position(), self._step_failures, self._rollout_metrics, generators)
-                self.kept.save(name, batch, notes)
-        return batch
+        rollout, rows = self._rollouts.sampled(purpose, step)
+        if self._records is not None and purpose == "train":
+            self._records.samples(step, rows)
+        return rollout
 
     def _sleep(self) -> None:
         with self.timer(Phase.SLEEP):
             self.engine.sleep()
 
-    def _new_failures(self) -> tuple[int, int]:
-        """Rewards of all ranks that raised, and that timed out, since this was last asked."""
-        now = torch.tensor([self.scorer.failures, self.scorer.timeouts], device=self.actor.device)
-        new = now - self._failures_before
-        self._failures_before = now
-        dist.all_reduce(new)
-        return tuple(new.tolist())
-
-    def _kept_rollout(self, name: str) -> Experience | None:
-        """What a run that died had sampled for this step, and everything as it was after that."""
-        found = self.kept.load(name, self._position(), dist.get_world_size())
-        if found is None:
-            return None
-        batch, notes = found
-        self._go_to(notes.after)
-        self._step_failures, self._rollout_metrics = notes.failures, notes.metrics
-        write_generators(notes.generators[dist.get_rank()], self._layouts)
-        self.display.note(f"{name}: rollouts kept by the run before")
-        return batch
-
-    def _update(
-        self, model: Trainable, objective: Callable[..., Loss], batch: Experience, epochs: int, step: int
-    ) -> dict[str, float]:
-        updates = []
-        for minibatch in self._minibatches(batch, epochs, step):
-            update = model.update(minibatch, objective(minibatch, self.recipe.algorithm))
-            self._count_skipped(model.name, bool(update["skipped"]))
-            updates.append({f"{model.name}/{key}": value for key, value in update.items()})
-        return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
-
-    def _count_skipped(self, name: str, skipped: bool) -> None:
-        self._skipped[name] = self._skipped[name] + 1 if skipped else 0
-        if self._skipped[name] >= self.recipe.max_skipped_updates:
-            raise TrainingError(
-                f"the {name}'s loss or gradient was not finite in {self._skipped[name]} updates in a row "
-                f"(max_skipped_updates): the run stops; its last checkpoint is in {self.folder / 'checkpoints'}. Lower "
-                f"{name}.optimizer.learning_rate or look at the last metrics"
-            )
-
-    def _minibatches(self, batch: Experience, epochs: int, step: int) -> Iterator[Experience]:
-        """Each epoch visits every response once, in an order drawn for (step, epoch)."""
-        for seed in seeds(self.recipe.seed, "minibatches", step, epochs):
-            order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-            for indices in order.split(self.recipe.minibatch_size):
-                yield batch.select(indices)
-
-    def _restore(self) -> RunState:
+    def _restore(self) -> Snapshot:
+        """Go on from the newest checkpoint, else begin."""
         found = self.checkpoints.load()
         if found is None:
-            seed_generators(self.recipe.seed, dist.get_rank())
-            return RunState()
-        state, unfinished, generators = found
-        if generators is not None:
-            write_generators(generators, self._layouts)
-        self._go_to({"order": state.prompt_order, "unfinished": unfinished})
-        if self.first_rank:
-            self.kept.drop(state.pretraining_steps, state.steps)
-        return state
+            generators.seed_generators(self.recipe.seed, dist.get_rank())
+            return Snapshot(RunState(), self._rollouts.position, generators.read_generators(self._layouts))
+        if found.generators is not None:
+            generators.write_generators(found.generators, self._layouts)
+        self._rollouts.go_to(found.position)
+        self._rollouts.forget(found.state)
+        return found
 
-    def _tell_backend(self) -> None:
-        for name, role in self.recipe.roles.items():
-            backend = machine_backend(torch_dtype(self.recipe.model.dtype), role.precision)
-            self.display.note("; ".join([f"{name}: {linear_layers(role.precision)}", *map(str, backend.choices())]))
+    def _advance(self, state: RunState) -> None:
+        """Take the snapshot that belongs to a new state."""
+        self.snapshot = Snapshot(state, self._rollouts.position, generators.read_generators(self._layouts))
 
-    def _mark(self) -> None:
-        """What a checkpoint would hold besides the models."""
-        self.state.prompt_order, self._unfinished = self._position().values()
-        self._generators = read_generators(self._layouts)
-
-    def _position(self) -> dict[str, Any]:
-        """Where sampling is: the place in the order of prompts, and the groups that were begun."""
-        return {"order": self.order.state_dict(), "unfinished": [group.state() for group in self.sampler.unfinished]}
-
-    def _go_to(self, position: dict[str, Any]) -> None:
-        self.order.load_state_dict(position["order"])
-        self.sampler.unfinished = [Group.of(state, self.inputs.prompts) for state in position["unfinished"]]
-
-    def _open_records(self) -> MetricsWriter:
-        project = self.recipe.observe.wandb_project
-        return MetricsWriter(
-            self.folder,
-            start_at={
-                "pretrain": self.state.pretraining_steps + 1,
-                "train": self.state.steps + 1,
-                "evaluate": 0 if self.state.evaluated_at is None else self.state.evaluated_at + 1,
-            },
-            tensorboard=self.recipe.observe.tensorboard,
-            wandb={"project": project, "name": self.recipe.name} if project else None,
-        )
-
-    def _write(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
-        if self.writer is not None:
-            self.writer.write(step, metrics, kind)
+    def _record(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
+        if self._records is not None:
+            self._records.metrics(kind, step, metrics)
+        self.display.advance(metrics)
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
-        """Times a part of a step, shows it, tells the watchdog, and has on the device what it needs."""
-        if self.bar is not None:
-            self.bar.activity(phase.shown)
+        """Time a phase, show it, name it to the watchdog, and have on the device what it needs."""
+        self.display.activity(phase.shown)
         self._watchdog.phase = phase
         with self.timer(phase), self._memory(phase):
             yield
-
-
-def _replayed(path: Path) -> Experience:
-    if not path.is_file():
-        raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
-    return Experience.load(path)

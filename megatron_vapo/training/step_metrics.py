@@ -1,4 +1,4 @@
-"""What a step's experience tells: numbers for the record, rows for the eye."""
+"""Numbers of a step for the record, and rows of responses to read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_vapo.algorithm.statistics import explained_variance, logprob_difference, mean_by_relative_position
+from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
@@ -19,8 +20,30 @@ MISMATCH_THRESHOLD = 0.1
 """Nats; tokens whose log-prob differs by more between engine and trainer are counted."""
 
 
+def of_step(
+    batch: Experience, updates: dict[str, float], seconds: dict[str, float], state: RunState
+) -> dict[str, float]:
+    """Return the metrics of a finished step.
+
+    Args:
+        updates: the updates' own metrics.
+        seconds: by phase, `seconds/rollout` and the like (`PhaseTimer.step_seconds`).
+        state: after the step.
+    """
+    spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
+    tokens = int(batch.cu_seqlens[-1])
+    return (
+        rollout_metrics(batch)
+        | token_metrics(batch)
+        | updates
+        | seconds
+        | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": state.sampled_tokens}
+        | {"reward/failures": state.reward_failures, "reward/timeouts": state.reward_timeouts}
+    )
+
+
 def rollout_metrics(batch: Experience) -> dict[str, float]:
-    """Rewards and lengths."""
+    """Return rewards and lengths of the responses."""
     lengths = batch.response_lengths.double()
     correct = batch.correct
     group_rates = torch.zeros(int(batch.groups.max()) + 1, dtype=torch.float64).index_add_(
@@ -61,7 +84,7 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
 
 
 def token_metrics(batch: Experience) -> dict[str, float]:
-    """What critic and actor say of the tokens."""
+    """Return what critic and actor compute for the tokens, summed up."""
     metrics: dict[str, float] = {}
     if batch.logprobs is not None:
         difference = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)
@@ -88,7 +111,7 @@ def _by_position(name: str, values: torch.Tensor, batch: Experience) -> dict[str
 
 
 def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:
-    """Responses of a step as they are written to the run folder."""
+    """Return responses as they are written to the run folder."""
     return [
         {
             "prompt": prompt.text,
@@ -103,5 +126,5 @@ def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:
 
 
 def evaluation_rows(prompts: list[Prompt], responses: list[Scored], samples: int) -> list[dict[str, Any]]:
-    """The first response to each held-out prompt."""
+    """Return the first response to each held-out prompt."""
     return sample_rows(list(zip(prompts, responses[::samples], strict=True)))

@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from megatron_vapo.checkpoint import checkpoints as checkpoint_module
-from megatron_vapo.checkpoint.checkpoints import Checkpoints, RunState, checkpoints, kept_checkpoints, read_state
+from megatron_vapo.checkpoint.checkpoints import Checkpoints, checkpoints, kept_checkpoints, read_state
+from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import ActorConfig, CheckpointConfig, CriticConfig
+from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.models.checkpointing import load_trainable
 from megatron_vapo.models.generators import read_generators, write_generators
@@ -53,8 +55,9 @@ def opened(tmp_path: Path, models: dict[str, Trainable], notes: list[str]) -> Ca
     return open_
 
 
-def progress(steps: int, **changes: object) -> RunState:
-    return RunState(pretraining_done=True, steps=steps, prompt_order={"n": 3, "seed": 0}, **changes)
+def snapshot(steps: int = 0, **changes: object) -> Snapshot:
+    state = RunState(steps=steps, **{"pretraining_done": True} | changes)
+    return Snapshot(state, SamplingPosition({"n": 3, "seed": 0}, [{"index": 3}]), {"of": "rank 0"})
 
 
 def fill(models: dict[str, Trainable], number: float) -> None:
@@ -69,7 +72,7 @@ def value(models: dict[str, Trainable]) -> set[float]:
 
 
 def save(opened: Checkpoints, steps: int, **changes: object) -> None:
-    opened.save(progress(steps, **changes), [{"index": 3}], {"of": "rank 0"})
+    opened.save(snapshot(steps, **changes))
     opened.settle(wait=True)
 
 
@@ -84,7 +87,7 @@ def test_what_is_saved_comes_back(
     fill(models, 1.0)
     save(opened(async_save=async_save), 3, sampled_tokens=7)
     fill(models, 2.0)
-    assert opened().load() == (progress(3, sampled_tokens=7), [{"index": 3}], {"of": "rank 0"})
+    assert opened().load() == snapshot(3, sampled_tokens=7)
     assert value(models) == {1.0}
     assert names(tmp_path) == ["latest", "step_000003"]
     assert (tmp_path / "latest" / "recipe.yaml").read_text() == "name: test\n"
@@ -102,12 +105,12 @@ def test_training_that_goes_on_does_not_change_what_is_being_saved(
     monkeypatch.setattr(checkpoint_module.Save, "write", lambda self: go_on.wait() and write(self))
     folder = opened(async_save=True)
     fill(models, 1.0)
-    folder.save(progress(1), [], {})
+    folder.save(snapshot(1))
     fill(models, 2.0)
     assert folder.settle(wait=False) is None and folder.pending
     assert names(tmp_path) == ["step_000001.part"]
     go_on.set()
-    assert folder.settle(wait=True) == progress(1)
+    assert folder.settle(wait=True) == snapshot(1).state
     assert not folder.pending and folder.settle(wait=True) is None
     folder.load()
     assert value(models) == {1.0}
@@ -119,13 +122,13 @@ def test_saving_starts_no_process(opened: Callable[..., Checkpoints]) -> None:
 
     folder = opened(async_save=True)
     before = set(psutil.Process().children(recursive=True))
-    folder.save(progress(1), [], {})
+    folder.save(snapshot(1))
     during = set(psutil.Process().children(recursive=True))
     folder.settle(wait=True)
     assert before == during == set(psutil.Process().children(recursive=True))
 
 
-def test_the_same_progress_is_saved_once(opened: Callable[..., Checkpoints], tmp_path: Path) -> None:
+def test_the_same_state_is_saved_once(opened: Callable[..., Checkpoints], tmp_path: Path) -> None:
     folder = opened()
     save(folder, 1)
     inode = (tmp_path / "step_000001").stat().st_ino
@@ -227,8 +230,8 @@ def test_the_best_is_judged_by_its_own_evaluation(opened: Callable[..., Checkpoi
 
 def test_pretraining_comes_before_training(opened: Callable[..., Checkpoints], tmp_path: Path) -> None:
     folder = opened(keep=9)
-    folder.save(RunState(pretraining_steps=20), [], {})
-    folder.save(RunState(pretraining_steps=30, pretraining_done=True), [], {})
+    folder.save(snapshot(pretraining_steps=20, pretraining_done=False))
+    folder.save(snapshot(pretraining_steps=30))
     folder.settle(wait=True)
     assert [path.name for path in checkpoints(tmp_path)] == ["pretrain_000020", "step_000000"]
 

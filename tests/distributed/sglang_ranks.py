@@ -20,6 +20,7 @@ from megatron_vapo.weights.slices import Parameter
 
 cpu_backend.install()  # before the first import of Megatron
 
+from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.models.layout import init_world
 from megatron_vapo.training.loop import train
 from megatron_vapo.training.run import Run
@@ -40,7 +41,7 @@ def assembled(parameter: Parameter, tensors: dict[str, torch.Tensor]) -> torch.T
 
 def compare_with_export(run: Run) -> int:
     """Parameters on this rank that were compared."""
-    tensors = load_file(run.export() / "model.safetensors")
+    tensors = load_file(export_actor(run.actor, run.folder / "export", run.recipe.model.path) / "model.safetensors")
     compared = 0
     for shards, held in zip(run.engine.checks(run.actor.architecture), run.engine.digests(), strict=True):
         mine = [shard for shard in shards if dist.get_rank() in shard.hosts]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vapo.commands.train import _until_stopped
 from megatron_vapo.config import SamplingConfig
-from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import RolloutError, TrainingError
 from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.observe.progress import ProgressDisplay
@@ -30,6 +30,7 @@ from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.sglang import server, weight_update
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.sampling.rollout_store import Rollout
 from megatron_vapo.training.run import Run
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -93,17 +94,17 @@ def hit(run: Run, number: signal.Signals) -> None:
     scheduler.send_signal(number)
 
 
-def rolled_out(run: Run, step: int, on_first_response: Callable[[], None] | None = None) -> Experience:
-    with run.display.bar("train", total=1) as run.bar:
-        hears = run.sampler.on_tokens
-        pending = [on_first_response] if on_first_response else []
-        run.sampler.on_tokens = lambda count: pending.pop()() if pending else None
-        batch = run.rollout("train", step)
-        run.sampler.on_tokens = hears
-        return run.logprobs(batch)
+def rolled_out(run: Run, step: int, on_first_response: Callable[[], None] | None = None) -> Rollout:
+    hears = run.sampler.on_tokens
+    pending = [on_first_response] if on_first_response else []
+    run.sampler.on_tokens = lambda count: pending.pop()() if pending else None
+    rollout = run.rollout("train", step)
+    run.sampler.on_tokens = hears
+    return replace(rollout, batch=run.logprobs(rollout.batch))
 
 
-def assert_written_by_the_actor(run: Run, batch: Experience, version: int = 0) -> None:
+def assert_written_by_the_actor(run: Run, rollout: Rollout, version: int = 0) -> None:
+    batch = rollout.batch
     assert len(batch) == run.recipe.responses_per_step
     assert (batch.weight_versions == version).all()
     torch.testing.assert_close(batch.rollout_logprobs, batch.logprobs, rtol=0, atol=1e-4)
@@ -144,10 +145,11 @@ def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]
             with torch.no_grad():
                 for parameter in held_tensors(run.actor).values():
                     parameter.mul_(1.1)
-            run.state.steps = version
+            run.snapshot = replace(run.snapshot, state=replace(run.state, steps=version))
             run.sync_weights()
-            assert_written_by_the_actor(run, rolled_out(run, version), version)
-            metrics = run._rollout_metrics
+            rollout = rolled_out(run, version)
+            assert_written_by_the_actor(run, rollout, version)
+            metrics = rollout.metrics
             assert metrics["rollout/cached_prompt_share"] > 0.2  # samples of a prompt share its keys and values
             assert metrics["rollout/restarts"] == metrics["rollout/retries"] == 0
             assert abs(metrics["rollout/memory_released_gib"]) < 0.1  # CPU frees nothing
@@ -158,9 +160,9 @@ def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]
 def test_a_server_that_dies_or_hangs_while_it_generates_is_replaced(run: Run, number: signal.Signals) -> None:
     run.sampler.metrics()  # of what came before
     with one_more_restart(run):
-        batch = rolled_out(run, 1, on_first_response=lambda: hit(run, number))
-    assert_written_by_the_actor(run, batch)
-    assert run._rollout_metrics["rollout/restarts"] == 1
+        rollout = rolled_out(run, 1, on_first_response=lambda: hit(run, number))
+    assert_written_by_the_actor(run, rollout)
+    assert rollout.metrics["rollout/restarts"] == 1
 
 
 def test_a_server_that_dies_during_an_update_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +185,8 @@ def test_a_server_that_dies_or_hangs_asleep_is_replaced(run: Run, number: signal
     assert run.engine.asleep
     hit(run, number)
     with one_more_restart(run):
-        batch = rolled_out(run, 3)
-    assert_written_by_the_actor(run, batch)
+        rollout = rolled_out(run, 3)
+    assert_written_by_the_actor(run, rollout)
 
 
 def test_a_corrupted_bucket_is_not_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

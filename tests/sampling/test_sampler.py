@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,10 +154,9 @@ class Steps:
         self.order = PromptOrder(len(PROMPTS), 0)
         self.refreshes = 0
         self.scorer = RewardScorer(chained_arithmetic, workers=workers)
-        inputs = SimpleNamespace(tokenizer=FakeTokenizer())
         settings = replace(ROLLOUT, **rollout)
         self.sampler = Sampler(
-            inputs, engine, self.scorer, SEED, settings, reward or RewardConfig(), refresh=self._refresh
+            FakeTokenizer(), engine, self.scorer, SEED, settings, reward or RewardConfig(), refresh=self._refresh
         )
 
     def _refresh(self) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map_only
 
+from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.checkpoint.run_folder import open_run_folder
 from megatron_vapo.config import LimitsConfig
 from megatron_vapo.observe.progress import ProgressDisplay
@@ -118,7 +119,7 @@ def start(
             run = Run(recipe, inputs, display, interrupt, Events(interrupt, stop, crash))
             try:
                 train(run)
-                run.export()
+                export_actor(run.actor, run.folder / "export", recipe.model.path)
             except StopRequested:
                 run.save()
                 run.settle(wait=True)

@@ -1,0 +1,31 @@
+"""RUN/critic_pretrained: the critic that value pretraining made, a folder of its own that other runs start from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.runtime.collectives import barrier
+
+
+def save_pretrained_critic(critic: Trainable, folder: Path) -> None:
+    """Write the critic, in place of one that is there; all ranks together."""
+    part = folder.with_name(f"{folder.name}.part")
+    if dist.get_rank() == 0:
+        for old in (folder, part):
+            shutil.rmtree(old, ignore_errors=True)
+        part.mkdir(parents=True)
+    barrier()
+    save_trainable(critic, part)
+    if dist.get_rank() == 0:
+        part.rename(folder)
+    barrier()
+
+
+def load_pretrained_critic(critic: Trainable, folder: Path, with_optimizer: bool) -> None:
+    """Read what `save_pretrained_critic` wrote, under whatever layout; all ranks together."""
+    load_trainable(critic, folder, with_optimizer)

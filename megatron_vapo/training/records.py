@@ -1,0 +1,57 @@
+"""What a run writes of its steps into its folder: metrics, and responses to read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_vapo.checkpoint.snapshot import RunState
+from megatron_vapo.config import Recipe
+from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.observe.metrics import Kind, MetricsWriter
+from megatron_vapo.observe.report import write_samples
+from megatron_vapo.sampling.evaluation import Evaluation
+from megatron_vapo.sampling.trajectory import Scored
+from megatron_vapo.training.step_metrics import evaluation_rows, sample_rows
+
+EVALUATION_ROWS = 64
+"""Responses kept of an evaluation."""
+
+
+class Records:
+    """Writes on one rank; the others have none.
+
+    Args:
+        state: what the run goes on from; records of later steps are dropped.
+    """
+
+    def __init__(self, recipe: Recipe, state: RunState) -> None:
+        self._folder, self._samples = Path(recipe.run_dir), recipe.observe.samples_per_step
+        project = recipe.observe.wandb_project
+        self._metrics = MetricsWriter(
+            self._folder,
+            start_at={
+                "pretrain": state.pretraining_steps + 1,
+                "train": state.steps + 1,
+                "evaluate": 0 if state.evaluated_at is None else state.evaluated_at + 1,
+            },
+            tensorboard=recipe.observe.tensorboard,
+            wandb={"project": project, "name": recipe.name} if project else None,
+        )
+
+    def metrics(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step or an evaluation."""
+        self._metrics.write(step, metrics, kind)
+
+    def samples(self, step: int, rows: list[tuple[Prompt, Scored]]) -> None:
+        """Write some of a training step's responses."""
+        write_samples(self._folder, step, sample_rows(rows), self._samples)
+
+    def evaluation(self, step: int, prompts: list[Prompt], found: Evaluation, samples: int) -> None:
+        """Write the first response to some of the held-out prompts."""
+        rows = evaluation_rows(prompts, found.responses, samples)
+        write_samples(self._folder / "evaluation", step, rows, EVALUATION_ROWS)
+
+    def close(self) -> None:
+        """Close what metrics are written to."""
+        self._metrics.close()

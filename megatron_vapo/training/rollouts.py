@@ -1,0 +1,105 @@
+"""A step's rollout: replayed from a folder, else stored by a run that died after it, else sampled now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vapo.checkpoint.snapshot import RunState, StepKind
+from megatron_vapo.config import Recipe
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.position import SamplingPosition
+from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.errors import DataError
+from megatron_vapo.models.generators import read_generators, write_generators
+from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.runtime.collectives import gather_objects
+from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
+from megatron_vapo.sampling.sampler import Sampler
+from megatron_vapo.sampling.trajectory import Group, Scored
+
+
+class Rollouts:
+    """Gives each step its rollout, and knows where sampling stands. All ranks call every method.
+
+    Args:
+        layouts: whose random generators are stored with a rollout.
+        sleep: sends the engine to sleep.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: list[Prompt],
+        sampler: Sampler,
+        layouts: list[ParallelLayout],
+        sleep: Callable[[], None],
+    ) -> None:
+        self._recipe, self._prompts, self._sampler, self._layouts = recipe, prompts, sampler, layouts
+        self._sleep, self._folder = sleep, Path(recipe.run_dir)
+        self._order = PromptOrder(len(prompts), recipe.seed)
+        self._store = RolloutStore(self._folder / "kept_rollouts")
+
+    @property
+    def position(self) -> SamplingPosition:
+        """Where sampling stands."""
+        return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
+
+    def go_to(self, position: SamplingPosition) -> None:
+        """Go on sampling from there."""
+        self._order.load_state_dict(position.order)
+        self._sampler.unfinished = [Group.of(state, self._prompts) for state in position.unfinished]
+
+    def replayed(self, purpose: StepKind, step: int) -> Rollout:
+        """Return what another run saved for the step, in `rollout.replay`.
+
+        Raises:
+            DataError: it did not.
+        """
+        path = Path(self._recipe.rollout.replay, f"{_name(purpose, step)}.safetensors")
+        if not path.is_file():
+            raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
+        return Rollout(Experience.load(path), metrics={}, failures=(0, 0))
+
+    def stored(self, purpose: StepKind, step: int) -> Rollout | None:
+        """Return what a run that died had sampled for the step, and go to where that left sampling and generators;
+        None where there is no such rollout."""
+        stored = self._store.load(_name(purpose, step), self.position, dist.get_world_size())
+        if stored is None:
+            return None
+        self.go_to(stored.after)
+        write_generators(stored.generators[dist.get_rank()], self._layouts)
+        return stored.rollout
+
+    def sampled(self, purpose: StepKind, step: int) -> tuple[Rollout, list[tuple[Prompt, Scored]]]:
+        """Group-sample the next prompts, score the responses, and store the rollout.
+
+        Returns:
+            The rollout, and each response with its prompt.
+        """
+        before = self.position
+        batch, rows = self._sampler.experience(self._prompts, self._order, purpose, step)
+        self._sleep()  # before its metrics are read
+        rollout = Rollout(batch, self._sampler.metrics(), self._sampler.new_failures())
+        if self._recipe.checkpoint.rollouts:
+            generators = gather_objects(read_generators(self._layouts))
+            if dist.get_rank() == 0:
+                self._store.save(_name(purpose, step), StoredRollout(rollout, before, self.position, generators))
+        return rollout, rows
+
+    def save(self, purpose: StepKind, step: int, batch: Experience) -> None:
+        """Write the batch into the run folder, for other runs to replay, if the recipe says so."""
+        if dist.get_rank() == 0 and self._recipe.rollout.save:
+            (self._folder / "rollouts").mkdir(exist_ok=True)
+            batch.save(self._folder / "rollouts" / f"{_name(purpose, step)}.safetensors")
+
+    def forget(self, covered: RunState) -> None:
+        """Drop the stored rollouts of steps that a checkpoint covers."""
+        if dist.get_rank() == 0:
+            self._store.drop(covered.pretraining_steps, covered.steps)
+
+
+def _name(purpose: StepKind, step: int) -> str:
+    return f"{purpose}_{step:06d}"
