@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 
 def run_recipe(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
-    """`megatron-vapo train`: True once the run is finished, False where a signal stopped it."""
+    """Train; return True once the run is finished, False where a signal stopped it."""
     return _execute(recipe, restart, dry_run, _train)
 
 
 def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
-    """`megatron-vapo pretrain-critic`: value pretraining alone."""
+    """Do value pretraining alone; return as `run_recipe`."""
     if not recipe.uses_critic or not recipe.value_pretraining.enabled or recipe.value_pretraining.checkpoint:
         raise RecipeError(
             "pretrain-critic needs algorithm.advantage=gae, value_pretraining.enabled=true and no "

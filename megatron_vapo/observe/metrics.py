@@ -55,7 +55,7 @@ class MetricsWriter:
         self._tensorboard = _event_writers(folder / "tensorboard", start_at) if tensorboard else {}
 
     def write(self, step: int, metrics: Mapping[str, float], kind: Kind) -> None:
-        """Records `metrics` (names with slashes, such as `critic/loss`) for one step of one kind."""
+        """Record `metrics` (names with slashes, such as `critic/loss`) for one step of one kind."""
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(to_json({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
@@ -83,7 +83,7 @@ class MetricsWriter:
 
 
 def read_metrics(folder: Path, kind: Kind) -> list[dict[str, Any]]:
-    """Records of one kind in the order written: `step`, `time` (Unix seconds), `kind` and the metrics as floats.
+    """Return records of one kind in the order written: `step`, `time` (Unix seconds), `kind` and the metrics as floats.
 
     Safe while the run is still writing.
 
@@ -110,7 +110,7 @@ def _event_writers(folder: Path, start_at: Mapping[Kind, int]) -> dict[Kind, "Su
 
 
 def _drop_records(path: Path, start_at: Mapping[Kind, int]) -> None:
-    """Keeps the records before `start_at`; also mends a torn last line, to which the next would be appended."""
+    """Keep the records before `start_at`; also mend a torn last line, to which the next would be appended."""
     if not path.exists():
         return
     lines = [(line, json.loads(line)) for line in complete_lines(path)]

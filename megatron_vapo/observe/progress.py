@@ -1,4 +1,4 @@
-"""What a person sees while a run works: bars on a terminal, one line per step in a log file."""
+"""Shows how far a run is: bars on a terminal, one line per step in a log file."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -61,16 +61,16 @@ class PhaseBar:
         self._activity: Activity | None = None
 
     def activity(self, name: str, total: float | None = None) -> None:
-        """Names what the step does now; `total`, where known, gives it a bar that `add` moves."""
+        """Name what the step does now; `total`, where known, gives it a bar that `add` moves."""
         self._activity = Activity(name, total, started=monotonic())
 
     def add(self, done: float) -> None:
-        """So much more of the current activity is done, in the unit of its total."""
+        """Count so much more of the current activity as done, in the unit of its total."""
         assert self._activity is not None, "add() before activity()"
         self._activity.done += done
 
     def advance(self, metrics: Mapping[str, float]) -> None:
-        """Ends a step. `metrics` as written to metrics.jsonl; those in `SHOWN` are shown."""
+        """End a step. `metrics` as written to metrics.jsonl; those in `SHOWN` are shown."""
         now = monotonic()
         self._recent_seconds.append(now - self._step_started)
         self._step_started = now
@@ -81,7 +81,7 @@ class PhaseBar:
             self._step_done(self._step_line())
 
     def seconds_left(self) -> float | None:
-        """Steps to go times the mean of recent steps, less what the current step has taken; None before any step."""
+        """Return steps to go times the mean of recent ones, less what the current step has taken; None before any."""
         if not self._recent_seconds:
             return None
         mean = sum(self._recent_seconds) / len(self._recent_seconds)
@@ -100,7 +100,7 @@ class PhaseBar:
         return "  ".join([count, *pairs, f"{seconds:>8}", f"left {clock_time(self.seconds_left())}"])
 
     def add_bars(self, grid: Table) -> None:
-        """Adds a row for the phase and one for its activity: name, bar, count, time (left, or spent so far)."""
+        """Add a row for the phase and one for its activity: name, bar, count, time (left, or spent so far)."""
         bar = ProgressBar(total=self.total, completed=self.done)
         left = f"{clock_time(self.seconds_left())} left"
         grid.add_row(Text(self.name, "bold"), bar, f"{self.done}/{self.total}", left)
@@ -112,7 +112,7 @@ class PhaseBar:
             grid.add_row(f"  {activity.name}", bar, count, clock_time(monotonic() - activity.started))
 
     def metrics_columns(self) -> Columns:
-        """`key value` pairs, on as many lines as the terminal's width asks for."""
+        """Return `key value` pairs, on as many lines as the terminal's width asks for."""
         pairs = [Text.assemble((label, "dim"), " ", (value.strip(), "bold")) for label, value in self._shown]
         return Columns(pairs, padding=(0, 3))
 
@@ -149,7 +149,7 @@ class ProgressDisplay:
 
     @contextmanager
     def bar(self, name: str, total: int, start: int = 0) -> Iterator[PhaseBar]:
-        """A phase of `total` steps, of which a resumed run has done `start`."""
+        """Show a bar of `total` steps, of which a resumed run has done `start`, below those that are open."""
         bar = PhaseBar(name, total, start, step_done=self._print_step)
         self._print_step(f"{name}: starts at {start}/{total}")
         self._bars.append(bar)
@@ -175,7 +175,7 @@ class ProgressDisplay:
             bar.advance(metrics)
 
     def note(self, text: str) -> None:
-        """One line that stays, above the bars: a checkpoint saved, a warning."""
+        """Print one line that stays, above the bars: a checkpoint saved, a warning."""
         self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _print_step(self, line: str) -> None:
@@ -195,7 +195,7 @@ class ProgressDisplay:
 
 
 def clock_time(seconds: float | None) -> str:
-    """`h:mm:ss`, or `-:--:--` where the time is not known."""
+    """Return `h:mm:ss`, or `-:--:--` where the time is not known."""
     if seconds is None:
         return "-:--:--"
     minutes, second = divmod(round(seconds), 60)
@@ -204,7 +204,7 @@ def clock_time(seconds: float | None) -> str:
 
 
 def short(amount: float) -> str:
-    """Four digits at most, with a unit: 950, 12.5k, 131.1k, 3.4M."""
+    """Return four digits at most, with a unit: 950, 12.5k, 131.1k, 3.4M."""
     for divisor, unit in ((1, ""), (1e3, "k"), (1e6, "M")):
         if amount < 1e3 * divisor:
             return f"{amount / divisor:.4g}{unit}"

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: curves, a summary, sampled responses."""
+"""Writes what a run leaves to look at: curves, a summary, sampled responses."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,7 +71,7 @@ PANELS = (
 
 
 def plot_curves(run_folder: Path) -> Path:
-    """Draws the metrics of one run into `curves.png` in its folder, and returns that path.
+    """Draw the metrics of one run into `curves.png` in its folder, and return that path.
 
     Raises:
         UserError: the folder holds no metrics, or none that are drawn.
@@ -80,7 +80,7 @@ def plot_curves(run_folder: Path) -> Path:
 
 
 def compare_curves(run_folders: Sequence[Path], labels: Sequence[str], out: Path) -> Path:
-    """Draws several runs over each other into `out`, one colour per label: give seeds of one setting the same label.
+    """Draw several runs over each other into `out`, one colour per label: give seeds of one setting the same label.
 
     Value pretraining is drawn before step 0 of training. Metrics that no run has get no panel.
 
@@ -115,14 +115,14 @@ def compare_curves(run_folders: Sequence[Path], labels: Sequence[str], out: Path
 
 
 def write_summary(run_folder: Path, **fields: Any) -> Path:
-    """Writes `summary.json`: the outcome of a run in numbers (`accuracy_before`, `accuracy_after`, `steps`, ...)."""
+    """Write `summary.json`: the outcome of a run in numbers (`accuracy_before`, `accuracy_after`, `steps`, ...)."""
     path = run_folder / "summary.json"
     replace_text(path, to_json(fields, indent=2) + "\n")
     return path
 
 
 def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]], limit: int) -> Path:
-    """Writes at most `limit` rows to `samples/step_000012.jsonl`, spread evenly so that many prompts are seen.
+    """Write at most `limit` rows to `samples/step_000012.jsonl`, spread evenly so that many prompts are seen.
 
     (The first rows of a batch would all be answers to the same few prompts: responses of a group lie together.)
     """
@@ -139,7 +139,7 @@ def has_data(run: Run, series: Series) -> bool:
 
 
 def curve(run: Run, series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training steps, values and standard errors [N] of the N records that have the metric; NaN where not finite.
+    """Return training steps, values, standard errors [N] of the N records that have the metric; NaN where not finite.
 
     Value pretraining ends at step -1, wherever training starts to count.
     """
@@ -152,7 +152,7 @@ def curve(run: Run, series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean of each value [N] and up to `reach` < N / 2 neighbours on either side, ignoring NaN; NaN stays NaN."""
+    """Return the mean of each value [N] and up to `reach` < N / 2 neighbours a side, ignoring NaN; NaN stays NaN."""
     finite = np.isfinite(values)
     kernel = np.ones(2 * reach + 1)
     sums = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
@@ -174,7 +174,7 @@ def _new_figure(panels: int) -> tuple["Figure", Iterable["Axes"]]:
 
 
 def _draw_panel(axis: "Axes", panel: Panel, runs: Sequence[Run], colours: Sequence[str] | None) -> None:
-    """Colours tell runs apart and line styles the metrics of a panel; with `colours` None, both tell metrics apart."""
+    """Draw a panel: runs by colour and its metrics by line style; with `colours` None, metrics by both."""
     drawn = {series: index for index, series in enumerate(panel.series) if any(has_data(run, series) for run in runs)}
     for series, index in drawn.items():
         for number, run in enumerate(runs):

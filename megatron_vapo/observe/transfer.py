@@ -1,4 +1,4 @@
-"""Progress of what is measured in bytes: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Shows progress in bytes: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LINE_EVERY_SECONDS = 5.0
 
 @contextmanager
 def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `report(done, total)` in bytes."""
+    """Yield `report(done, total)` in bytes."""
     if not Console().is_terminal:
         yield _lines(title)
         return

@@ -1,4 +1,4 @@
-"""`megatron-vapo plan`."""
+"""The verb `plan` of the command line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_vapo.weights.architecture import Architecture, read_architecture
 
 
 def run_plan(recipe: Recipe, options: argparse.Namespace) -> bool:
-    """Print the plan of a recipe; whether it fits.
+    """Print the plan of a recipe, and return whether it fits.
 
     Raises:
         UserError: no configuration of the model, a layout that cannot be, an unknown assumption.
@@ -42,7 +42,7 @@ def run_plan(recipe: Recipe, options: argparse.Namespace) -> bool:
 
 
 def read_architectures(recipe: Recipe, console: Console) -> tuple[Architecture, Architecture | None]:
-    """Of actor and critic; config.json is all that is needed of a model.
+    """Return the architectures of actor and critic; config.json is all that is needed of a model.
 
     Raises:
         CheckpointError: no configuration in model.path.
@@ -64,7 +64,7 @@ def read_architectures(recipe: Recipe, console: Console) -> tuple[Architecture, 
 
 
 def assumptions_of(changes: list[str]) -> Assumptions:
-    """The assumptions with `name=value` changes.
+    """Return the assumptions with `name=value` changes.
 
     Raises:
         RecipeError: an unknown name, or no number.
@@ -85,6 +85,6 @@ def assumptions_of(changes: list[str]) -> Assumptions:
 
 
 def _hush() -> None:
-    """Megatron's and torch's hints are about runs, not plans."""
+    """Silence Megatron's and torch's hints, which are about runs, not plans."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

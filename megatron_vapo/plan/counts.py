@@ -1,4 +1,4 @@
-"""Parameters counted on the meta device: the real Megatron models of all ranks, side by side, are the whole model."""
+"""Counts parameters on the meta device: the real Megatron models of all ranks, side by side, are the whole model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vapo.weights.table import entries, hf_shapes
 
 
 def count_parameters(model: Model) -> int:
-    """Distinct numbers that the ranks of one copy of the model hold, padding left out.
+    """Return how many distinct numbers the ranks of one copy of the model hold, padding left out.
 
     Raises:
         LayoutError: a rank holds something of another shape than the layout says.

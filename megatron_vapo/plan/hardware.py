@@ -1,4 +1,4 @@
-"""GPUs by name, and everything that a plan assumes and cannot read off the code."""
+"""Lists GPUs by name, and everything that a plan assumes and cannot read off the code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GPU:
-    """Data-sheet numbers of one device and of its share of the node's network."""
+    """The data-sheet numbers of one device and of its share of the node's network."""
 
     memory: float
     """Bytes that programs can use."""
@@ -38,7 +38,7 @@ and PCIe 4 beside A100, 400 Gbit/s and PCIe 5 beside the others."""
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Ours, to be overridden by `--assume name=value`; docs/plan.md compares what follows with published runs."""
+    """The assumptions, overridden by `--assume name=value`; docs/plan.md compares what follows with published runs."""
 
     gpus_per_node: int = 8
     reserve_gib: float = 6.0

@@ -1,4 +1,4 @@
-"""What each phase of a step holds on each rank: bytes, by what they are for.
+"""Adds up what each phase of a step holds on each rank: bytes, by what they are for.
 
 All ranks of a pipeline stage hold the same, so a stage's first rank stands for them. Actor and critic keep on the
 device what a phase needs of them (`models.offload.NEEDED`) and what the recipe does not offload. SGLang has its
@@ -38,7 +38,7 @@ PASSES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the recipe is to run on."""
+    """The devices that the recipe is to run on."""
 
     gpu: GPU
     nodes: int
@@ -52,12 +52,12 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """Training processes."""
+        """The number of training processes."""
         return self.gpus - self.engine_gpus
 
     @property
     def budget(self) -> float:
-        """Bytes of a device that a plan may use."""
+        """The bytes of a device that a plan may use."""
         return self.gpu.memory - self.assumptions.reserve_gib * GIB
 
 
@@ -89,12 +89,12 @@ class Cache:
     engines: int
 
     def responses(self, tokens: float) -> int:
-        """Responses of so many tokens, prompt included, that one engine decodes at a time."""
+        """Return how many responses of so many tokens, prompt included, one engine decodes at a time."""
         return int(self.tokens // tokens)
 
 
 def roles_of(recipe: Recipe, architecture: Architecture, critic: Architecture | None) -> dict[str, Model]:
-    """Actor, and critic where there is one, each with what it is built from."""
+    """Return the actor, and the critic where there is one, each with what it is built from."""
     roles = {"actor": Model("actor", recipe.actor, architecture, recipe.model.dtype)}
     return roles | ({"critic": Model("critic", recipe.critic, critic, recipe.model.dtype)} if critic else {})
 
@@ -117,11 +117,11 @@ class Model:
         return _rehearsed(_Key(self, stage))
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Parameters of a rank of the smallest world."""
+        """Return the shapes of the parameters of a rank of the smallest world."""
         return _shapes(_Key(self, rank))
 
     def training_ranks(self, world: int) -> list[TrainingRank]:
-        """What each of `world` ranks holds of the model."""
+        """Return what each of `world` ranks holds of the model."""
         role = self.role
         layout = TrainingLayout(
             world=world,
@@ -137,7 +137,7 @@ class Model:
         return training_ranks(self.architecture, layout)
 
     def standing(self, stage: int, world: int) -> dict[str, int]:
-        """Bytes of parameters, gradients and the optimizer's share on a rank of a stage, wherever they are.
+        """Return bytes of parameters, gradients and the optimizer's share on a rank of a stage, wherever they are.
 
         With bfloat16 parameters the optimizer keeps float32 ones too; the distributed optimizer shares its states among
         the ranks that hold the same parameters.
@@ -202,7 +202,7 @@ def _kind(model: Model) -> type[Actor] | type[Critic]:
 
 
 def resident(models: dict[str, Model], phase: Phase, rank: int, world: int) -> dict[str, int]:
-    """What actor and critic have on a rank's device in a phase of the loop."""
+    """Return what actor and critic have on a rank's device in a phase of the loop."""
     parts: dict[str, int] = {}
     for model in models.values():
         parts |= model.resident(phase, rank * model.role.pipeline_parallel // world, world)
@@ -246,7 +246,7 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
 
 
 def _most_for_sampling(recipe: Recipe, cluster: Cluster) -> float:
-    """SGLang leaves a share of the device free while it samples, whatever else is on it."""
+    """Return bytes of a device that may be used while sampling: SGLang leaves a share free, whatever else is there."""
     if recipe.rollout.engine != "sglang":
         return cluster.budget
     return min(cluster.budget, recipe.rollout.sglang.memory_fraction * cluster.gpu.memory)
@@ -262,13 +262,13 @@ def _need(use: PhaseMemoryUse) -> int:
 
 
 def engine_gpus(recipe: Recipe) -> int:
-    """GPUs that engines have to themselves."""
+    """Return how many GPUs engines have to themselves."""
     separate = recipe.rollout.placement == "separate"
     return recipe.rollout.servers * recipe.rollout.tensor_parallel if separate else 0
 
 
 def cache_of(recipe: Recipe, actor: Model, rollout: PhaseMemoryUse, world: int) -> Cache:
-    """The engine's cache in the bytes that are left for it."""
+    """Return the engine's cache in the bytes that are left for it."""
     a, size = actor.architecture, engine_size(recipe)
     heads = max(a.kv_heads // size, 1)
     itemsize = 1 if recipe.rollout.kv_cache == "fp8" else actor.itemsize
@@ -277,12 +277,12 @@ def cache_of(recipe: Recipe, actor: Model, rollout: PhaseMemoryUse, world: int) 
 
 
 def engine_size(recipe: Recipe) -> int:
-    """Devices of one engine."""
+    """Return the number of devices of one engine."""
     return recipe.rollout.tensor_parallel if recipe.rollout.engine == "sglang" else 1
 
 
 def engine_weights(recipe: Recipe, actor: Model) -> int:
-    """Bytes of one rank of the engine; the embedded one holds FP8 numbers in the model's dtype."""
+    """Return bytes of one rank of the engine; the embedded one holds FP8 numbers in the model's dtype."""
     parameters = sglang_parameters(actor.architecture, 0, engine_size(recipe))
     if recipe.rollout.engine == "sglang" and recipe.rollout.quantization == "fp8":
         return sum(bytes_in_blocks(parameter, actor.itemsize) for parameter in parameters)

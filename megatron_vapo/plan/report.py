@@ -1,4 +1,4 @@
-"""The whole plan of a recipe on a cluster, and how it is shown: table, JSON, picture."""
+"""Makes the whole plan of a recipe on a cluster, and shows it: tables, JSON, picture."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ PRETRAINING = (Phase.ROLLOUT, Phase.VALUES, Phase.CRITIC_UPDATE)
 
 @dataclass(frozen=True)
 class CapacityPlan:
-    """What `megatron-vapo plan` says. Bytes, seconds, operations."""
+    """The plan of a recipe: bytes, seconds, operations."""
 
     recipe: str
     gpu: str
     nodes: int
     gpus: int
     world: int
-    """Training processes."""
+    """The training processes."""
     parameters: dict[str, int]
     budget: int
     phases: list[PhaseMemoryUse]
     missing: tuple[Phase, int] | None
-    """Phase and bytes, where it does not fit."""
+    """The phase that misses most, and its bytes; None where everything fits."""
     change: list[str] | None
-    """Overrides that would make it fit."""
+    """The overrides that would make it fit."""
     fewest_nodes: int | None
     cache: Cache
     batch: Batch
     traffic: Traffic
     flops: float
-    """Of one step, all devices together, decoding left out."""
+    """The operations of one step on all devices, decoding left out."""
     seconds: dict[str, float]
     bubbles: dict[str, float]
     steps: int
@@ -60,7 +60,7 @@ class CapacityPlan:
 
     @property
     def hours(self) -> float:
-        """The whole run, value pretraining included, which leaves out log-probs and the actor's update."""
+        """The hours of the whole run, value pretraining included, which leaves out log-probs and the actor's update."""
         pretraining = sum(self.seconds.get(phase.shown, 0.0) for phase in PRETRAINING)
         return (self.steps * self.step_seconds + self.pretraining_steps * pretraining) / 3600
 
@@ -117,7 +117,7 @@ def make_plan_of(
 
 
 def as_json(plan: CapacityPlan) -> str:
-    """Everything, machine-readable."""
+    """Return everything as JSON."""
     derived = {"fits": plan.fits, "step_seconds": plan.step_seconds, "hours": plan.hours, **_derived(plan)}
     return json.dumps(asdict(plan) | derived, indent=2)
 
@@ -131,7 +131,7 @@ def _derived(plan: CapacityPlan) -> dict[str, float]:
 
 
 def show(plan: CapacityPlan, console: Console, watts: float) -> None:
-    """Tables on the terminal."""
+    """Print tables."""
     counts = ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items())
     apart = f" ({plan.gpus - plan.world} of them for engines)" if plan.gpus > plan.world else ""
     console.print(f"{plan.recipe} on {plan.nodes} nodes, {plan.gpus} x {plan.gpu}{apart}: {counts}\n", highlight=False)
@@ -203,7 +203,7 @@ def _summary(plan: CapacityPlan, watts: float) -> str:
 
 
 def draw(plan: CapacityPlan, path: Path) -> None:
-    """Stacked bars of every phase against the budget."""
+    """Draw stacked bars of every phase against the budget."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The smallest change of a recipe that makes it fit, and the fewest nodes it fits on."""
+"""Searches for the smallest change of a recipe that makes it fit, and for the fewest nodes it fits on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_NODES = 512
 
 
 def fits(recipe: Recipe, architectures: tuple[Architecture, Architecture | None], cluster: Cluster) -> bool:
-    """Whether the layout is one that the cluster and the models can take, and every phase has room."""
+    """Return whether the cluster and the models can take the layout, and every phase has room."""
     models = roles_of(recipe, *architectures)
     cluster = replace(cluster, engine_gpus=engine_gpus(recipe))
     try:
@@ -50,7 +50,7 @@ def check_layouts(recipe: Recipe, models: dict[str, Model], cluster: Cluster) ->
 def fewest_nodes(
     recipe: Recipe, architectures: tuple[Architecture, Architecture | None], cluster: Cluster
 ) -> int | None:
-    """The smallest number of nodes on which the recipe, as it is, fits; None where none up to `MOST_NODES` does."""
+    """Return the fewest nodes on which the recipe, as it is, fits; None where none up to `MOST_NODES` does."""
     sizes = (replace(cluster, nodes=nodes) for nodes in range(1, MOST_NODES + 1))
     return next((size.nodes for size in sizes if fits(recipe, architectures, size)), None)
 
@@ -58,8 +58,8 @@ def fewest_nodes(
 def smallest_change(
     recipe: Recipe, architectures: tuple[Architecture, Architecture | None], cluster: Cluster
 ) -> list[str] | None:
-    """Overrides that make a recipe fit on these nodes: one where one does it, else as many as it takes, those that cost
-    least speed first. None where none of them helps: it takes more nodes."""
+    """Return overrides that make a recipe fit on these nodes: one where one does it, else as many as it takes, those
+    that cost least speed first. None where none of them helps: it takes more nodes."""
     for overrides in _changes(recipe):
         changed = with_overrides(recipe, overrides)
         if fits(changed, architectures, cluster):
@@ -73,7 +73,7 @@ def smallest_change(
 
 
 def _changes(recipe: Recipe) -> Iterator[list[str]]:
-    """Single changes, from cheap to dear; of both roles together, as a recipe lays them out alike."""
+    """Yield single changes, from cheap to dear; of both roles together, as a recipe lays them out alike."""
     names = ["actor", "critic"] if recipe.uses_critic else ["actor"]
     if recipe.actor.logprobs == "whole":
         yield ["actor.logprobs=chunked"]

@@ -1,4 +1,4 @@
-"""What a step computes and moves, and, by a roofline with stated assumptions, how long it takes.
+"""Computes what a step computes and moves, and, by a roofline with stated assumptions, how long it takes.
 
 A roofline: each phase takes the time of its scarcest resource, device operations, device memory or network, at a stated
 share of the data sheet's number (`hardware.Assumptions`). Real runs lose time that no such sum sees; docs/plan.md says
@@ -35,20 +35,20 @@ class Batch:
 
     @property
     def tokens(self) -> float:
-        """Prompts and responses: what training passes over."""
+        """The tokens of prompts and responses: what training passes over."""
         return self.responses * self.sequence
 
 
 def batch_of(recipe: Recipe, cluster: Cluster) -> Batch:
-    """A step's batch: lengths are assumptions."""
+    """Return a step's batch; its lengths are assumptions."""
     share = cluster.assumptions.mean_response_share
     prompt = min(cluster.assumptions.mean_prompt_tokens, recipe.data.max_prompt_tokens)
     return Batch(recipe.responses_per_step, prompt, share * recipe.rollout.max_response_tokens)
 
 
 def forward_flops(a: Architecture, sequence: float) -> float:
-    """Operations of one token's forward pass in a sequence: two for each weight that multiplies it, and four for each
-    number of query that attends, to half the sequence on average (causal order)."""
+    """Return operations of one token's forward pass in a sequence: two for each weight that multiplies it, and four for
+    each number of query that attends, to half the sequence on average (causal order)."""
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
     attention = a.hidden * (2 * q + 2 * kv)
     ffn = 3 * a.hidden * (a.expert_ffn * a.experts_per_token if a.experts else a.ffn)
@@ -58,7 +58,7 @@ def forward_flops(a: Architecture, sequence: float) -> float:
 
 
 def training_flops(model: Model, sequence: float) -> float:
-    """Operations of one token's forward and backward pass, and of what is computed again in between."""
+    """Return operations of one token's forward and backward pass, and of what is computed again in between."""
     a = model.architecture
     forward = forward_flops(a, sequence)
     head = 2 * a.hidden * (1 if a.classifier else a.vocab)
@@ -69,7 +69,7 @@ def training_flops(model: Model, sequence: float) -> float:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that the busiest rank sends in one step."""
+    """The bytes that the busiest rank sends in one step."""
 
     gradients: int
     parameters: int
@@ -85,7 +85,7 @@ class Traffic:
 
 
 def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traffic:
-    """What a step sends. Collectives inside layers are the rehearsed micro-batch's, scaled to the step's tokens."""
+    """Return what a step sends. Collectives inside layers are a measured micro-batch's, scaled to the step's tokens."""
     batch, sums = batch_of(recipe, cluster), Counter()
     for name, model in models.items():
         role = model.role
@@ -111,7 +111,7 @@ def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traff
 
 
 def offload_bytes(model: Model, world: int) -> int:
-    """Bytes that come back to a rank of the first stage in a step; as many leave it. Gradients are not copied."""
+    """Return bytes that come back to a rank of the first stage in a step; as many leave. Gradients are not copied."""
     here = [model.resident(phase, 0, world) for phase in NEEDED]
     return sum(
         size
@@ -122,18 +122,18 @@ def offload_bytes(model: Model, world: int) -> int:
 
 
 def epochs_of(recipe: Recipe, name: str) -> int:
-    """Passes of a role over a step's batch."""
+    """Return passes of a role over a step's batch."""
     return recipe.epochs if name == "actor" else recipe.critic.epochs
 
 
 def updates_of(recipe: Recipe, name: str) -> int:
-    """Optimizer steps of a role in a step."""
+    """Return optimizer steps of a role in a step."""
     return recipe.responses_per_step // recipe.minibatch_size * epochs_of(recipe, name)
 
 
 def reshard_bytes(recipe: Recipe, actor: Model, cluster: Cluster) -> tuple[int, int]:
-    """Bytes of one weight sync: that the busiest rank receives, and of all ranks; from the reshard plan itself. Engines
-    apart: one training rank collects the model for each, and broadcasts it to the engine's ranks."""
+    """Return bytes of one weight sync: that the busiest rank receives, and of all ranks; from the reshard plan itself.
+    Engines apart: one training rank collects the model for each, and broadcasts it to the engine's ranks."""
     size, hosts = engine_size(recipe), list(range(cluster.world))
     a = actor.architecture
     if cluster.engine_gpus:
@@ -170,7 +170,7 @@ def seconds(
 
 
 def bubble(recipe: Recipe, model: Model, cluster: Cluster) -> float:
-    """Share of an update in which a pipeline stage waits."""
+    """Return the share of an update in which a pipeline stage waits."""
     role = model.role
     ranks = cluster.world // (role.tensor_parallel * role.pipeline_parallel * role.context_parallel)
     tokens = recipe.minibatch_size * batch_of(recipe, cluster).sequence / ranks
@@ -180,8 +180,8 @@ def bubble(recipe: Recipe, model: Model, cluster: Cluster) -> float:
 
 
 def rollout_seconds(recipe: Recipe, actor: Model, cluster: Cluster, cache: Cache) -> float:
-    """Decoding steps, as many as the longest response or the queue of an engine takes, each reading all weights and the
-    cache of the responses at hand, and the prompts' forward pass once for each group."""
+    """Return seconds of sampling: decoding steps, as many as the longest response or the queue of an engine takes, each
+    reading all weights and the cache of the responses at hand, and the prompts' forward pass once for each group."""
     assumed, gpu, a = cluster.assumptions, cluster.gpu, actor.architecture
     batch = batch_of(recipe, cluster)
     mine = batch.responses / cache.engines
@@ -199,7 +199,7 @@ def rollout_seconds(recipe: Recipe, actor: Model, cluster: Cluster, cache: Cache
 
 
 def _touched(a: Architecture, tokens: float) -> float:
-    """Share of the weights that a decoding step of so many tokens reads: few tokens choose few experts."""
+    """Return the share of the weights that a decoding step of so many tokens reads: few tokens choose few experts."""
     if not a.experts:
         return 1.0
     expert = a.layers * a.experts * 3 * a.hidden * a.expert_ffn

@@ -1,4 +1,4 @@
-"""When a run stops before its end: signals, and the wall-clock limit.
+"""Stops a run before its end: on signals, and at the wall-clock limit.
 
 * The first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 that any process gets asks the whole run to stop with a checkpoint. More
   of SIGTERM and SIGUSR1 change nothing: a launcher that passes a signal on, and Slurm that sends its own, count as one.
@@ -31,7 +31,7 @@ class StopRequested(Exception):
 
 
 class Interrupt:
-    """While open, hears of signals in a thread of its own: at once, even where the training thread hangs in a
+    """Receives signals, while open, in a thread of its own: at once, even where the training thread hangs in a
     collective and Python could not run a handler.
 
     on_overdue: called, again and again, once rollouts under way should be abandoned; ends them.
@@ -52,17 +52,17 @@ class Interrupt:
             _say(f"{reason}: stopping with a checkpoint")
 
     def asked(self) -> bool:
-        """Whether this process knows of a reason to stop."""
+        """Return whether this process knows of a reason to stop."""
         if self._deadline is not None and monotonic() > self._deadline:
             self.ask("limits.wall_clock_minutes is over")
         return self._asked_at is not None
 
     def overdue(self) -> bool:
-        """Whether rollouts under way should be abandoned."""
+        """Return whether rollouts under way should be abandoned."""
         return self.asked() and monotonic() - self._asked_at > self._grace
 
     def check(self) -> None:
-        """All ranks together, between phases.
+        """Stop here if any rank was asked to. All ranks call it, between phases.
 
         Raises:
             StopRequested: on all ranks, if any was asked.
@@ -115,10 +115,10 @@ def stop_together(mine: bool) -> None:
 
 
 def _wake_only(number: int, frame: object) -> None:
-    """Python writes the signal's number to the pipe by itself, if there is a handler."""
+    """Handle nothing: Python writes the signal's number to the pipe by itself, if there is a handler."""
 
 
 def _say(text: str) -> None:
-    """Not print: whatever the training thread was writing when the signal came, this gets through."""
+    """Write past `print`: whatever the training thread was writing when the signal came, this gets through."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"\nmegatron-vapo: {text}\n".encode())

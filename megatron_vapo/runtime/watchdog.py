@@ -1,6 +1,6 @@
-"""A process that stops, or a machine that goes away, ends the run within `limits.silent_seconds`, and has a name.
+"""Ends the run within `limits.silent_seconds` of a process's last sign of life, and names the process.
 
-Without it the other processes would wait in a collective until that times out, and say only that it did.
+Without it the other processes would wait in a collective until that times out, and report only that it did.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ class Watchdog:
         os._exit(MachineError.exit_code)
 
     def _say(self, text: str) -> None:
-        """A word of each node; the first rank may be the one that cannot speak."""
+        """Write once from each node; the first rank may be the one that cannot."""
         if os.environ.get("LOCAL_RANK", "0") == "0" or dist.get_rank() == 1:
             os.write(2, f"megatron-vapo: {text}\n".encode())
 
 
 @contextmanager
 def name_machine_errors(watchdog: Watchdog) -> Iterator[None]:
-    """Say memory and disk where libraries raise errors of many kinds.
+    """Raise one kind of error for full memory and full disks, for which libraries raise many.
 
     Raises:
         ProcessError: with this rank, its phase and what to do; the checkpoints are as they were.

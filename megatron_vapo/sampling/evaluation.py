@@ -15,14 +15,14 @@ from megatron_vapo.sampling.trajectory import Scored
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Results on a prompt set, and the responses they rest on (k of each prompt, one after another)."""
+    """The results on a prompt set, and the responses they rest on (k of each prompt, one after another)."""
 
     metrics: dict[str, float]
     responses: list[Scored]
 
 
 def evaluate(sampler: Sampler, prompts: list[Prompt], samples: int, sampling: SamplingConfig) -> Evaluation:
-    """avg@k (mean pass rate over k samples a problem) with its standard error over problems, and pass@k.
+    """Return avg@k (mean pass rate over k samples a problem) with its standard error over problems, and pass@k.
 
     The same random numbers every time, so that differences between checkpoints are those of the weights.
     """

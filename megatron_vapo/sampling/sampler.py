@@ -1,4 +1,4 @@
-"""Prompts to scored experience: group sampling over all engines, rewards, dynamic sampling, partial rollouts."""
+"""Turns prompts into scored experience: group sampling on all engines, rewards, dynamic sampling, partial rollouts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """Engine, tokenizer and reward of a run. All processes call it alike; those that ask an engine write a share of the
-    groups, and all hold the whole result.
+    """Samples with a run's engine, tokenizer and reward. All processes call every method; those that have an engine
+    write a share of the groups, and all get the whole result.
 
     Args:
         refresh: gives all engines the present weights again, after one of them failed.
@@ -63,7 +63,7 @@ class Sampler:
         step: int,
         sampling: SamplingConfig,
     ) -> list[Scored]:
-        """`samples` responses to each prompt, those of a prompt one after another."""
+        """Return `samples` scored responses to each prompt, those of a prompt one after another."""
         groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
         self._write(groups, sampling, quota=None)
         return [sample.scored for group in groups for sample in group.samples]
@@ -71,7 +71,7 @@ class Sampler:
     def experience(
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
     ) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
-        """The responses of one step, and each with its prompt."""
+        """Return the responses of one step as experience, and each of them with its prompt."""
         settings = self._rollout
         count, samples = settings.prompts_per_step, settings.samples_per_prompt
         kept: list[Group] = []
@@ -123,7 +123,7 @@ class Sampler:
         return [Group(i, prompts[i], [Sample(next(drawn)) for _ in range(samples)]) for i in indices]
 
     def _young_enough(self, groups: list[Group]) -> list[Group]:
-        """Carried groups, in which responses that too old weights began are begun anew."""
+        """Return carried groups; responses in them that too old weights began are begun anew."""
         oldest = self.engine.version - self._rollout.max_version_lag
         for group in groups:
             for sample in group.samples:
@@ -180,7 +180,7 @@ class Sampler:
 
     @contextmanager
     def _time_limit(self) -> Iterator[threading.Event]:
-        """Aborts the engine after rollout.step_seconds; yields the event that says so."""
+        """Abort the engine after rollout.step_seconds; yield the event that is set then."""
         over = threading.Event()
 
         def end() -> None:
@@ -198,7 +198,7 @@ class Sampler:
                 timer.join()
 
     def _cut_short(self, groups: list[Group], sampling: SamplingConfig) -> None:
-        """The time is over: responses that have begun are truncated there, the others after their first token."""
+        """Truncate, once the time is over, responses where they are, and those not begun after their first token."""
         unfinished = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
         unbegun = [(group, sample) for group, sample in unfinished if sample.begun is None]
         requests = [sample.request(group.prompt) for group, sample in unbegun]
@@ -217,7 +217,7 @@ class Sampler:
             sample.score = self.scorer.begin(text, prompt.answer)
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
-        """All processes learn what each one's engine wrote."""
+        """Give all processes what each one's engine wrote."""
         shares = [samples for samples in gather_objects((self.engine.index, mine)) if samples[0] is not None]
         for index, written in shares:
             for group, samples in zip(groups[index.engine :: index.engines], written, strict=True):

@@ -1,4 +1,4 @@
-"""Random seeds by (recipe's seed, purpose, step)."""
+"""Draws random seeds by (recipe's seed, purpose, step)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ PURPOSES = {"train": 0, "pretrain": 1, "evaluate": 2, "minibatches": 3}
 
 
 def seeds(recipe_seed: int, purpose: str, step: int, count: int) -> list[int]:
-    """`count` seeds of 63 bits."""
+    """Return `count` seeds of 63 bits."""
     sequence = np.random.SeedSequence((recipe_seed, PURPOSES[purpose], step))
     return [int(s >> 1) for s in sequence.generate_state(count, dtype=np.uint64)]

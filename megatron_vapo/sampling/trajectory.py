@@ -15,7 +15,7 @@ from megatron_vapo.rollout import Request, Response
 
 @dataclass(frozen=True)
 class Scored:
-    """A response with its text and what the checker said: +1 or -1."""
+    """A response with its text and its reward: +1 or -1."""
 
     response: Response
     text: str
@@ -31,14 +31,14 @@ class Sample:
     """What has been written so far, at least a token; its finish reason is `abort` until it is finished."""
     scored: Scored | None = None
     score: Future[Any] | None = None
-    """Of a finished response, while the checker is at it; only in the process that asked for it."""
+    """The reward of a finished response, while it is computed; only in the process that asked for the response."""
 
     @property
     def finished(self) -> bool:
         return self.begun is not None and self.begun.finish_reason != "abort"
 
     def request(self, prompt: Prompt) -> Request:
-        """For what is left to write."""
+        """Return the request for what is left to write."""
         written = tuple(self.begun.token_ids.tolist()) if self.begun else ()
         return Request(prompt.token_ids, self.seed, written)
 
@@ -57,13 +57,13 @@ class Sample:
         self.begun = self.scored = self.score = None
 
     def state(self) -> dict[str, Any]:
-        """What `of` takes: tensors, numbers and text."""
+        """Return what `of` takes: tensors, numbers and text."""
         scored = None if self.scored is None else (self.scored.text, self.scored.outcome)
         return {"seed": self.seed, "begun": self.begun and vars(self.begun), "scored": scored}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
-        """The sample that `state` was taken of."""
+        """Return the sample that `state` was taken of."""
         begun = state["begun"] and Response(**state["begun"])
         return cls(state["seed"], begun, state["scored"] and Scored(begun, *state["scored"]))
 
@@ -73,17 +73,17 @@ class Group:
     """The samples of one prompt."""
 
     index: int
-    """Of the prompt in its set."""
+    """The prompt's index in its set."""
     prompt: Prompt
     samples: list[Sample] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
-        """What `of` takes."""
+        """Return what `of` takes."""
         return {"index": self.index, "samples": [sample.state() for sample in self.samples]}
 
     @classmethod
     def of(cls, state: dict[str, Any], prompts: Sequence[Prompt]) -> Self:
-        """The group that `state` was taken of, in the same prompt set."""
+        """Return the group that `state` was taken of, in the same prompt set."""
         index = state["index"]
         return cls(index, prompts[index], [Sample.of(sample) for sample in state["samples"]])
 
@@ -103,7 +103,7 @@ class Group:
 
 
 def joined(first: Response, then: Response) -> Response:
-    """A response in two parts."""
+    """Return the response that two parts make."""
     return Response(
         torch.cat([first.token_ids, then.token_ids]),
         torch.cat([first.logprobs, then.logprobs]),

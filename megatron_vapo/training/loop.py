@@ -1,4 +1,4 @@
-"""The training loop, in the order in which the data lives it."""
+"""The training loop, in the order in which data flows."""
 
 from __future__ import annotations
 

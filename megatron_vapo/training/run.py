@@ -1,4 +1,4 @@
-"""One run: its models, engine, data and records, and the verbs that the loop is written in."""
+"""Holds a run's models, engine and records, and gives the loop its verbs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_vapo.training.updates import MinibatchUpdates
 
 
 class Run:
-    """Built once the recipe and its inputs are known to be good. All processes hold one.
+    """A run, built once the recipe and its inputs are known to be good. All processes hold one.
 
     snapshot: what a checkpoint would hold besides the models, as of the end of the last finished step or evaluation,
         whatever has begun since.

@@ -149,7 +149,7 @@ def test_a_death_while_saving_leaves_the_one_before(
     else:
         (tmp_path / "step_000001").rename(tmp_path / "step_000001.old")
         (tmp_path / "step_000001.part").mkdir()
-    assert opened().load()[0].steps == 1
+    assert opened().load().state.steps == 1
     assert names(tmp_path) == ["latest", "step_000001"]
 
 
@@ -188,7 +188,7 @@ def test_damage_is_named_and_the_one_before_is_used_only_if_asked(
         with pytest.raises(CheckpointError, match=r"checkpoint\.resume_older=true") as caught:
             opened().load()
         assert str(tmp_path / "step_000002" / kind) in str(caught.value)
-        assert opened(resume_older=True).load()[0].steps == 1
+        assert opened(resume_older=True).load().state.steps == 1
         assert value(models) == {1.0}
         assert kind in notes[-2] and "WARNING" in notes[-2]
         assert os.readlink(tmp_path / "latest") == "step_000001"
@@ -265,7 +265,7 @@ def test_writing_fails_half_way(
         save(opened(async_save=async_save), 2)
     small_files(resource.RLIM_INFINITY)
     save(folder, 3)
-    assert opened().load()[0].steps == 3
+    assert opened().load().state.steps == 3
 
 
 def test_a_disk_without_room_is_seen_before_writing(
