@@ -26,7 +26,11 @@ LATEST_TESTS ?= tests/runtime/test_versions.py tests/models tests/weights/test_c
 # The models of this project's CPU runs are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup sglang-cpu latest train test test-latest lint layouts doctor gpu-check clean
+# Tests run in two processes where there are two cores; a module, with its servers and models, belongs to one of them.
+WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 1 : 2)))
+PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+.PHONY: setup sglang-cpu latest train test test-minutes test-fast test-latest lint layouts doctor gpu-check clean
 
 setup: $(INSTALLED)
 
@@ -63,12 +67,19 @@ train: $(INSTALLED) $(ENGINE_INSTALLED)
 	$(BIN)/python tools/make_tiny_base.py --out artifacts/tiny
 	$(BIN)/megatron-vapo train $(RECIPE) $(ENGINE_ARGS) $(ARGS)
 
-test: $(INSTALLED) $(SGLANG_INSTALLED)
-	SGLANG_VENV=$(SGLANG_VENV) $(BIN)/python -m pytest -m "not gpu"
+test: test-minutes $(INSTALLED) $(SGLANG_INSTALLED)
+	SGLANG_VENV=$(SGLANG_VENV) $(BIN)/$(PYTEST) -m "not gpu"
+
+test-minutes:
+	@echo "make test: about 20 minutes on two cores, in $(WORKERS) processes; make test-fast: about 2"
+
+# No server, no second environment, nothing slow: red or green while one waits.
+test-fast: $(INSTALLED)
+	$(BIN)/$(PYTEST) -m "not gpu and not sglang and not slurm and not slow"
 
 # The path comes first because an environment may serve several checkouts, as CI's does.
 test-latest: $(INSTALLED) $(LATEST_INSTALLED)
-	PYTHONPATH=. VENV=$(VENV) LATEST_VENV=$(LATEST_VENV) $(LATEST_VENV)/bin/python -m pytest -m "not gpu" $(LATEST_TESTS)
+	PYTHONPATH=. VENV=$(VENV) LATEST_VENV=$(LATEST_VENV) $(LATEST_VENV)/bin/$(PYTEST) -m "not gpu" $(LATEST_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,9 +1,13 @@
-"""Tiny checkpoints that tests share, made from scratch: every dimension differs, so that no transpose hides."""
+"""Tiny checkpoints that tests share, made from scratch: every dimension differs, so that no transpose hides.
+
+`pytest -n 2` gives every module to one process, so that its servers and models are made once.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +19,11 @@ from megatron_vapo.runtime import cpu_backend
 
 cpu_backend.install()
 
-# Tests share the machine with others: no time limit per hypothesis example, no more threads than asked for.
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
+# The same examples in every run, so that a failure belongs to the change it is seen with; HYPOTHESIS_PROFILE=search
+# looks for new ones. Tests share the machine with others: no time limit per example, no more threads than asked for.
+settings.register_profile("repeat", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))
 torch.set_num_threads(1)
 
 VOCAB = 43
@@ -25,6 +31,29 @@ VOCAB = 43
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make each module one group unless it names a group that it shares; the groups that take longest come first."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    slow = Counter(_group(item) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[_group(item)])
+
+
+def _group(item: pytest.Item) -> str:
+    return item.get_closest_marker("xdist_group").args[0]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was skipped, and why, in the last lines of every run."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
+    )
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"NOT CHECKED: {count} tests, because {reason}", yellow=True, bold=True)
 
 
 def build_tokenizer():
@@ -150,11 +179,11 @@ def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets beside the repository."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("the data folder ../shared/data is not there")
+        pytest.skip("the folder of real data sets, ../shared/data, is absent")
     return SHARED_DATA
 
 

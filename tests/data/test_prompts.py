@@ -14,9 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Message, Prompt, PromptOrder, read_prompts, tokenize_prompts
 from megatron_vapo.errors import CheckpointError, DataError, RecipeError
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="real prompt sets are not at ../shared/data")
-
 
 def jsonl(folder: Path, *rows: object) -> Path:
     path = folder / "prompts.jsonl"
@@ -44,10 +41,9 @@ def parquet(folder: Path, rows: list[dict[str, object]]) -> Path:
 # Real prompt sets
 
 
-@needs_data
 @pytest.mark.parametrize("template", [None, MATH_TEMPLATE])
-def test_aime_2024_is_30_problems_in_the_papers_template(template: str | None) -> None:
-    path = DATA / "aime-2024.parquet"
+def test_aime_2024_is_30_problems_in_the_papers_template(shared_data: Path, template: str | None) -> None:
+    path = shared_data / "aime-2024.parquet"
     rows = pq.read_table(path).to_pylist()
     assert len(rows) == 960
     rendered = {MATH_TEMPLATE.replace("{problem}", row["extra_info"]["raw_problem"]) for row in rows}
@@ -62,13 +58,13 @@ def test_aime_2024_is_30_problems_in_the_papers_template(template: str | None) -
     assert {prompt.text: prompt.answer for prompt in prompts} == truth
 
 
-@needs_data
 @pytest.mark.parametrize(("split", "rows"), [("train", 7473), ("test", 1319)])
-def test_gsm8k_is_read_whole_with_integer_answers(split: str, rows: int) -> None:
-    prompts = read_prompts(DATA / "gsm8k" / f"{split}.jsonl", template=MATH_TEMPLATE)
+def test_gsm8k_is_read_whole_with_integer_answers(shared_data: Path, split: str, rows: int) -> None:
+    path = shared_data / "gsm8k" / f"{split}.jsonl"
+    prompts = read_prompts(path, template=MATH_TEMPLATE)
 
     assert len(prompts) == rows
-    questions = [json.loads(line)["question"] for line in (DATA / "gsm8k" / f"{split}.jsonl").open()]
+    questions = [json.loads(line)["question"] for line in path.open()]
     head, tail = MATH_TEMPLATE.split("{problem}")
     assert [prompt.text for prompt in prompts] == [head + question + tail for question in questions]
     for prompt in prompts:

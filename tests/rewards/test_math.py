@@ -11,16 +11,13 @@ from megatron_vapo.errors import RecipeError
 from megatron_vapo.rewards import REWARDS, Reward, get_reward
 from megatron_vapo.rewards.math import math_dapo, math_verify_reward
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.exists(), reason="real prompt sets are not at ../shared/data")
-
 Sample = tuple[str, str]
 """(response, reference answer)"""
 
 
-def gsm8k(split: str) -> tuple[list[Sample], list[Sample]]:
+def gsm8k(data: Path, split: str) -> tuple[list[Sample], list[Sample]]:
     """GSM8K's reference solutions as responses to the template: as they are, and with one added to the answer."""
-    path = DATA / "gsm8k" / f"{split}.jsonl"
+    path = data / "gsm8k" / f"{split}.jsonl"
     solutions = [json.loads(line)["answer"] for line in path.open()]
     right, wrong = [], []
     for prompt, solution in zip(read_prompts(path, template=MATH_TEMPLATE), solutions, strict=True):
@@ -35,33 +32,29 @@ def without_separators(samples: list[Sample]) -> list[Sample]:
     return [(response.replace(",", ""), answer) for response, answer in samples]
 
 
-@needs_data
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_math_dapo_on_all_of_gsm8k(split: str) -> None:
-    right, wrong = gsm8k(split)
+def test_math_dapo_on_all_of_gsm8k(shared_data: Path, split: str) -> None:
+    right, wrong = gsm8k(shared_data, split)
     assert [sample for sample in right + without_separators(right) if math_dapo(*sample) != 1.0] == []
     assert [sample for sample in wrong if math_dapo(*sample) != -1.0] == []
 
 
-@needs_data
-def test_math_verify_on_part_of_gsm8k() -> None:
-    right, wrong = (samples[:200] for samples in gsm8k("test"))
+def test_math_verify_on_part_of_gsm8k(shared_data: Path) -> None:
+    right, wrong = (samples[:200] for samples in gsm8k(shared_data, "test"))
     assert [sample for sample in right if math_verify_reward(*sample) != 1.0] == []
     assert [sample for sample in wrong if math_verify_reward(*sample) != -1.0] == []
 
 
-@needs_data
 @pytest.mark.parametrize("phrasing", sorted(PHRASINGS))
-def test_every_reference_in_every_phrasing(phrasing: str) -> None:
-    errors, faults = measure(math_verify_reward, PHRASINGS[phrasing], references(DATA)[::7])
+def test_every_reference_in_every_phrasing(shared_data: Path, phrasing: str) -> None:
+    errors, faults = measure(math_verify_reward, PHRASINGS[phrasing], references(shared_data)[::7])
     assert faults == []
     assert (errors.rejected, errors.accepted) == (0, 0) and errors.wrong >= 3 * errors.right > 3000
 
 
-@needs_data
 @pytest.mark.parametrize("reward", [math_dapo, math_verify_reward])
-def test_every_aime_answer_is_told_from_every_other(reward: Reward) -> None:
-    answers = sorted({prompt.answer for prompt in read_prompts(DATA / "aime-2024.parquet")})
+def test_every_aime_answer_is_told_from_every_other(shared_data: Path, reward: Reward) -> None:
+    answers = sorted({prompt.answer for prompt in read_prompts(shared_data / "aime-2024.parquet")})
     for given in answers:
         right = [answer for answer in answers if reward(f"So it is.\nAnswer: {given}", answer) == 1.0]
         assert right == [given]
