@@ -21,7 +21,7 @@ from megatron_vapo.models.parameters import load_hf
 from megatron_vapo.models.roles import Actor
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.recipe.precision import fp8_refusal
-from megatron_vapo.runtime.kernels import look
+from megatron_vapo.runtime.kernels import detect_machine
 from megatron_vapo.weights.architecture import read_architecture
 
 
@@ -32,10 +32,10 @@ def bfloat16_model(work: Workplace) -> Numbers:
 
 def fp8_model(work: Workplace) -> Numbers:
     """The same with FP8 linear layers, by every recipe that this machine can compute."""
-    found, numbers = look(), {}
-    recipes = [recipe for recipe in ("delayed", "tensorwise", "blockwise") if fp8_refusal(recipe, found) is None]
+    machine, numbers = detect_machine(), {}
+    recipes = [recipe for recipe in ("delayed", "tensorwise", "blockwise") if fp8_refusal(recipe, machine) is None]
     if not recipes:
-        raise NotAvailable(f"needs {fp8_refusal('tensorwise', found)}")
+        raise NotAvailable(f"needs {fp8_refusal('tensorwise', machine)}")
     for recipe in recipes:
         precision = PrecisionConfig(linear="fp8", recipe=recipe)
         compared = _against_float32(work, precision, logprob_limit=0.1, cosine_limit=0.95)

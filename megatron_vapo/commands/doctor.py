@@ -23,7 +23,7 @@ from rich.text import Text
 
 from megatron_vapo.config import FP8_MULTIPLES
 from megatron_vapo.recipe.precision import fp8_refusal
-from megatron_vapo.runtime.kernels import Found, apex_wgrad_kernel, choose, nvidia_apex
+from megatron_vapo.runtime.kernels import Machine, apex_wgrad_kernel, choose, nvidia_apex
 from megatron_vapo.runtime.versions import MEGATRON_VERSIONS
 
 Status = Literal["ok", "absent", "warning", "failure"]
@@ -60,7 +60,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Inventory:
     """What was found here. `version` gives the installed version of a distribution, or None."""
 
     version: Callable[[str], str | None]
@@ -98,31 +98,31 @@ def run_doctor(console: Console) -> int:
 
 def diagnose() -> list[Check]:
     """All checks of this machine, required packages first."""
-    return examine(look())
+    return examine(take_inventory())
 
 
-def examine(machine: Machine) -> list[Check]:
+def examine(inventory: Inventory) -> list[Check]:
     """The checks that follow from what was found; reads nothing else."""
     return [
-        check_package(machine),
-        *check_pins(machine),
-        check_transformer_engine(machine),
-        check_apex(machine),
-        check_device(machine),
-        check_host(machine),
-        check_communication(machine),
-        check_fp8(machine),
-        check_bfloat16(machine),
-        *check_choices(machine),
-        check_transformers_engine(machine),
-        check_sglang(machine),
-        *check_optional(machine),
+        check_package(inventory),
+        *check_pins(inventory),
+        check_transformer_engine(inventory),
+        check_apex(inventory),
+        check_device(inventory),
+        check_host(inventory),
+        check_communication(inventory),
+        check_fp8(inventory),
+        check_bfloat16(inventory),
+        *check_choices(inventory),
+        check_transformers_engine(inventory),
+        check_sglang(inventory),
+        *check_optional(inventory),
     ]
 
 
-def look() -> Machine:
+def take_inventory() -> Inventory:
     has_torch = installed_version("torch") is not None
-    return Machine(
+    return Inventory(
         version=installed_version,
         requirements=(installed_version(PACKAGE) and importlib.metadata.requires(PACKAGE)) or (),
         cores=os.cpu_count() or 1,
@@ -178,18 +178,18 @@ def find_sglang() -> tuple[str, str] | None:
     return None
 
 
-def check_package(machine: Machine) -> Check:
+def check_package(inventory: Inventory) -> Check:
     python = f"Python {platform.python_version()}"
-    version = machine.version(PACKAGE)
+    version = inventory.version(PACKAGE)
     if version is None:
         return Check(PACKAGE, "failure", f"not installed in this {python}: pip install -e . in its repository")
     return Check(PACKAGE, "ok", f"{version}, {python}")
 
 
-def check_pins(machine: Machine) -> list[Check]:
-    requirements = map(Requirement, machine.requirements)
+def check_pins(inventory: Inventory) -> list[Check]:
+    requirements = map(Requirement, inventory.requirements)
     always = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return [check_pin(requirement, machine.version(requirement.name)) for requirement in always]
+    return [check_pin(requirement, inventory.version(requirement.name)) for requirement in always]
 
 
 def check_pin(requirement: Requirement, version: str | None) -> Check:
@@ -203,33 +203,34 @@ def check_pin(requirement: Requirement, version: str | None) -> Check:
     return Check(name, "ok", version)
 
 
-def check_transformer_engine(machine: Machine) -> Check:
-    name, version = "transformer-engine", machine.version("transformer-engine")
+def check_transformer_engine(inventory: Inventory) -> Check:
+    name, version = "transformer-engine", inventory.version("transformer-engine")
     if version is None:
         return Check(name, "absent", "not installed: layers come from Megatron's local spec and torch attention")
-    if not machine.gpus:
+    if not inventory.gpus:
         return Check(
             name, "failure", f"{version} without a CUDA device breaks importing megatron-core: pip uninstall {name}"
         )
     return Check(name, "ok", version)
 
 
-def check_apex(machine: Machine) -> Check:
-    version = machine.version("apex")
+def check_apex(inventory: Inventory) -> Check:
+    version = inventory.version("apex")
     if version is None:
         return Check("apex", "absent", "not installed; optional (fused optimizer and norms where there is no TE)")
-    if not machine.apex_is_nvidias:
+    if not inventory.apex_is_nvidias:
         return Check("apex", "warning", f"{version} is PyPI's apex, not NVIDIA's: pip uninstall apex")
     return Check("apex", "ok", version)
 
 
-def check_device(machine: Machine) -> Check:
-    if machine.gpus:
+def check_device(inventory: Inventory) -> Check:
+    if inventory.gpus:
         names = [
-            f"{gpu.name} ({gpu.memory_gib:.0f} GiB, sm_{gpu.capability[0]}{gpu.capability[1]})" for gpu in machine.gpus
+            f"{gpu.name} ({gpu.memory_gib:.0f} GiB, sm_{gpu.capability[0]}{gpu.capability[1]})"
+            for gpu in inventory.gpus
         ]
         return Check("CUDA", "ok", f"{len(names)}: " + ", ".join(dict.fromkeys(names)))
-    if machine.nvidia_driver:
+    if inventory.nvidia_driver:
         return Check(
             "CUDA",
             "warning",
@@ -239,64 +240,64 @@ def check_device(machine: Machine) -> Check:
     return Check("CUDA", "absent", "no device: training runs on the CPU, for tests and small models")
 
 
-def check_host(machine: Machine) -> Check:
-    return Check("CPU", "ok", f"{machine.cores} cores, {machine.memory_gib:.0f} GiB memory")
+def check_host(inventory: Inventory) -> Check:
+    return Check("CPU", "ok", f"{inventory.cores} cores, {inventory.memory_gib:.0f} GiB memory")
 
 
-def check_communication(machine: Machine) -> Check:
-    needed = "nccl" if machine.gpus else "gloo"
-    if needed not in machine.backends:
+def check_communication(inventory: Inventory) -> Check:
+    needed = "nccl" if inventory.gpus else "gloo"
+    if needed not in inventory.backends:
         return Check(needed, "failure", f"this torch was built without {needed}: processes cannot communicate")
     return Check(needed, "ok", "communication between processes")
 
 
-def check_fp8(machine: Machine) -> Check:
-    refusals = {recipe: fp8_refusal(recipe, found_on(machine)) for recipe in FP8_MULTIPLES}
+def check_fp8(inventory: Inventory) -> Check:
+    refusals = {recipe: fp8_refusal(recipe, machine_of(inventory)) for recipe in FP8_MULTIPLES}
     possible = [recipe for recipe, refusal in refusals.items() if refusal is None]
     if possible:
         return Check("FP8", "ok", f"through Transformer Engine: {', '.join(possible)}")
     return Check("FP8", "absent", "needs CUDA devices of compute capability 8.9+ and Transformer Engine")
 
 
-def check_bfloat16(machine: Machine) -> Check:
-    if any(gpu.capability < (8, 0) for gpu in machine.gpus):
+def check_bfloat16(inventory: Inventory) -> Check:
+    if any(gpu.capability < (8, 0) for gpu in inventory.gpus):
         return Check("bfloat16", "absent", "needs CUDA devices of compute capability 8.0+")
-    return Check("bfloat16", "ok", "" if machine.gpus else "on the CPU, slowly")
+    return Check("bfloat16", "ok", "" if inventory.gpus else "on the CPU, slowly")
 
 
-def check_choices(machine: Machine) -> list[Check]:
+def check_choices(inventory: Inventory) -> list[Check]:
     """What a bfloat16 model is built from here."""
     return [
         Check(choice.what, "ok", f"{choice.chosen} ({choice.why})")
-        for choice in choose(found_on(machine), sixteen_bits=True).choices()
+        for choice in choose(machine_of(inventory), sixteen_bits=True).choices()
     ]
 
 
-def found_on(machine: Machine) -> Found:
+def machine_of(inventory: Inventory) -> Machine:
     """What decides which implementations are chosen; of several devices, the oldest."""
-    return Found(
-        capability=min((gpu.capability for gpu in machine.gpus), default=None),
-        cuda=machine.cuda,
-        transformer_engine=machine.version("transformer-engine"),
-        apex=machine.apex_is_nvidias,
-        apex_wgrad=machine.apex_wgrad,
+    return Machine(
+        capability=min((gpu.capability for gpu in inventory.gpus), default=None),
+        cuda=inventory.cuda,
+        transformer_engine=inventory.version("transformer-engine"),
+        apex=inventory.apex_is_nvidias,
+        apex_wgrad=inventory.apex_wgrad,
     )
 
 
-def check_transformers_engine(machine: Machine) -> Check:
+def check_transformers_engine(inventory: Inventory) -> Check:
     name = "embedded rollout engine"
-    if machine.version("transformers") is None:
+    if inventory.version("transformers") is None:
         return Check(name, "failure", "needs transformers")
     return Check(name, "ok", "transformers, in the training process")
 
 
-def check_sglang(machine: Machine) -> Check:
+def check_sglang(inventory: Inventory) -> Check:
     name = "SGLang rollout engine"
-    if machine.sglang is not None:
-        python, version = machine.sglang
-        slow = "" if machine.gpus else "; on CPU slowly, and it releases no memory"
+    if inventory.sglang is not None:
+        python, version = inventory.sglang
+        slow = "" if inventory.gpus else "; on CPU slowly, and it releases no memory"
         return Check(name, "ok", f"{version}, rollout.sglang.python={python}{slow}")
-    if machine.gpus:
+    if inventory.gpus:
         return Check(
             name, "absent", "not in this environment: install sglang, or name another by rollout.sglang.python"
         )
@@ -306,8 +307,8 @@ def check_sglang(machine: Machine) -> Check:
     return Check(name, "absent", "make sglang-cpu makes an environment in which it serves without a GPU")
 
 
-def check_optional(machine: Machine) -> list[Check]:
-    found = [(name, without, machine.version(name)) for name, without in OPTIONAL.items()]
+def check_optional(inventory: Inventory) -> list[Check]:
+    found = [(name, without, inventory.version(name)) for name, without in OPTIONAL.items()]
     return [
         Check(name, "ok", version) if version else Check(name, "absent", f"not installed; {without}")
         for name, without, version in found

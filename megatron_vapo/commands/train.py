@@ -22,7 +22,7 @@ from megatron_vapo.recipe.preflight import Inputs, read_inputs, world_size
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.determinism import be_deterministic
-from megatron_vapo.runtime.kernels import look
+from megatron_vapo.runtime.kernels import detect_machine
 
 if TYPE_CHECKING:
     from megatron_vapo.training.run import Run
@@ -59,10 +59,10 @@ def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body:
     cpu_backend.install()
     from megatron_vapo.models.layout import init_world
 
-    init_world()  # takes this process's device, which `look` asks
-    found = look()
+    init_world()  # takes this process's device, which `detect_machine` asks
+    machine = detect_machine()
     for name, role in recipe.roles.items():
-        check_machine(name, role.precision, found)
+        check_machine(name, role.precision, machine)
     with ExitStack() as stack:
         summary = on_first_rank(lambda: _open(recipe, restart, stack, console))
         if summary is not None:

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from megatron_vapo.config import FP8_MULTIPLES, PrecisionConfig, RoleConfig
 from megatron_vapo.errors import LayoutError, MachineError, RecipeError
-from megatron_vapo.runtime.kernels import Found
+from megatron_vapo.runtime.kernels import Machine
 from megatron_vapo.weights.architecture import Architecture
 
 _CAPABILITIES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -105,13 +105,13 @@ def _sizes(role: RoleConfig, a: Architecture) -> list[tuple[str, int]]:
     return [*sizes, ("a feed-forward size", a.ffn // tp)]
 
 
-def check_machine(name: str, precision: PrecisionConfig, found: Found) -> None:
+def check_machine(name: str, precision: PrecisionConfig, machine: Machine) -> None:
     """Refuse FP8 that this machine cannot compute.
 
     Raises:
         MachineError: says what is missing, and what is there.
     """
-    refusal = fp8_refusal(precision.recipe, found) if precision.computes_in_fp8 else None
+    refusal = fp8_refusal(precision.recipe, machine) if precision.computes_in_fp8 else None
     if refusal is not None:
         raise MachineError(
             f"{name}.precision.recipe={precision.recipe} needs {refusal}. Without, {name}.precision.emulate=true shows "
@@ -119,22 +119,22 @@ def check_machine(name: str, precision: PrecisionConfig, found: Found) -> None:
         )
 
 
-def fp8_refusal(recipe: str, found: Found) -> str | None:
+def fp8_refusal(recipe: str, machine: Machine) -> str | None:
     """What an FP8 recipe needs and this machine has not; None where it has all."""
-    if found.capability is None:
+    if machine.capability is None:
         return "a CUDA device, and there is none"
     least = _CAPABILITIES[recipe]
-    if found.capability < least:
-        return f"a device of compute capability {_dotted(least)} or more, this one has {_dotted(found.capability)}"
-    if recipe == "mxfp8" and found.capability >= _NO_MXFP8:
-        return f"a device of compute capability below {_dotted(_NO_MXFP8)}, this one has {_dotted(found.capability)}"
+    if machine.capability < least:
+        return f"a device of compute capability {_dotted(least)} or more, this one has {_dotted(machine.capability)}"
+    if recipe == "mxfp8" and machine.capability >= _NO_MXFP8:
+        return f"a device of compute capability below {_dotted(_NO_MXFP8)}, this one has {_dotted(machine.capability)}"
     version = _TRANSFORMER_ENGINES[recipe]
-    if found.transformer_engine is None:
+    if machine.transformer_engine is None:
         return f"transformer-engine {version} or newer, which is not installed"
-    if Version(found.transformer_engine) < Version(version):
-        return f"transformer-engine {version} or newer, not {found.transformer_engine}"
-    if recipe == "blockwise" and Version(found.cuda or "0") < Version(_BLOCKWISE_CUDA):
-        return f"a torch built with CUDA {_BLOCKWISE_CUDA} or newer, not {found.cuda}"
+    if Version(machine.transformer_engine) < Version(version):
+        return f"transformer-engine {version} or newer, not {machine.transformer_engine}"
+    if recipe == "blockwise" and Version(machine.cuda or "0") < Version(_BLOCKWISE_CUDA):
+        return f"a torch built with CUDA {_BLOCKWISE_CUDA} or newer, not {machine.cuda}"
     return None
 
 

@@ -22,7 +22,7 @@ Provider = Literal["transformer_engine", "apex", "torch"]
 
 
 @dataclass(frozen=True)
-class Found:
+class Machine:
     """What this machine has."""
 
     capability: tuple[int, int] | None = None
@@ -101,12 +101,12 @@ def linear_layers(precision: PrecisionConfig) -> str:
     )
 
 
-def look() -> Found:
+def detect_machine() -> Machine:
     """What this machine has, without importing more than torch."""
     import torch
 
     on_gpu, apex = torch.cuda.is_available(), nvidia_apex()
-    return Found(
+    return Machine(
         capability=torch.cuda.get_device_capability() if on_gpu else None,
         cuda=torch.version.cuda,
         transformer_engine=_installed("transformer-engine"),
@@ -115,16 +115,16 @@ def look() -> Found:
     )
 
 
-def choose(found: Found, sixteen_bits: bool, emulates_fp8: bool = False) -> Backend:
+def choose(machine: Machine, sixteen_bits: bool, emulates_fp8: bool = False) -> Backend:
     """The implementations for a model.
 
     Args:
         sixteen_bits: its parameters and activations are bfloat16, not float32.
         emulates_fp8: its linear layers are this package's (`precision.emulate`).
     """
-    if found.capability is None:
+    if machine.capability is None:
         return Backend()
-    te = found.transformer_engine
+    te = machine.transformer_engine
     if te is None:
         layers, layers_why = "local", "transformer-engine is not installed"
     elif not sixteen_bits:
@@ -133,28 +133,28 @@ def choose(found: Found, sixteen_bits: bool, emulates_fp8: bool = False) -> Back
         layers, layers_why = "local", "precision.emulate=true"
     else:
         layers, layers_why = "transformer_engine", f"transformer-engine {te}"
-    adam, adam_why = _adam(found)
+    adam, adam_why = _adam(machine)
     if layers == "transformer_engine":
         wgrad, wgrad_why = "transformer_engine", "as the layers"
-    elif found.apex_wgrad and sixteen_bits:
+    elif machine.apex_wgrad and sixteen_bits:
         wgrad, wgrad_why = "apex", "its kernel is installed"
     else:
         wgrad, wgrad_why = "torch", "neither Transformer Engine's layers nor Apex's kernel"
     return Backend(True, layers, adam, wgrad, layers_why, adam_why, wgrad_why)
 
 
-def _adam(found: Found) -> tuple[Provider, str]:
+def _adam(machine: Machine) -> tuple[Provider, str]:
     """As Megatron chooses by itself, but for the last."""
-    if found.transformer_engine is not None:
-        return "transformer_engine", f"transformer-engine {found.transformer_engine}"
-    if found.apex:
+    if machine.transformer_engine is not None:
+        return "transformer_engine", f"transformer-engine {machine.transformer_engine}"
+    if machine.apex:
         return "apex", "no transformer-engine, but NVIDIA Apex"
     return "torch", "neither transformer-engine nor NVIDIA Apex"
 
 
 def machine_backend(dtype: torch.dtype, precision: PrecisionConfig) -> Backend:
     """The choice for this process and a model of this type."""
-    return choose(look(), sixteen_bits=dtype.itemsize == 2, emulates_fp8=precision.emulate)
+    return choose(detect_machine(), sixteen_bits=dtype.itemsize == 2, emulates_fp8=precision.emulate)
 
 
 def _installed(distribution: str) -> str | None:

@@ -22,7 +22,7 @@ from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.hf_folder import HFFolder, keep_files
 from megatron_vapo.weights.pickled_folder import open_folder
-from megatron_vapo.weights.placement import Place, padded_keys, place_of, stacked_shapes
+from megatron_vapo.weights.placement import StackedSlice, padded_keys, slice_of, stacked_shapes
 from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
 from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, split_whole
 from megatron_vapo.weights.torch_dist import TorchDistReader, TorchDistWriter
@@ -63,10 +63,10 @@ def hf_to_megatron(
     done = 0
     with new_folder(out, total) as part, TorchDistWriter(part) as writer:
         for entry in entries(architecture):
-            place = place_of(entry, architecture)
+            where = slice_of(entry, architecture)
             parameter = shard(entry, [folder.read(name) for name in entry.hf], architecture, 0, 1)
-            parameter = parameter.to(dtypes[place.key])
-            _write_parameter(writer, place, shapes[place.key], parameter)
+            parameter = parameter.to(dtypes[where.key])
+            _write_parameter(writer, where, shapes[where.key], parameter)
             done += parameter.nbytes
             report(done, total)
         writer.finish()
@@ -112,21 +112,21 @@ def megatron_to_hf(
             writer.finish()
 
 
-def _write_parameter(writer: TorchDistWriter, place: Place, shape: tuple[int, ...], parameter: Tensor) -> None:
-    offsets = (*place.index, *(0 for _ in parameter.shape))
-    writer.add_tensor(place.key, shape, offsets, parameter.view(*(1 for _ in place.index), *parameter.shape))
-    if place.extra_state:
-        writer.add_empty_object(place.extra_state)
+def _write_parameter(writer: TorchDistWriter, where: StackedSlice, shape: tuple[int, ...], parameter: Tensor) -> None:
+    offsets = (*where.index, *(0 for _ in parameter.shape))
+    writer.add_tensor(where.key, shape, offsets, parameter.view(*(1 for _ in where.index), *parameter.shape))
+    if where.extra_state:
+        writer.add_empty_object(where.extra_state)
 
 
 def _read_entry(reader: TorchDistReader, entry: Entry, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    place = place_of(entry, architecture)
-    sizes = reader.shapes[place.key][len(place.index) :]
-    stacked = reader.read(place.key, (*place.index, *(0 for _ in sizes)), (*(1 for _ in place.index), *sizes))
-    parameter = stacked.view(sizes)
-    if place.key in padded_keys(architecture) and parameter[architecture.vocab :].any():
+    where = slice_of(entry, architecture)
+    sizes = reader.shapes[where.key][len(where.index) :]
+    values = reader.read(where.key, (*where.index, *(0 for _ in sizes)), (*(1 for _ in where.index), *sizes))
+    parameter = values.view(sizes)
+    if where.key in padded_keys(architecture) and parameter[architecture.vocab :].any():
         raise CheckpointError(
-            f"{reader.folder}: vocabulary mismatch: {place.key} has {sizes[0]} rows, the base model's vocabulary "
+            f"{reader.folder}: vocabulary mismatch: {where.key} has {sizes[0]} rows, the base model's vocabulary "
             f"{architecture.vocab}, and the rows beyond are no padding (not zero)"
         )
     yield from split_whole(entry, parameter, architecture).items()
@@ -145,7 +145,7 @@ def _specs(
 ) -> Iterator[TensorSpec]:
     shapes = hf_shapes(architecture)
     for entry in entries(architecture):
-        held = dtype or reader.dtype(place_of(entry, architecture).key)
+        held = dtype or reader.dtype(slice_of(entry, architecture).key)
         for name in entry.hf:
             if fp8_blocks and fp8.is_quantised(name):
                 yield TensorSpec(name, shapes[name], torch.float8_e4m3fn)
@@ -158,7 +158,7 @@ def _common_dtypes(folder: HFFolder, architecture: Architecture) -> dict[str, to
     """A stacked tensor has one type: the one that holds all its parts."""
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries(architecture):
-        key = place_of(entry, architecture).key
+        key = slice_of(entry, architecture).key
         for name in entry.hf:
             found = folder.dtype(name)
             dtypes[key] = torch.promote_types(dtypes.get(key, found), found)

@@ -19,7 +19,7 @@ _FUSED = {
 
 
 @dataclass(frozen=True)
-class Place:
+class StackedSlice:
     """One parameter's place in a tensor that stacks layers and experts: tensor[index] is the parameter."""
 
     key: str
@@ -36,7 +36,7 @@ class Place:
         return f"{module}_extra_state/shard_{_dotted(self.index)}_{_dotted(self.stack)}"
 
 
-def place_of(entry: Entry, architecture: Architecture) -> Place:
+def slice_of(entry: Entry, architecture: Architecture) -> StackedSlice:
     """`decoder.layers.3.mlp.experts.local_experts.5.x` is `decoder.layers.mlp.experts.experts.x`[3, 5]."""
     key, index, stack = entry.megatron, [], []
     for pattern, replacement, size in (
@@ -51,7 +51,7 @@ def place_of(entry: Entry, architecture: Architecture) -> Place:
     for plain, fused in _FUSED.items():
         if key.startswith("decoder.layers.") and not (plain == "pre_mlp_layernorm." and architecture.experts):
             key = key.replace(plain, fused)
-    return Place(key, tuple(index), tuple(stack))
+    return StackedSlice(key, tuple(index), tuple(stack))
 
 
 def parameter_shape(entry: Entry, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ def stacked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     shapes = hf_shapes(architecture)
     stacked = {}
     for entry in entries(architecture):
-        place = place_of(entry, architecture)
+        place = slice_of(entry, architecture)
         if place.key not in stacked:
             stacked[place.key] = (*place.stack, *parameter_shape(entry, shapes, architecture))
     return stacked

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from megatron_vapo.commands import doctor
-from megatron_vapo.commands.doctor import Gpu, Machine, diagnose, examine, run_doctor
+from megatron_vapo.commands.doctor import Gpu, Inventory, diagnose, examine, run_doctor
 from megatron_vapo.runtime.kernels import nvidia_apex
 
 VERSIONS = {"megatron-vapo": "0.1.0", "torch": "2.13.0+cpu", "megatron-core": "0.16.1", "transformers": "5.19.0"}
-LAPTOP = Machine(
+LAPTOP = Inventory(
     version=VERSIONS.get,
     requirements=["torch==2.13.0", "megatron-core==0.16.1", "transformers==5.19.0", 'ruff==0.17.5; extra == "dev"'],
     cores=8,
@@ -144,7 +144,7 @@ def test_this_machine_is_diagnosed():
 
 @pytest.mark.parametrize(("machine", "code"), [(LAPTOP, 0), (with_packages(LAPTOP, torch=None), 1)])
 def test_the_exit_code_tells_whether_training_can_run(monkeypatch, machine, code):
-    monkeypatch.setattr(doctor, "look", lambda: machine)
+    monkeypatch.setattr(doctor, "take_inventory", lambda: machine)
     console = Console(file=io.StringIO(), width=100)
     assert run_doctor(console) == code
     text = console.file.getvalue()

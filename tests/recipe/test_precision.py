@@ -12,12 +12,12 @@ import pytest
 from megatron_vapo.config import PrecisionConfig, RoleConfig
 from megatron_vapo.errors import LayoutError, MachineError, RecipeError
 from megatron_vapo.recipe.precision import check_machine, check_precision, validate_precision
-from megatron_vapo.runtime.kernels import Found
+from megatron_vapo.runtime.kernels import Machine
 from megatron_vapo.weights.architecture import read_architecture
 
 SHAPES = Path(__file__).resolve().parents[2] / "recipes" / "shapes"
 FP8 = PrecisionConfig(linear="fp8")
-HOPPER = Found(capability=(9, 0), cuda="12.9", transformer_engine="2.20.2")
+HOPPER = Machine(capability=(9, 0), cuda="12.9", transformer_engine="2.20.2")
 
 
 def role(precision: PrecisionConfig, **layout) -> RoleConfig:
@@ -102,9 +102,9 @@ def test_experts_weights_stay_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "found", "message"),
+    ("recipe", "machine", "message"),
     [
-        ("tensorwise", Found(), "a CUDA device, and there is none"),
+        ("tensorwise", Machine(), "a CUDA device, and there is none"),
         ("tensorwise", replace(HOPPER, transformer_engine=None), "which is not installed"),
         ("tensorwise", replace(HOPPER, capability=(8, 0)), "8.9 or more, this one has 8.0"),
         ("tensorwise", replace(HOPPER, transformer_engine="2.1.0"), "2.2 or newer, not 2.1.0"),
@@ -116,11 +116,11 @@ def test_experts_weights_stay_in_bfloat16():
         ("mxfp8", replace(HOPPER, capability=(12, 0)), "below 12.0"),
     ],
 )
-def test_machines_that_cannot(recipe, found, message):
+def test_machines_that_cannot(recipe, machine, message):
     with pytest.raises(MachineError, match=message):
-        check_machine("actor", replace(FP8, recipe=recipe), found)
-    check_machine("actor", replace(FP8, recipe=recipe, emulate=True), found)
-    check_machine("actor", PrecisionConfig(recipe=recipe), found)
+        check_machine("actor", replace(FP8, recipe=recipe), machine)
+    check_machine("actor", replace(FP8, recipe=recipe, emulate=True), machine)
+    check_machine("actor", PrecisionConfig(recipe=recipe), machine)
 
 
 def test_machines_that_can():

@@ -6,23 +6,23 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vapo.runtime.kernels import Backend, Found, choose
+from megatron_vapo.runtime.kernels import Backend, Machine, choose
 
-LAPTOP = Found()
-BARE = Found(capability=(9, 0), cuda="13.0")
+LAPTOP = Machine()
+BARE = Machine(capability=(9, 0), cuda="13.0")
 HOPPER = replace(BARE, transformer_engine="2.20.2")
 APEX = replace(BARE, apex=True, apex_wgrad=True)
 
 
 def test_without_cuda_nothing_of_cuda_is_chosen():
     everything = replace(HOPPER, capability=None, apex=True, apex_wgrad=True)
-    for found in (LAPTOP, everything):
-        assert choose(found, sixteen_bits=True) == Backend()
+    for machine in (LAPTOP, everything):
+        assert choose(machine, sixteen_bits=True) == Backend()
     assert all("no CUDA device" in str(choice) or "as the layers" in str(choice) for choice in Backend().choices())
 
 
 @pytest.mark.parametrize(
-    ("found", "sixteen_bits", "emulates", "layers", "adam", "wgrad"),
+    ("machine", "sixteen_bits", "emulates", "layers", "adam", "wgrad"),
     [
         (HOPPER, True, False, "transformer_engine", "transformer_engine", "transformer_engine"),
         (HOPPER, False, False, "local", "transformer_engine", "torch"),
@@ -34,8 +34,8 @@ def test_without_cuda_nothing_of_cuda_is_chosen():
         (replace(HOPPER, apex=True, apex_wgrad=True), True, False, *["transformer_engine"] * 3),
     ],
 )
-def test_choices(found, sixteen_bits, emulates, layers, adam, wgrad):
-    backend = choose(found, sixteen_bits, emulates)
+def test_choices(machine, sixteen_bits, emulates, layers, adam, wgrad):
+    backend = choose(machine, sixteen_bits, emulates)
     assert (backend.on_gpu, backend.layers, backend.adam, backend.wgrad) == (True, layers, adam, wgrad)
 
 
