@@ -15,7 +15,7 @@ from examples.my_engine import UniformEngine
 from megatron_vapo.cli import main
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.rollout import Request, Response, RolloutEngine, in_order
-from megatron_vapo.training import run as run_module
+from megatron_vapo.training import build
 
 VOCABULARY = 43
 END = 1
@@ -78,12 +78,7 @@ def test_a_run_trains_on_it(
         "model": {"path": str(make_checkpoint("qwen2"))},
         "critic": {"init": "actor"},
         "value_pretraining": {"max_steps": 1},
-        "rollout": {
-            "prompts_per_step": 4,
-            "samples_per_prompt": 4,
-            "max_response_tokens": 16,
-            "check_weights_every": 0,
-        },
+        "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 16},
         "data": {"train": str(tiny_problems)},
         "reward": {"name": "chained_arithmetic"},
     }
@@ -95,7 +90,7 @@ def test_a_run_trains_on_it(
         engines.append(UniformEngine(VOCABULARY, [END]))
         return engines[-1]
 
-    monkeypatch.setattr(run_module, "build_engine", build_engine)
+    monkeypatch.setattr(build, "build_engine", build_engine)
     assert main(["train", str(path), "rollout.check_weights_every=0"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["pretrain", "train"]
