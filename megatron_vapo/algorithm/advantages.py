@@ -4,8 +4,6 @@ T response tokens of a packed batch, B responses, `cu_seqlens [B+1]` their offse
 carries a gradient: advantages and value targets are constants to the losses.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -13,15 +11,8 @@ from megatron_vapo.algorithm.packed import response_lengths, to_tokens
 from megatron_vapo.algorithm.statistics import moments_mean_variance
 
 
-class Estimate(NamedTuple):
-    """What one rollout batch gives to the two updates."""
-
-    advantages_T: Tensor
-    value_targets_T: Tensor
-
-
 def length_adaptive_lambda(lengths_B: Tensor, alpha: float) -> Tensor:
-    """Length-adaptive lambda of the policy, float32 [B]: `1 - 1 / (alpha l)` (VAPO, 4.2), clamped to [0, 1].
+    """Return the policy's length-adaptive lambda, float32 [B]: `1 - 1 / (alpha l)` (VAPO, 4.2), clamped to [0, 1].
 
     Up to `l = 1 / alpha` tokens it is 0, one-step temporal differences. Never store it in bfloat16, which rounds it to
     1 for long responses.
@@ -30,14 +21,14 @@ def length_adaptive_lambda(lengths_B: Tensor, alpha: float) -> Tensor:
 
 
 def outcome_token_rewards(rewards_B: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Token rewards [T] of an outcome reward: the outcome at each response's last token, 0 elsewhere."""
+    """Return the token rewards [T] of an outcome reward: the outcome at each response's last token, 0 elsewhere."""
     token_rewards_T = rewards_B.new_zeros(int(cu_seqlens[-1]))
     token_rewards_T[_last_tokens(cu_seqlens)] = rewards_B
     return token_rewards_T
 
 
 def soft_overlong_penalty(lengths_B: Tensor, max_length: int, cache_length: int) -> Tensor:
-    """Soft overlong punishment, float32 [B] to add to the outcome (DAPO, Soft Overlong Punishment).
+    """Return the penalty of long responses, float32 [B], to add to the outcome (DAPO, Soft Overlong Punishment).
 
     0 up to `max_length - cache_length` tokens, then linear to -1 at `max_length`, and -1 beyond.
     """
@@ -47,22 +38,21 @@ def soft_overlong_penalty(lengths_B: Tensor, max_length: int, cache_length: int)
 
 
 @torch.no_grad()
-def estimate(
+def decoupled_gae(
     token_rewards_T: Tensor,
     values_T: Tensor,
     cu_seqlens: Tensor,
     *,
     gamma: float,
-    lambda_critic: float,
+    lambda_critic: float | Tensor,
     lambda_policy: float | Tensor,
-) -> Estimate:
-    """Decoupled GAE (VC-PPO; VAPO, 4.1): advantages with lambda_policy, value targets with lambda_critic.
+) -> tuple[Tensor, Tensor]:
+    """Return advantages [T] with lambda_policy and value targets [T] with lambda_critic (VC-PPO; VAPO, 4.1).
 
-    lambda_policy is one number or one per response [B], as from `length_adaptive_lambda`; the critic's is always one
-    number. Coupled GAE is the same number twice. With lambda_critic = gamma = 1 and an outcome reward every token's
-    target is the outcome, to the bit.
+    Each lambda is one number, or one per response [B] as from `length_adaptive_lambda`. Coupled GAE is the same lambda
+    twice. With lambda_critic = gamma = 1 and an outcome reward every token's target is the outcome, to the bit.
     """
-    return Estimate(
+    return (
         generalized_advantages(token_rewards_T, values_T, cu_seqlens, gamma, lambda_policy),
         lambda_returns(token_rewards_T, values_T, cu_seqlens, gamma, lambda_critic),
     )
@@ -72,7 +62,7 @@ def estimate(
 def generalized_advantages(
     token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
 ) -> Tensor:
-    """Generalised advantages [T]: `A_t = sum_k (gamma lambda)^k delta_{t+k}`, with V = 0 after the last token.
+    """Return generalised advantages [T]: `A_t = sum_k (gamma lambda)^k delta_{t+k}`, V = 0 after the last token.
 
     `delta_t = r_t + gamma V_{t+1} - V_t` (arXiv 1506.02438, equation 16). Arguments and errors: `lambda_returns`.
     """
@@ -83,7 +73,7 @@ def generalized_advantages(
 def lambda_returns(
     token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
 ) -> Tensor:
-    """Lambda-returns [T]: `G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})`, 0 after the last token.
+    """Return lambda-returns [T]: `G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})`, 0 after the end.
 
     G is A + V of GAE. It is the recurrence to compute, rather than A's, because the values drop out of it at
     lambda = 1: the reward-to-go comes out free of the rounding that summing deltas and adding V back would leave.
@@ -99,7 +89,7 @@ def lambda_returns(
 def return_recurrence(
     token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decay and inflow [T] of the lambda-returns' recurrence `G_t = inflow_t + decay_t G_{t+1}`.
+    """Return decay and inflow [T] of the lambda-returns' recurrence `G_t = inflow_t + decay_t G_{t+1}`.
 
     decay is `gamma lambda` and inflow `r_t + gamma (1 - lambda) V_{t+1}`, but 0 and `r_t` at each last token.
     """
@@ -140,7 +130,7 @@ def linear_recurrence(decay_T: Tensor, inflow_T: Tensor) -> Tensor:
 def group_normalized_advantages(
     rewards_B: Tensor, group_B: Tensor, divide_by_std: bool = True, epsilon: float = 1e-6
 ) -> Tensor:
-    """Advantage of each response over its group [B]: `(r - mean) / (std + epsilon)` (GRPO, DAPO).
+    """Return each response's advantage over its group [B]: `(r - mean) / (std + epsilon)` (GRPO, DAPO).
 
     group_B holds the same integer for responses to the same prompt; all of a group must be present. std is the sample
     deviation (divisor n - 1, as torch.std). A group of equal rewards, or of one response, gets 0. `to_tokens` then
@@ -172,7 +162,7 @@ def whiten(advantages_T: Tensor, moments_3: Tensor, epsilon: float = 1e-8) -> Te
 
 
 def _checked_lambda(values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor) -> Tensor:
-    """Lambda of each response [B] in the precision of values_T; the checks that `lambda_returns` promises."""
+    """Return each response's lambda [B] in the precision of values_T; raises what `lambda_returns` says."""
     if values_T.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"values must be float32 or float64, not {values_T.dtype}")
     if int(cu_seqlens[-1]) != len(values_T):

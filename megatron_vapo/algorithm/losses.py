@@ -19,7 +19,7 @@ MAX_LOG_RATIO = 20.0
 def token_weights(
     lengths_B: Tensor, reduction: Literal["token", "sample"], total_tokens: int, total_samples: int
 ) -> Tensor:
-    """Weight of every token in the minibatch's loss, float32 [T]; over the whole minibatch they sum to 1.
+    """Return the weight of every token in the minibatch's loss, float32 [T]; over the whole minibatch they sum to 1.
 
     "token": `1 / total_tokens`, every token alike (VAPO, DAPO).
     "sample": `1 / (total_samples * length)`, every response alike (the PPO baseline).
@@ -44,8 +44,9 @@ def policy_loss(
     dual_clip: float | None = None,
     importance_T: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy loss `-sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)` and its statistics.
+    """Return the clipped policy loss and its statistics.
 
+    The loss is `-sum_t w_t min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)` with
     `r = exp(logprobs - old_logprobs)`; clip_high > clip_low is clip-higher (VAPO, 4.3), weights_T comes from
     `token_weights`. dual_clip = c > 1 + clip_high bounds the objective of negative advantages below by `c A` (dual-clip
     PPO, arXiv 1912.09729). importance_T multiplies every token's objective (see `importance_correction`).
@@ -82,7 +83,7 @@ def value_loss(
     old_values_T: Tensor | None = None,
     clip: float | None = None,
 ) -> Tensor:
-    """Value loss `sum_t w_t 1/2 (V_t - R_t)^2`, scalar (VC-PPO).
+    """Return the value loss `sum_t w_t 1/2 (V_t - R_t)^2`, scalar (VC-PPO).
 
     With clip, PPO's pessimistic form: the larger of the errors of V and of V clipped to old_values_T +- clip, which are
     the values at rollout time. Raises ValueError when clip comes without old_values_T.
@@ -97,7 +98,9 @@ def value_loss(
 
 
 def positive_lm_loss(logprobs_T: Tensor, positive_mask_T: Tensor, positive_tokens_total: int) -> Tensor:
-    """Positive-example language-model loss, scalar: `-sum_{t positive} log pi_t / positive tokens` (VAPO, 4.3).
+    """Return the language-model loss on correct responses, scalar (VAPO, 4.3).
+
+    It is `-sum_{t positive} log pi_t / positive tokens`.
 
     positive_mask_T (bool) marks the tokens of correct responses, positive_tokens_total counts them over the whole
     minibatch. Without any the loss and its gradient are 0.
@@ -112,9 +115,9 @@ def importance_correction(
     mode: Literal["none", "truncate", "mask"],
     cap: float,
 ) -> Tensor | None:
-    """Per-token weights [T] for sampling with an engine whose log-probs differ from the trainer's; no gradient.
+    """Return weights [T] that correct for an engine whose log-probs differ from the trainer's; without gradient.
 
-    With `rho = exp(train - rollout)`, both of the weights that sampled: "truncate" gives `min(rho, cap)` (truncated
+    With `rho = exp(train - rollout)`, both under the weights that sampled: "truncate" gives `min(rho, cap)` (truncated
     importance sampling), "mask" gives rho, or 0 where rho > cap, and "none" None.
     """
     if mode == "none":

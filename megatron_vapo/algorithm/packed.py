@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def response_lengths(cu_seqlens: Tensor) -> Tensor:
-    """Tokens of each response [B]. Raises ValueError for offsets that do not start at 0 or an empty response."""
+    """Return the tokens of each response [B].
+
+    Raises ValueError for offsets that do not start at 0, or an empty response.
+    """
     if cu_seqlens[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, not at {int(cu_seqlens[0])}")
     lengths_B = cu_seqlens.diff()
@@ -25,6 +28,6 @@ def to_tokens(x_B: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def token_positions(cu_seqlens: Tensor) -> Tensor:
-    """Position of every token inside its own response, from 0 [T]."""
+    """Return the position of every token inside its own response, from 0 [T]."""
     starts_T = to_tokens(cu_seqlens[:-1], cu_seqlens)
     return torch.arange(len(starts_T), device=cu_seqlens.device) - starts_T

@@ -16,13 +16,13 @@ NEGLIGIBLE_VARIANCE = 1e-13
 
 
 def moments(x_T: Tensor) -> Tensor:
-    """Count, sum and sum of squares, float64 [3]; moments of parts of a batch add up to those of the batch."""
+    """Return count, sum and sum of squares, float64 [3]; moments of parts of a batch add up to those of the batch."""
     x_64 = x_T.detach().double()
     return torch.stack([torch.full_like(x_64.sum(), x_64.numel()), x_64.sum(), x_64.square().sum()])
 
 
 def moments_mean_variance(moments_3: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance, scalars; the variance of equal numbers is exactly 0."""
+    """Return mean and population variance, scalars; the variance of equal numbers is exactly 0."""
     count, total, squares = moments_3
     mean, mean_square = total / count, squares / count
     variance = mean_square - mean.square()
@@ -30,59 +30,26 @@ def moments_mean_variance(moments_3: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def explained_variance(values_T: Tensor, targets_T: Tensor) -> float:
-    """`1 - Var(R - V) / Var(R)` over tokens: 1 for a perfect critic, 0 for one no better than a constant, or less.
+    """Return `1 - Var(R - V) / Var(R)` over tokens: 1 for a perfect critic, 0 for one no better than a constant.
 
     Targets without variance leave nothing to explain: 0, so that such a batch never looks like a trained critic.
     """
-    return explained_variance_from_moments(moments(targets_T - values_T), moments(targets_T))
+    _, residual_variance = moments_mean_variance(moments(targets_T - values_T))
+    _, target_variance = moments_mean_variance(moments(targets_T))
+    return 1 - float(residual_variance) / float(target_variance) if target_variance > 0 else 0.0
 
 
-def explained_variance_from_moments(residual_moments_3: Tensor, target_moments_3: Tensor) -> float:
-    """`explained_variance` of a batch spread over ranks, from the summed `moments` of R - V and of R."""
-    residual_variance, target_variance = (
-        float(moments_mean_variance(m)[1]) for m in (residual_moments_3, target_moments_3)
-    )
-    return 1 - residual_variance / target_variance if target_variance > 0 else 0.0
-
-
-class Binned(NamedTuple):
-    """Sums and counts by bin, float64 [K] each; add both over ranks before taking means."""
-
-    total_K: Tensor
-    count_K: Tensor
-
-    @property
-    def mean_K(self) -> Tensor:
-        """Mean of each bin [K], NaN where a bin is empty."""
-        return self.total_K / self.count_K
-
-
-def mean_by_position(x_T: Tensor, cu_seqlens: Tensor, bins: int, max_length: int) -> Binned:
-    """By position in the response: `bins` equal parts of the positions 0 to max_length - 1 (later ones: last bin)."""
-    position_T = token_positions(cu_seqlens)
-    return _binned(x_T, (position_T * bins // max_length).clamp(max=bins - 1), bins)
-
-
-def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Binned:
-    """By position as a share of the response's own length, from its first token to its last, in `bins` equal parts."""
+def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Tensor:
+    """Return means [K] over equal parts of each response's own length; NaN where a part has no token."""
     length_T = to_tokens(response_lengths(cu_seqlens), cu_seqlens)
-    return _binned(x_T, token_positions(cu_seqlens) * bins // length_T, bins)
-
-
-def mean_by_length(x_B: Tensor, lengths_B: Tensor, edges: list[int]) -> Binned:
-    """By response length: bin k holds `edges[k - 1] <= length < edges[k]`, K = len(edges) + 1 bins, edges ascending."""
-    edges_K = torch.tensor(edges, dtype=lengths_B.dtype, device=lengths_B.device)
-    return _binned(x_B, torch.bucketize(lengths_B, edges_K, right=True), len(edges) + 1)
-
-
-def _binned(x_N: Tensor, bin_N: Tensor, bins: int) -> Binned:
-    zeros_K = torch.zeros(bins, dtype=torch.float64, device=x_N.device)
-    x_64 = x_N.detach().double()
-    return Binned(zeros_K.index_add(0, bin_N, x_64), zeros_K.index_add(0, bin_N, torch.ones_like(x_64)))
+    bin_T = token_positions(cu_seqlens) * bins // length_T
+    zeros_K = torch.zeros(bins, dtype=torch.float64, device=x_T.device)
+    x_64 = x_T.detach().double()
+    return zeros_K.index_add(0, bin_T, x_64) / zeros_K.index_add(0, bin_T, torch.ones_like(x_64))
 
 
 def logprob_difference(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float) -> dict[str, float]:
-    """How far the trainer's log-probs lie from those the engine sampled with, over tokens.
+    """Return how far the trainer's log-probs lie from those the engine sampled with, over tokens.
 
     mean (signed, train - rollout), mean_absolute, max_absolute, and share_above: the share of tokens whose absolute
     difference exceeds threshold.
@@ -98,7 +65,7 @@ def logprob_difference(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, thr
 
 
 class AverageAtK(NamedTuple):
-    """Mean pass rate over problems, with two standard errors that answer different questions."""
+    """The mean pass rate over problems, with two standard errors that answer different questions."""
 
     mean: float
     standard_error: float
@@ -108,7 +75,7 @@ class AverageAtK(NamedTuple):
 
 
 def average_at_k(correct_P: Tensor, samples: int) -> AverageAtK:
-    """avg@k: mean over problems of `correct / samples`; correct_P counts the right ones of each problem's samples."""
+    """Return avg@k: the mean over problems of `correct / samples`; correct_P counts each problem's right ones."""
     rate_P = correct_P.double() / samples
     problems = len(rate_P)
     within_P = rate_P * (1 - rate_P) / (samples - 1) if samples > 1 else torch.full_like(rate_P, math.nan)
@@ -120,7 +87,9 @@ def average_at_k(correct_P: Tensor, samples: int) -> AverageAtK:
 
 
 def pass_at_k(correct_P: Tensor, samples: int, k: int) -> float:
-    """Chance that one of k samples is right, mean over problems: unbiased `1 - C(n - c, k) / C(n, k)` (Codex, eq. 1).
+    """Return the chance that one of k samples is right, mean over problems.
+
+    It is the unbiased `1 - C(n - c, k) / C(n, k)` (Codex, arXiv 2107.03374, equation 1).
 
     correct_P counts the right ones (c) of each problem's `samples` (n). Raises ValueError unless 1 <= k <= samples.
     """

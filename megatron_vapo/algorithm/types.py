@@ -1,4 +1,4 @@
-"""What a model returns for response tokens, and the losses that are computed from it.
+"""The types of what a model returns for response tokens, and of the losses that are computed from it.
 
 Legend: t response tokens of a micro-batch on this rank.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
-"""What a model says of each response token, tensors [t]: (log-prob, entropy) of an actor, (value,) of a critic."""
+"""The tensors [t] that a model returns for response tokens: an actor (log-prob, entropy), a critic (value,)."""
 
 Loss = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(outputs, token_index [t]) -> this part's share of the minibatch's loss, and shares of named statistics, one of them

@@ -87,10 +87,6 @@ class Mixture:
     """After a full try, right or wrong: try again."""
 
 
-CAREFUL = Mixture(p_short=0.0, p_give_up=0.0, p_sloppy=0.0, full_accuracy=1.0, p_redo_full=0.0)
-"""Every step in full and right: what reinforcement should discover."""
-
-
 def make_problem(rng: random.Random) -> Problem:
     """A random problem of `MIN_STEPS` to `MAX_STEPS` steps."""
     steps = tuple(_make_step(rng) for _ in range(rng.randint(MIN_STEPS, MAX_STEPS)))

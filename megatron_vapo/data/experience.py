@@ -1,4 +1,4 @@
-"""The one batch type that flows through the loop: ragged responses, packed, never padded rectangles.
+"""The batch that flows through the loop: ragged responses, packed, never padded rectangles.
 
 Legend: B responses, T response tokens of the batch, N tokens of prompts and responses together.
 """
@@ -9,15 +9,19 @@ import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns"]
+"""The tensors that phases after rollout add to a batch."""
+
 
 @dataclass(frozen=True)
 class Experience:
-    """Responses with what the engine, the reward and the models say of them; every process holds the same one."""
+    """Responses with the numbers that engine, reward and models gave them; every process holds the same one."""
 
     tokens: Tensor
     """[N] int64, each prompt followed by its response."""
@@ -32,7 +36,7 @@ class Experience:
     rollout_logprobs: Tensor
     """[T] float32, log-probs under which the engine drew the tokens."""
     outcomes: Tensor
-    """[B] float32, what the checker said, +1 or -1."""
+    """[B] float32, the reward function's result, +1 or -1."""
     rewards: Tensor
     """[B] float32, what is trained on: the outcome, and penalties where set."""
     weight_versions: Tensor | None = None
@@ -61,6 +65,17 @@ class Experience:
         """[B + 1] where each response starts among the T response tokens."""
         return offsets(self.response_lengths)
 
+    def require(self, name: Estimate) -> Tensor:
+        """Return a tensor [T] that an earlier phase of the step has set.
+
+        Raises:
+            ValueError: it is not set; a phase was skipped or comes too late.
+        """
+        tensor: Tensor | None = getattr(self, name)
+        if tensor is None:
+            raise ValueError(f"this batch has no {name}: the phase that computes it did not run")
+        return tensor
+
     @property
     def correct(self) -> Tensor:
         """[B] bool."""
@@ -71,7 +86,7 @@ class Experience:
         return per_response_B.repeat_interleave(self.response_lengths)
 
     def select(self, indices: Tensor) -> Experience:
-        """The responses `indices [b]`, in that order."""
+        """Return the responses `indices [b]`, in that order."""
         token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
         sequence_starts = offsets(self.sequence_lengths)[:-1][indices]
         rows = {
@@ -95,15 +110,15 @@ class Experience:
         return Experience(**load_file(path))
 
 
-_PER_TOKEN = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
+_PER_TOKEN = ("rollout_logprobs", *get_args(Estimate))
 
 
 def offsets(lengths: Tensor) -> Tensor:
-    """[n] lengths -> [n + 1] offsets, int64."""
+    """Return the offsets [n + 1] int64 of pieces of these lengths [n]."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The numbers start .. start + length - 1 of every pair, one after another."""
+    """Return the numbers start .. start + length - 1 of every pair, one after another."""
     within = torch.arange(int(lengths.sum())) - offsets(lengths)[:-1].repeat_interleave(lengths)
     return starts.repeat_interleave(lengths) + within

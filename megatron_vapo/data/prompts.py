@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +68,7 @@ class Prompt:
 
 
 def read_prompts(path: str | Path, *, template: str | None = None, limit: int | None = None) -> list[Prompt]:
-    """The distinct prompts of a file or folder, in file order; of identical prompts the first is kept.
+    """Return the distinct prompts of a file or folder, in file order; of identical prompts the first is kept.
 
     The public DAPO-Math-17k repeats each prompt about 100 times, AIME-2024 32 times: their repetition is a way to
     sample, which the recipe does by itself.
@@ -106,7 +106,7 @@ def read_prompts(path: str | Path, *, template: str | None = None, limit: int | 
 def tokenize_prompts(
     prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, chat: bool
 ) -> list[Prompt]:
-    """The same prompts with `token_ids` filled.
+    """Return the same prompts with `token_ids` filled.
 
     chat: render the messages by the tokenizer's chat template, up to where the assistant speaks; otherwise tokenise
         the bare text, with the special tokens that the tokenizer adds by itself (Llama's BOS, none for Qwen).
@@ -145,7 +145,7 @@ class PromptOrder:
         self._go_to(epoch=0, position=0)
 
     def take(self, k: int) -> list[int]:
-        """The next k prompt indices. Past the end of an epoch the next begins, so k may exceed n."""
+        """Return the next k prompt indices. Past the end of an epoch the next begins, so k may exceed n."""
         taken: list[int] = []
         while len(taken) < k:
             if self.position >= self.n:
@@ -156,6 +156,7 @@ class PromptOrder:
         return taken
 
     def state_dict(self) -> dict[str, int]:
+        """Return the position in the order, for a checkpoint."""
         return {"n": self.n, "seed": self.seed, "epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -177,7 +178,10 @@ class PromptOrder:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Source (file and line or row) and content of every row, unchecked. Raises DataError for an unreadable file."""
+    """Yield source (file and line or row) and content of every row, unchecked.
+
+    Raises DataError for an unreadable file.
+    """
     if not path.exists():
         raise DataError(f"{path} does not exist: give a .jsonl or .parquet file, or a folder of save_to_disk")
     if path.is_dir():
@@ -330,7 +334,8 @@ def _text_token_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBas
             raise DataError(
                 f"{_name(prompt)} has messages before the question, which bare text cannot tell apart: use chat"
             )
-    return tokenizer([prompt.text for prompt in prompts])["input_ids"]
+    ids: list[list[int]] = tokenizer([prompt.text for prompt in prompts])["input_ids"]
+    return ids
 
 
 def _chat_token_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -340,9 +345,11 @@ def _chat_token_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBas
         raise RecipeError(f"the tokenizer {tokenizer.name_or_path} has no chat template: turn chat off")
     chats = [[m._asdict() for m in (*prompt.context, Message("user", prompt.text))] for prompt in prompts]
     try:
-        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+        encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
     except TemplateError as error:  # templates refuse roles that their model was not trained with
         raise DataError(f"the tokenizer's chat template refuses a prompt: {error}") from error
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids
 
 
 def _name(prompt: Prompt) -> str:

@@ -23,11 +23,11 @@ REWARDS = {
     "math_dapo": "megatron_vapo.rewards.math:math_dapo",
     "math_verify": "megatron_vapo.rewards.math:math_verify_reward",
 }
-"""Name in a recipe -> where the function is; anything else in a recipe is such a place itself."""
+"""The function behind each name in a recipe; anything else in a recipe is such a package.module:function itself."""
 
 
 def get_reward(name: str) -> Reward:
-    """The reward that a recipe names: a key of `REWARDS`, or "package.module:function" for the user's own.
+    """Return the reward that a recipe names: a key of `REWARDS`, or "package.module:function" for the user's own.
 
     Raises RecipeError for an unknown name (with the nearest known one), a module that cannot be imported, or a
     function that is not in it.

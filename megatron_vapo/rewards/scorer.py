@@ -7,6 +7,9 @@ each sample is scored in one of several processes with a time limit, and such a 
 2. it sends back the score, or the error that the reward raised;
 3. if nothing comes within the limit, or the worker dies, it is killed, the sample scores -1, and a fresh process
    takes its place.
+
+Pebble's pool does the same, but ends a worker by SIGTERM and gives it three seconds; workers here must ignore SIGTERM,
+which reaches them with the trainer's own, so each hanging sample would hold up all others that long.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class RewardScorer:
         atexit.register(self.close)
 
     def begin(self, response: str, answer: str) -> Future[_Outcome]:
-        """Score one response while the caller goes on (without workers: now). `finish` tells the result."""
+        """Score one response while the caller goes on (without workers: now); `finish` returns the result."""
         if self._threads:
             return self._threads.submit(self._score_in_worker, response, answer)
         done: Future[_Outcome] = Future()
@@ -68,7 +71,7 @@ class RewardScorer:
         return done
 
     def finish(self, begun: Sequence[Future[_Outcome]]) -> list[float]:
-        """scores [B] of what was begun.
+        """Return scores [B] of what was begun.
 
         Raises RuntimeError if a worker cannot start at all: that is no fault of a sample.
         """
@@ -77,12 +80,13 @@ class RewardScorer:
         return [outcome.score for outcome in outcomes]
 
     def score(self, responses: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """scores [B] for responses [B] and their reference answers [B], B = responses."""
+        """Return scores [B] for responses [B] and their reference answers [B], B = responses."""
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses, but {len(answers)} answers")
         return self.finish([self.begin(*pair) for pair in zip(responses, answers, strict=True)])
 
     def close(self) -> None:
+        """End all workers; what has begun and not finished is dropped."""
         if self._threads:
             self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
@@ -186,7 +190,9 @@ def _serve(reward: Reward, connection: Connection) -> None:
 
 def _exit_with_parent() -> None:
     """A parent that was killed cannot kill a worker whose reward hangs."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
     os._exit(1)
 
 

@@ -12,10 +12,12 @@ from megatron_vapo.config import SamplingConfig
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import RolloutShard
 
+FinishReason = Literal["stop", "length", "abort"]
+
 
 @dataclass(frozen=True)
 class Request:
-    """One response to write."""
+    """The request for one response."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -26,13 +28,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """What an engine wrote for one request, without what was `written` before."""
+    """The tokens that an engine wrote for one request, without those `written` before."""
 
     token_ids: Tensor
     """[l] int64, the end token included; l >= 1, or 0 where an abort came first."""
     logprobs: Tensor
     """[l] float32, of softmax(logits / temperature) over the whole vocabulary."""
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: FinishReason
     """abort: `RolloutEngine.abort` ended it early."""
     weight_version: int
     """The oldest weights that wrote a part of it."""
@@ -41,14 +43,14 @@ class Response:
 
 
 class EngineIndex(NamedTuple):
-    """Which of the engines a process asks: number `engine` of `engines`."""
+    """The engine that a process asks: number `engine` of `engines`."""
 
     engine: int
     engines: int
 
 
 class RolloutEngine(Protocol):
-    """Every process has one of these; several processes may host one engine together, and the first of them asks it.
+    """The protocol of an engine on one process; several may host one engine together, and the first of them asks it.
 
     1. `revive`, then `load_weights`, before the first `generate`, after every update of the actor and after `sleep`.
     2. `generate`, any number of times.
@@ -59,32 +61,35 @@ class RolloutEngine(Protocol):
     that are missing, and the whole begins anew at 1, on all processes together.
     """
 
-    index: EngineIndex | None
-    """None on a process that hosts an engine but does not ask it."""
     failure: str | None
     """Why it cannot answer before it has been revived and given weights."""
     asleep: bool
     version: int
-    """Of the weights it was given last."""
+    """The version of the weights it was given last."""
+
+    @property
+    def index(self) -> EngineIndex | None:
+        """The engine that this process asks; None where it hosts one but does not ask it."""
+        ...
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """The parameters that `load_weights` wants, and on which ranks."""
         ...
 
     def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
-        """The parameters of which `digests` speaks: for each of its elements, which ranks compare what."""
+        """The parameters that `digests` covers: for each of its elements, which ranks compare what."""
         ...
 
     def revive(self) -> str | None:
-        """Start what is down. Returns why that is impossible, for good."""
+        """Start what is down; returns the reason where that has become impossible."""
         ...
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the actor's weights and be awake; iterates to the end whatever happens."""
+        """Copy the actor's weights in and wake up; iterates to the end whatever happens."""
         ...
 
     def digests(self) -> list[Mapping[str, str]]:
-        """`digest` of every parameter held now; empty where this process cannot look."""
+        """Return the `digest` of every parameter held now; empty where this process cannot read them."""
         ...
 
     def generate(
@@ -94,9 +99,9 @@ class RolloutEngine(Protocol):
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Response]]:
-        """Responses with the numbers of their requests, as they finish; `max_tokens` counts what was `written` too.
+        """Yield responses with the numbers of their requests, as they finish.
 
-        `on_tokens` hears of tokens as they are written.
+        `max_tokens` counts what was `written` too; `on_tokens` is called with the number of tokens just written.
         """
         ...
 
@@ -109,7 +114,7 @@ class RolloutEngine(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last call; they are added up over processes."""
+        """Return counts since the last call; they are added up over processes."""
         ...
 
     def close(self) -> None:
@@ -118,5 +123,5 @@ class RolloutEngine(Protocol):
 
 
 def in_order(responses: Iterable[tuple[int, Response]]) -> list[Response]:
-    """All that `generate` yields, in the order of the requests."""
+    """Return all that `generate` yields, in the order of the requests."""
     return [response for _, response in sorted(responses, key=lambda item: item[0])]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import EngineIndex, Request, Response
+from megatron_vapo.rollout import EngineIndex, FinishReason, Request, Response
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import digest
 from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
@@ -193,7 +193,7 @@ class TransformersEngine:
         for i, limit in enumerate(limits.tolist()):
             stopped = bool(ends[i].any())
             length = int(ends[i].int().argmax()) + 1 if stopped else min(limit, steps)
-            reason = "stop" if stopped else "length" if length == limit else "abort"
+            reason: FinishReason = "stop" if stopped else "length" if length == limit else "abort"
             responses.append(Response(tokens[i, :length].clone(), logprobs[i, :length].clone(), reason, self.version))
         return responses
 

@@ -76,7 +76,9 @@ def _pretraining_steps(run: Run) -> None:
         batch = monte_carlo_returns(batch, run.recipe.algorithm.gamma)
         run.interrupt.check()
         # Judged on rollouts that the critic was not trained on yet.
-        explained = explained_variance(batch.values, batch.returns) >= settings.target_explained_variance
+        explained = (
+            explained_variance(batch.require("values"), batch.require("returns")) >= settings.target_explained_variance
+        )
         metrics = run.update_critic(batch, settings.epochs, step)
 
         run.finish_step("pretrain", step, rollout, batch, metrics)

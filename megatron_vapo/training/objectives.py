@@ -6,6 +6,7 @@ Denominators are those of the whole minibatch, which every process holds, so the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -28,61 +29,59 @@ def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience
         estimated = replace(batch, advantages=batch.per_token(per_response))
     else:
         lambda_policy = policy_lambda(batch, algorithm)
-        targets, policy_advantages = _decoupled(batch, algorithm, lambda_policy)
+        policy_advantages, targets = advantages.decoupled_gae(
+            advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens),
+            batch.require("values"),
+            batch.cu_seqlens,
+            gamma=algorithm.gamma,
+            lambda_critic=algorithm.lambda_critic if algorithm.decoupled_gae else lambda_policy,
+            lambda_policy=lambda_policy,
+        )
         estimated = replace(batch, advantages=policy_advantages, returns=targets)
     if algorithm.whiten_advantages:
-        whitened = advantages.whiten(estimated.advantages, moments(estimated.advantages))
-        estimated = replace(estimated, advantages=whitened)
+        raw = estimated.require("advantages")
+        estimated = replace(estimated, advantages=advantages.whiten(raw, moments(raw)))
     return estimated
 
 
 def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tensor:
-    """Lambda of the policy's advantages: one number, or one for each response [B]."""
+    """Return lambda of the policy's advantages: one number, or one for each response [B]."""
     if algorithm.length_adaptive_gae:
         return advantages.length_adaptive_lambda(batch.response_lengths, algorithm.alpha)
     return algorithm.lambda_policy
 
 
-def _decoupled(batch: Experience, algorithm: AlgorithmConfig, lambda_policy: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Value targets and the policy's advantages, each with its lambda."""
-    token_rewards = advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
-    rest = (token_rewards, batch.values, batch.cu_seqlens, algorithm.gamma)
-    lambda_critic = algorithm.lambda_critic if algorithm.decoupled_gae else lambda_policy
-    targets = advantages.lambda_returns(*rest, lambda_critic)
-    return targets, advantages.generalized_advantages(*rest, lambda_policy)
-
-
 def monte_carlo_returns(batch: Experience, gamma: float) -> Experience:
-    """Value targets of value pretraining: the discounted reward to go (lambda 1)."""
+    """Add the value targets of value pretraining: the discounted reward to go (lambda 1)."""
     token_rewards = advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
-    returns = advantages.lambda_returns(token_rewards, batch.values, batch.cu_seqlens, gamma, 1.0)
+    returns = advantages.lambda_returns(token_rewards, batch.require("values"), batch.cu_seqlens, gamma, 1.0)
     return replace(batch, returns=returns)
 
 
 def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
-    """The critic's loss: half the squared error, mean over response tokens."""
+    """Return the critic's loss: half the squared error, mean over response tokens."""
     weights = _weights(minibatch, "token", algorithm)
+    returns, old_values = minibatch.require("returns"), minibatch.require("values")
 
     def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         (values,) = outputs
         part = _part(token_index, values.device)
-        share = losses.value_loss(
-            values, part(minibatch.returns), part(weights), part(minibatch.values), algorithm.value_clip
-        )
+        share = losses.value_loss(values, part(returns), part(weights), part(old_values), algorithm.value_clip)
         return share, {"loss": share}
 
     return loss
 
 
 def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
-    """The actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
+    """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
     weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
-    old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.logprobs
+    old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.require("logprobs")
     # Where rollout is FP8, reading the recipe has written out what auto means.
     mode = "none" if algorithm.importance == "auto" else algorithm.importance
     importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
     positive = minibatch.per_token(minibatch.correct)
     positive_tokens = int(positive.sum())
+    policy_advantages = minibatch.require("advantages")
 
     def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logprobs, entropy = outputs
@@ -90,7 +89,7 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
         policy, statistics = losses.policy_loss(
             logprobs,
             part(old_logprobs),
-            part(minibatch.advantages),
+            part(policy_advantages),
             part(weights),
             algorithm.clip_low,
             algorithm.clip_high,
@@ -115,7 +114,7 @@ def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algor
     return weights * minibatch.per_token(trained)
 
 
-def _part(token_index: Tensor, device: torch.device):
+def _part(token_index: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Picks a micro-batch's tokens out of a tensor [T] of the minibatch."""
 
     def pick(per_token: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
     """
     if limit is None:
         return
-    mean = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)["mean_absolute"]
+    difference = logprob_difference(batch.require("logprobs"), batch.rollout_logprobs, MISMATCH_THRESHOLD)
+    mean = difference["mean_absolute"]
     if not mean <= limit:
         raise TrainingError(
             f"mean |actor's - engine's log-prob| is {mean:.3g}, above rollout.max_logprob_difference={limit:g}. Likely "
@@ -89,7 +90,7 @@ def token_metrics(batch: Experience) -> dict[str, float]:
     if batch.logprobs is not None:
         difference = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)
         metrics |= {
-            "actor/entropy_before": float(batch.entropy.mean()),
+            "actor/entropy_before": float(batch.require("entropy").mean()),
             "rollout/logprob_difference_mean": difference["mean_absolute"],
             "rollout/logprob_difference_max": difference["max_absolute"],
             "rollout/logprob_difference_share": difference["share_above"],
@@ -98,15 +99,16 @@ def token_metrics(batch: Experience) -> dict[str, float]:
         metrics["advantage/mean"] = float(batch.advantages.mean())
         metrics |= _by_position("advantage", batch.advantages, batch)
     if batch.returns is not None:
-        metrics["critic/explained_variance"] = explained_variance(batch.values, batch.returns)
-        metrics["critic/value_mean"] = float(batch.values.mean())
-        metrics["critic/value_deviation"] = float(batch.values.std(correction=0))
-        metrics |= _by_position("critic/value", batch.values, batch)
+        values = batch.require("values")
+        metrics["critic/explained_variance"] = explained_variance(values, batch.returns)
+        metrics["critic/value_mean"] = float(values.mean())
+        metrics["critic/value_deviation"] = float(values.std(correction=0))
+        metrics |= _by_position("critic/value", values, batch)
     return metrics
 
 
 def _by_position(name: str, values: torch.Tensor, batch: Experience) -> dict[str, float]:
-    means = mean_by_relative_position(values, batch.cu_seqlens, POSITION_BINS).mean_K
+    means = mean_by_relative_position(values, batch.cu_seqlens, POSITION_BINS)
     return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means)}
 
 

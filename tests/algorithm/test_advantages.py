@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vapo.algorithm.advantages import (
-    estimate,
+    decoupled_gae,
     generalized_advantages,
     group_normalized_advantages,
     lambda_returns,
@@ -133,7 +133,7 @@ def test_the_critics_target_is_the_outcome_to_the_bit(lengths, seed):
     cu_seqlens = offsets(lengths)
     outcome_B = torch.randn(len(lengths), generator=generator)
     values = 100 * torch.randn(sum(lengths), generator=generator)
-    result = estimate(
+    _, targets = decoupled_gae(
         outcome_token_rewards(outcome_B, cu_seqlens),
         values,
         cu_seqlens,
@@ -141,7 +141,7 @@ def test_the_critics_target_is_the_outcome_to_the_bit(lengths, seed):
         lambda_critic=1.0,
         lambda_policy=length_adaptive_lambda(cu_seqlens.diff(), 0.05),
     )
-    assert torch.equal(result.value_targets_T, to_tokens(outcome_B, cu_seqlens))
+    assert torch.equal(targets, to_tokens(outcome_B, cu_seqlens))
 
 
 @given(batches(), unit)
@@ -149,23 +149,25 @@ def test_each_lambda_of_the_decoupled_estimate_reaches_its_own_result_only(batch
     lengths, rewards, values, gamma, lambdas = batch
     cu_seqlens, lambda_policy = offsets(lengths), torch.tensor(lambdas, dtype=torch.float64)
     settings = {"gamma": gamma, "lambda_critic": lambda_critic, "lambda_policy": lambda_policy}
-    decoupled = estimate(rewards, values, cu_seqlens, **settings)
-    other_policy = estimate(rewards, values, cu_seqlens, **settings | {"lambda_policy": 0.3})
-    other_critic = estimate(rewards, values, cu_seqlens, **settings | {"lambda_critic": 0.3})
-    assert torch.equal(decoupled.value_targets_T, other_policy.value_targets_T)
-    assert torch.equal(decoupled.advantages_T, other_critic.advantages_T)
+    advantages, targets = decoupled_gae(rewards, values, cu_seqlens, **settings)
+    _, targets_of_other_policy = decoupled_gae(rewards, values, cu_seqlens, **settings | {"lambda_policy": 0.3})
+    advantages_of_other_critic, _ = decoupled_gae(rewards, values, cu_seqlens, **settings | {"lambda_critic": 0.3})
+    assert torch.equal(targets, targets_of_other_policy)
+    assert torch.equal(advantages, advantages_of_other_critic)
 
-    coupled = estimate(
+    coupled_advantages, coupled_targets = decoupled_gae(
         rewards, values, cu_seqlens, gamma=gamma, lambda_critic=lambda_critic, lambda_policy=lambda_critic
     )
-    torch.testing.assert_close(coupled.value_targets_T, coupled.advantages_T + values)
-    assert torch.equal(decoupled.value_targets_T, coupled.value_targets_T)
+    torch.testing.assert_close(coupled_targets, coupled_advantages + values)
+    assert torch.equal(targets, coupled_targets)
 
 
 def test_no_gradient_flows_into_the_values():
     values = torch.ones(3, requires_grad=True)
-    result = estimate(torch.zeros(3), values, offsets([3]), gamma=1.0, lambda_critic=1.0, lambda_policy=0.5)
-    assert not result.advantages_T.requires_grad and not result.value_targets_T.requires_grad
+    advantages, targets = decoupled_gae(
+        torch.zeros(3), values, offsets([3]), gamma=1.0, lambda_critic=1.0, lambda_policy=0.5
+    )
+    assert not advantages.requires_grad and not targets.requires_grad
 
 
 def test_inputs_are_left_as_they_were():

@@ -7,8 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megatron_vapo.rewards.chained_arithmetic as module
-from megatron_vapo.data.chained_arithmetic import CAREFUL, EOS, Mixture, demonstrate, make_problem
+from megatron_vapo.data.chained_arithmetic import EOS, Mixture, demonstrate, make_problem
 from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
+
+CAREFUL = Mixture(p_short=0.0, p_give_up=0.0, p_sloppy=0.0, full_accuracy=1.0, p_redo_full=0.0)
+"""Every step in full and right: what reinforcement should discover."""
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -34,13 +35,9 @@ class EventLoop:
         """Wait for the result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def start(self, work: Coroutine[Any, Any, T]):
-        """Go on at once; returns a `concurrent.futures.Future`."""
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Return at once; the future has the result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
-
-    def call(self, function, *arguments: Any) -> None:
-        """Run a plain function in the loop's thread, soon."""
-        self._loop.call_soon_threadsafe(function, *arguments)
 
 
 @asynccontextmanager

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ from megatron_vapo.weights.engine_layout import RolloutShard, sglang_parameters,
 
 logger = logging.getLogger(__name__)
 
-_WATCH_S = 1.0
+T = TypeVar("T")
 
 
 class SGLangEngine:
@@ -65,23 +65,23 @@ class SGLangEngine:
         self._way: Way = settings.sglang.update if self._colocated else "distributed"
         size = dist.get_world_size()
         hosts = settings.tensor_parallel if self._colocated else size // settings.servers
-        engine, self._host = divmod(dist.get_rank(), hosts)
+        self._number, self._host = divmod(dist.get_rank(), hosts)
         self._leads = self._host == 0
         self._leaders = list(range(0, size, hosts))
-        self._hosts = _group_of_hosts(engine, hosts, size) if self._colocated else None
-        self.index = EngineIndex(engine, size // hosts) if self._leads else None
+        self._hosts = _group_of_hosts(self._number, hosts, size) if self._colocated else None
+        self.index = EngineIndex(self._number, size // hosts) if self._leads else None
         self.failure: str | None = "not started yet"
         self.asleep = False
         self.version = -1
         log_folder.mkdir(parents=True, exist_ok=True)
         self._constants = cache_scales(read_architecture(model_path)) if settings.quantization == "fp8" else []
-        self._launch = server_settings(settings, model_path, dtype, device, log_folder / f"rollout_{engine}.log")
+        self._launch = server_settings(settings, model_path, dtype, device, log_folder / f"rollout_{self._number}.log")
         self._server: Server | None = None
         self._address: Address | None = None
         self._updater: WeightUpdater | None = None
         self._starts = 0
         self._loop = EventLoop()
-        self._counts: Counter[str] = Counter()
+        self._counts: defaultdict[str, float] = defaultdict(float)
         self._pool: RequestPool | None = None
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
@@ -105,7 +105,7 @@ class SGLangEngine:
         known = self._address
         if self._leads and self.failure is not None:
             if self._starts:
-                logger.warning("rollout engine %d is started anew: %s", self.index.engine, self.failure)
+                logger.warning("rollout engine %d is started anew: %s", self._number, self.failure)
             problem = self._start()
         self._address = self._from_leader(self._address)
         if self._address != known:
@@ -156,7 +156,7 @@ class SGLangEngine:
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Response]]:
         """See `RolloutEngine.generate`."""
-        self._pool = RequestPool(self._server, self._settings, self._end_ids, self.version, self._counts)
+        self._pool = RequestPool(_started(self._server), self._settings, self._end_ids, self.version, self._counts)
         finished: queue.SimpleQueue[tuple[int, Response] | None] = queue.SimpleQueue()
         work = self._loop.start(self._pool.generate(requests, sampling, max_tokens, finished.put))
         work.add_done_callback(lambda _: finished.put(None))
@@ -184,7 +184,7 @@ class SGLangEngine:
 
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`."""
-        counts, self._counts = self._counts, Counter()
+        counts, self._counts = self._counts, defaultdict(float)
         return {"rollout/retries": 0.0, "rollout/restarts": 0.0} | dict(counts)
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class SGLangEngine:
     def _start(self) -> str | None:
         if self._starts > self._settings.sglang.max_restarts:
             return (
-                f"rollout engine {self.index.engine} failed {self._starts} times (rollout.sglang.max_restarts): "
+                f"rollout engine {self._number} failed {self._starts} times (rollout.sglang.max_restarts): "
                 f"{self.failure}; the end of {self._launch.log}:\n{self._server.last_lines() if self._server else ''}"
             )
         self._counts["rollout/restarts"] += bool(self._starts)
@@ -224,8 +224,8 @@ class SGLangEngine:
         await self._call("/begin_weight_update", {})
 
     async def _hand_over(self, bucket: list[tuple[str, Tensor]]) -> None:
-        async with connect(self._address) as server:
-            await self._updater.send(server, bucket)
+        async with connect(_started(self._address)) as server:
+            await _started(self._updater).send(server, bucket)
 
     async def _close_update(self, version: int) -> None:
         await self._call("/end_weight_update", {})
@@ -235,7 +235,7 @@ class SGLangEngine:
             await self._call("/resume_memory_occupation", {"tags": ["kv_cache"]})
 
     async def _call(self, path: str, body: dict[str, Any]) -> Any:
-        async with connect(self._address) as server:
+        async with connect(_started(self._address)) as server:
             return await server.post(path, body, self._settings.sglang.stall_seconds)
 
     def _attempt(self, work: Any) -> Any:
@@ -266,7 +266,14 @@ class SGLangEngine:
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
             return total - free
-        return self._server.resident_bytes()
+        return _started(self._server).resident_bytes()
+
+
+def _started(part: T | None) -> T:
+    """Return what `revive` has made; an engine that is used before is a bug."""
+    if part is None:
+        raise RuntimeError("a rollout engine was used before it was revived")
+    return part
 
 
 def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:

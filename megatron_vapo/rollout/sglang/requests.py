@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -31,7 +31,12 @@ class RequestPool:
     """
 
     def __init__(
-        self, server: Server, settings: RolloutConfig, end_ids: tuple[int, ...], version: int, counts: Counter[str]
+        self,
+        server: Server,
+        settings: RolloutConfig,
+        end_ids: tuple[int, ...],
+        version: int,
+        counts: MutableMapping[str, float],
     ) -> None:
         self._server, self._settings, self._end_ids = server, settings, end_ids
         self._version, self._counts = version, counts
@@ -60,8 +65,9 @@ class RequestPool:
             watch = asyncio.create_task(self._watch(server, lambda: progress[0]))
             stopper = asyncio.create_task(self._stop_when_told(server))
             asked = asyncio.gather(*(one(server, number) for number in range(len(requests))))
+            either: set[asyncio.Future[Any]] = {asked, watch}
             try:
-                await asyncio.wait({asked, watch}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not asked.done():
                     return watch.result()
                 asked.result()

@@ -80,8 +80,7 @@ class Server:
 
     def stop(self) -> None:
         """Kill the server and all its processes; returns when they are gone."""
-        self._supervisor.stdin.close()
-        self._supervisor.wait()
+        self._supervisor.communicate()  # closes its stdin and waits
 
     def resident_bytes(self) -> int:
         """Host memory of the server's processes."""
@@ -95,19 +94,20 @@ class Server:
             lines = log.read().decode(errors="replace").splitlines()
         return "\n".join(line[:500] for line in lines[-count:])
 
-    def _launch(self) -> subprocess.Popen:
+    def _launch(self) -> subprocess.Popen[bytes]:
         port = self.address.url.rpartition(":")[2]
         words = ["--host", "127.0.0.1", "--port", port]
         for name, value in self._settings.arguments.items():
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         # -P: this folder, of which a module is called requests, is not to be searched for imports.
-        supervised = [sys.executable, "-P", supervisor.__file__, self._settings.log]
+        supervised = [sys.executable, "-P", supervisor.__file__, str(self._settings.log)]
         process = subprocess.Popen(
             [*supervised, self._settings.python, "-m", _SERVER, *words],
             stdin=subprocess.PIPE,
             env=_inherited() | dict(self._settings.environment),
             start_new_session=True,  # signals to the trainer's group are the trainer's to answer
         )
+        assert process.stdin is not None  # a pipe
         process.stdin.write(f"{self.address.key}\n".encode())
         process.stdin.flush()
         return process

@@ -44,6 +44,7 @@ def main(log_path: str, command: list[str]) -> int:
         threading.Thread(target=_end_with_trainer, args=(server,), daemon=True).start()
         ending = threading.Thread(target=_end_with_server, args=(server,))
         ending.start()
+        assert server.stdout is not None  # a pipe
         for line in server.stdout:
             log.write(line.replace(key.encode(), b"***"))
         ending.join()  # processes with an output of their own outlive the pipe

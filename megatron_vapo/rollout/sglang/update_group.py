@@ -42,7 +42,7 @@ class UpdateGroup:
             [],
             Backend(self.backend),
             PrefixStore(self.name, self._store),
-            group_name=self.name,
+            group_name=self.name,  # type: ignore[arg-type]  # its type is a str by a private name
             timeout=self._timeout,
         )
 

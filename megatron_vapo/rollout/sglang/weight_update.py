@@ -48,20 +48,21 @@ class WeightUpdater:
 
     async def _broadcast(self, server: Connection, bucket: list[tuple[str, Tensor]]) -> None:
         if self._group is None:
-            await self._meet(server)
+            self._group = await self._meet(server)
+        group = self._group
         memory, places = flat(bucket)
         body = {
             "names": [place.name for place in places],
             "dtypes": [str(place.dtype).removeprefix("torch.") for place in places],
             "shapes": [list(place.shape) for place in places],
-            "group_name": self._group.name,
+            "group_name": group.name,
             "load_format": "flattened_bucket",
             "flush_cache": False,
         }
-        sent = asyncio.to_thread(self._group.broadcast, memory)
+        sent = asyncio.to_thread(group.broadcast, memory)
         await asyncio.gather(server.post("/update_weights_from_distributed", body, self._seconds), _or_failure(sent))
 
-    async def _meet(self, server: Connection) -> None:
+    async def _meet(self, server: Connection) -> UpdateGroup:
         size = 1 + self._ranks
         group = UpdateGroup(self._group_name, size, self._device, self._seconds)
         body = {
@@ -74,7 +75,7 @@ class WeightUpdater:
         }
         met = asyncio.to_thread(group.meet)
         await asyncio.gather(server.post("/init_weights_update_group", body, self._seconds), _or_failure(met))
-        self._group = group
+        return group
 
 
 async def _or_failure(work: Awaitable[None]) -> None:
