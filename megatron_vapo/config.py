@@ -436,6 +436,7 @@ class Recipe:
 
     @property
     def uses_critic(self) -> bool:
+        """Return whether the advantage needs a critic."""
         return self.algorithm.advantage == "gae"
 
     @property
@@ -445,6 +446,7 @@ class Recipe:
 
     @property
     def responses_per_step(self) -> int:
+        """Return the responses that a step is trained on."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     def ends_at(self, steps: int, sampled_tokens: int) -> bool:

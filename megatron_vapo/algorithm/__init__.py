@@ -1,0 +1,1 @@
+"""The mathematics of VAPO on packed tensors: torch alone, nothing of Megatron."""

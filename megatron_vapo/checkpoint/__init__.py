@@ -1,0 +1,1 @@
+"""Checkpoints that resume a run exactly, and the folder of a run."""

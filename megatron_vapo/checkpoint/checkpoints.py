@@ -242,7 +242,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:
-    """Those that rotation leaves: the newest, the best by held-out accuracy, and every n-th."""
+    """Return the checkpoints that rotation leaves: the newest, the best by held-out accuracy, and every n-th."""
     found = checkpoints(folder)
     kept = set(found[-settings.keep :])
     states = {path: read_state(path) for path in found if path.name.startswith("step_")}

@@ -137,6 +137,7 @@ def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[
 
 
 def is_harmless(key: str) -> bool:
+    """Return whether a resumed run may change this setting."""
     return any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
 
 

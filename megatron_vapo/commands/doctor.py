@@ -1,4 +1,4 @@
-"""What this machine can run, and why not more: `megatron-vapo doctor`.
+"""The verb `megatron-vapo doctor`: what this machine can run, and why not more.
 
 Versions come from package metadata, so nothing heavier than torch is imported, and a broken package cannot break the
 diagnosis.
@@ -45,7 +45,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. Only a `failure` keeps training from running here."""
+    """The result of one check. Only a `failure` keeps training from running here."""
 
     name: str
     status: Status
@@ -54,6 +54,8 @@ class Check:
 
 @dataclass(frozen=True)
 class Gpu:
+    """The properties of a CUDA device."""
+
     name: str
     memory_gib: float
     capability: tuple[int, int]
@@ -82,7 +84,7 @@ class Inventory:
 
 
 def run_doctor(console: Console) -> int:
-    """Prints the diagnosis as a table; returns the exit code: 0 if training can run here, else 1."""
+    """Print the diagnosis as a table; returns the exit code: 0 if training can run here, else 1."""
     checks = diagnose()
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for check in checks:
@@ -97,30 +99,30 @@ def run_doctor(console: Console) -> int:
 
 
 def diagnose() -> list[Check]:
-    """All checks of this machine, required packages first."""
-    return examine(take_inventory())
+    """Return all checks of this machine, required packages first."""
+    return examine(_take_inventory())
 
 
 def examine(inventory: Inventory) -> list[Check]:
-    """The checks that follow from what was found; reads nothing else."""
+    """Return the checks that follow from what was found; reads nothing else."""
     return [
-        check_package(inventory),
-        *check_pins(inventory),
-        check_transformer_engine(inventory),
-        check_apex(inventory),
-        check_device(inventory),
-        check_host(inventory),
-        check_communication(inventory),
-        check_fp8(inventory),
-        check_bfloat16(inventory),
-        *check_choices(inventory),
-        check_transformers_engine(inventory),
-        check_sglang(inventory),
-        *check_optional(inventory),
+        _check_package(inventory),
+        *_check_pins(inventory),
+        _check_transformer_engine(inventory),
+        _check_apex(inventory),
+        _check_device(inventory),
+        _check_host(inventory),
+        _check_communication(inventory),
+        _check_fp8(inventory),
+        _check_bfloat16(inventory),
+        *_check_choices(inventory),
+        _check_transformers_engine(inventory),
+        _check_sglang(inventory),
+        *_check_optional(inventory),
     ]
 
 
-def take_inventory() -> Inventory:
+def _take_inventory() -> Inventory:
     has_torch = installed_version("torch") is not None
     return Inventory(
         version=installed_version,
@@ -128,9 +130,9 @@ def take_inventory() -> Inventory:
         cores=os.cpu_count() or 1,
         memory_gib=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30,
         gpus=find_gpus() if has_torch else (),
-        backends=find_backends() if has_torch else (),
+        backends=_find_backends() if has_torch else (),
         nvidia_driver=shutil.which("nvidia-smi") is not None,
-        cuda=find_cuda() if has_torch else None,
+        cuda=_find_cuda() if has_torch else None,
         apex_is_nvidias=nvidia_apex(),
         apex_wgrad=apex_wgrad_kernel(),
         sglang=find_sglang(),
@@ -138,6 +140,7 @@ def take_inventory() -> Inventory:
 
 
 def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, or None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -145,6 +148,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def find_gpus() -> list[Gpu]:
+    """Return the CUDA devices that torch sees."""
     import torch
 
     if not torch.cuda.is_available():
@@ -153,13 +157,13 @@ def find_gpus() -> list[Gpu]:
     return [Gpu(found.name, found.total_memory / 2**30, (found.major, found.minor)) for found in properties]
 
 
-def find_cuda() -> str | None:
+def _find_cuda() -> str | None:
     import torch
 
     return torch.version.cuda
 
 
-def find_backends() -> list[str]:
+def _find_backends() -> list[str]:
     import torch.distributed as dist
 
     available = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
@@ -167,7 +171,7 @@ def find_backends() -> list[str]:
 
 
 def find_sglang() -> tuple[str, str] | None:
-    """In this environment, or in the one that `make sglang-cpu` makes here."""
+    """Return an interpreter that has SGLang, and its version: this environment's, or that of `make sglang-cpu`."""
     made = Path(os.environ.get("SGLANG_VENV", ".venv-sglang")) / "bin" / "python"
     for python in (sys.executable, str(made)):
         if Path(python).exists():
@@ -178,7 +182,7 @@ def find_sglang() -> tuple[str, str] | None:
     return None
 
 
-def check_package(inventory: Inventory) -> Check:
+def _check_package(inventory: Inventory) -> Check:
     python = f"Python {platform.python_version()}"
     version = inventory.version(PACKAGE)
     if version is None:
@@ -186,13 +190,13 @@ def check_package(inventory: Inventory) -> Check:
     return Check(PACKAGE, "ok", f"{version}, {python}")
 
 
-def check_pins(inventory: Inventory) -> list[Check]:
+def _check_pins(inventory: Inventory) -> list[Check]:
     requirements = map(Requirement, inventory.requirements)
     always = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
-    return [check_pin(requirement, inventory.version(requirement.name)) for requirement in always]
+    return [_check_pin(requirement, inventory.version(requirement.name)) for requirement in always]
 
 
-def check_pin(requirement: Requirement, version: str | None) -> Check:
+def _check_pin(requirement: Requirement, version: str | None) -> Check:
     name, wanted = requirement.name, str(requirement.specifier)
     if version is None:
         return Check(name, "failure", f"not installed: pip install '{name}{wanted}'")
@@ -203,7 +207,7 @@ def check_pin(requirement: Requirement, version: str | None) -> Check:
     return Check(name, "ok", version)
 
 
-def check_transformer_engine(inventory: Inventory) -> Check:
+def _check_transformer_engine(inventory: Inventory) -> Check:
     name, version = "transformer-engine", inventory.version("transformer-engine")
     if version is None:
         return Check(name, "absent", "not installed: layers come from Megatron's local spec and torch attention")
@@ -214,7 +218,7 @@ def check_transformer_engine(inventory: Inventory) -> Check:
     return Check(name, "ok", version)
 
 
-def check_apex(inventory: Inventory) -> Check:
+def _check_apex(inventory: Inventory) -> Check:
     version = inventory.version("apex")
     if version is None:
         return Check("apex", "absent", "not installed; optional (fused optimizer and norms where there is no TE)")
@@ -223,7 +227,7 @@ def check_apex(inventory: Inventory) -> Check:
     return Check("apex", "ok", version)
 
 
-def check_device(inventory: Inventory) -> Check:
+def _check_device(inventory: Inventory) -> Check:
     if inventory.gpus:
         names = [
             f"{gpu.name} ({gpu.memory_gib:.0f} GiB, sm_{gpu.capability[0]}{gpu.capability[1]})"
@@ -240,41 +244,41 @@ def check_device(inventory: Inventory) -> Check:
     return Check("CUDA", "absent", "no device: training runs on the CPU, for tests and small models")
 
 
-def check_host(inventory: Inventory) -> Check:
+def _check_host(inventory: Inventory) -> Check:
     return Check("CPU", "ok", f"{inventory.cores} cores, {inventory.memory_gib:.0f} GiB memory")
 
 
-def check_communication(inventory: Inventory) -> Check:
+def _check_communication(inventory: Inventory) -> Check:
     needed = "nccl" if inventory.gpus else "gloo"
     if needed not in inventory.backends:
         return Check(needed, "failure", f"this torch was built without {needed}: processes cannot communicate")
     return Check(needed, "ok", "communication between processes")
 
 
-def check_fp8(inventory: Inventory) -> Check:
-    refusals = {recipe: fp8_refusal(recipe, machine_of(inventory)) for recipe in FP8_MULTIPLES}
+def _check_fp8(inventory: Inventory) -> Check:
+    refusals = {recipe: fp8_refusal(recipe, _machine_of(inventory)) for recipe in FP8_MULTIPLES}
     possible = [recipe for recipe, refusal in refusals.items() if refusal is None]
     if possible:
         return Check("FP8", "ok", f"through Transformer Engine: {', '.join(possible)}")
     return Check("FP8", "absent", "needs CUDA devices of compute capability 8.9+ and Transformer Engine")
 
 
-def check_bfloat16(inventory: Inventory) -> Check:
+def _check_bfloat16(inventory: Inventory) -> Check:
     if any(gpu.capability < (8, 0) for gpu in inventory.gpus):
         return Check("bfloat16", "absent", "needs CUDA devices of compute capability 8.0+")
     return Check("bfloat16", "ok", "" if inventory.gpus else "on the CPU, slowly")
 
 
-def check_choices(inventory: Inventory) -> list[Check]:
-    """What a bfloat16 model is built from here."""
+def _check_choices(inventory: Inventory) -> list[Check]:
+    """Return the implementations that a bfloat16 model is built from here."""
     return [
         Check(choice.what, "ok", f"{choice.chosen} ({choice.why})")
-        for choice in choose(machine_of(inventory), sixteen_bits=True).choices()
+        for choice in choose(_machine_of(inventory), sixteen_bits=True).choices()
     ]
 
 
-def machine_of(inventory: Inventory) -> Machine:
-    """What decides which implementations are chosen; of several devices, the oldest."""
+def _machine_of(inventory: Inventory) -> Machine:
+    """Return what decides which implementations are chosen; of several devices, the oldest."""
     return Machine(
         capability=min((gpu.capability for gpu in inventory.gpus), default=None),
         cuda=inventory.cuda,
@@ -284,14 +288,14 @@ def machine_of(inventory: Inventory) -> Machine:
     )
 
 
-def check_transformers_engine(inventory: Inventory) -> Check:
+def _check_transformers_engine(inventory: Inventory) -> Check:
     name = "embedded rollout engine"
     if inventory.version("transformers") is None:
         return Check(name, "failure", "needs transformers")
     return Check(name, "ok", "transformers, in the training process")
 
 
-def check_sglang(inventory: Inventory) -> Check:
+def _check_sglang(inventory: Inventory) -> Check:
     name = "SGLang rollout engine"
     if inventory.sglang is not None:
         python, version = inventory.sglang
@@ -307,7 +311,7 @@ def check_sglang(inventory: Inventory) -> Check:
     return Check(name, "absent", "make sglang-cpu makes an environment in which it serves without a GPU")
 
 
-def check_optional(inventory: Inventory) -> list[Check]:
+def _check_optional(inventory: Inventory) -> list[Check]:
     found = [(name, without, inventory.version(name)) for name, without in OPTIONAL.items()]
     return [
         Check(name, "ok", version) if version else Check(name, "absent", f"not installed; {without}")

@@ -156,4 +156,5 @@ def _print_accuracy(console: Console, before: float | None, after: float | None)
 
 
 def first_process() -> bool:
+    """Return whether this is the first process, which prints."""
     return int(os.environ.get("RANK", "0")) == 0

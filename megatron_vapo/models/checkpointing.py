@@ -47,6 +47,7 @@ class Save:
         return [Path(path) for path, _, _ in self._buckets]
 
     def write(self) -> None:
+        """Write every staged file, synced to disk."""
         results: dict[int, Any] = {}
         for number, bucket in enumerate(self._buckets):
             done, running = queue.SimpleQueue(), queue.Queue()
@@ -62,6 +63,7 @@ class Save:
         self._buckets = []
 
     def finish(self) -> None:
+        """Write the checkpoint's common part, after all ranks have written theirs."""
         for function in self._request.finalize_fns:
             function()
 
@@ -136,6 +138,7 @@ def _read_into(model: Trainable, folder: Path, with_optimizer: bool) -> None:
 
 
 def sharded_parameters(model: Trainable) -> dict[str, Any]:
+    """Return Megatron's description of a model's parameters, for loading them alone."""
     chunks = enumerate(model.modules)
     return {f"model{i}": module.sharded_state_dict(metadata=_metadata()) for i, module in chunks}
 

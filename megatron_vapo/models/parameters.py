@@ -89,7 +89,7 @@ def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
 
 
 def _numbers(parameter: torch.nn.Parameter) -> Tensor:
-    """Its memory; of an FP8 parameter, a copy in the model's dtype."""
+    """Return a parameter's memory; where it is FP8, a copy in the model's dtype."""
     return dequantize_fp8_tensor(parameter).detach() if is_float8tensor(parameter) else parameter.data
 
 

@@ -91,7 +91,7 @@ class Trainable(ABC):
             self.optimizer.reload_model_params(self._named(exact) if exact else None)
 
     def _named(self, exact: dict[torch.nn.Parameter, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """As Megatron takes parameters: all of them, by chunk and name."""
+        """Return all parameters by chunk and name, as Megatron takes them."""
         chunks = [{n: exact.get(p, p.detach()) for n, p in module.named_parameters()} for module in self.modules]
         return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 

@@ -128,6 +128,7 @@ class Kernels:
     """`vocab_parallel.Inside` on a CUDA device; hidden states and weight of one type, float32 or bfloat16."""
 
     def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """See `vocab_parallel.Inside.sums`."""
         tokens, size = hidden.shape
         # A rank of padding alone has one span, without columns.
         spans = max(triton.cdiv(vocabulary.columns, SPAN), 1)
@@ -140,10 +141,12 @@ class Kernels:
         return parts
 
     def width(self, hidden: Tensor) -> int:
+        """See `vocab_parallel.Inside.width`."""
         columns = GRADIENT_BYTES // (hidden.element_size() * max(len(hidden), 1))
         return max(columns // COLUMNS, 1) * COLUMNS
 
     def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
+        """See `vocab_parallel.Inside.gradient`."""
         (tokens, size), width = hidden.shape, len(weight)
         grad = torch.empty(tokens, width, dtype=weight.dtype, device=hidden.device)
         _, entropy, log_normalizer = gradient.kept

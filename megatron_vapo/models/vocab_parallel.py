@@ -63,6 +63,7 @@ class Vocabulary:
         return rows, column[rows]
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp) -> Tensor:
+        """Reduce a tensor in place over the ranks that share the vocabulary."""
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(tensor, op=op, group=self.group)
         return tensor
@@ -197,15 +198,18 @@ class Chunks:
     """Blocks of logits by torch's own operations, on any device."""
 
     def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """See `Inside.sums`."""
         sums = _Sums(targets, vocabulary)
         for block in vocabulary.blocks(self.width(hidden)):
             sums.absorb(vocabulary.scaled(hidden @ weight[block].t()), block)
         return sums.parts()
 
     def width(self, hidden: Tensor) -> int:
+        """See `Inside.width`."""
         return _chunk(len(hidden))
 
     def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
+        """See `Inside.gradient`."""
         z = gradient.vocabulary.scaled(hidden @ weight.t())
         return gradient.of_block(z, block).to(weight.dtype)
 

@@ -1,0 +1,1 @@
+"""The metrics, displays and reports of a run."""

@@ -67,6 +67,7 @@ class MetricsWriter:
             self._wandb.log(step, values, kind)
 
     def close(self) -> None:
+        """Close the file and every writer."""
         self._file.close()
         for writer in self._tensorboard.values():
             writer.close()

@@ -20,6 +20,8 @@ RECENT_STEPS = 20
 
 
 class Shown(NamedTuple):
+    """A metric in the display, with its label and format."""
+
     metric: str
     label: str
     format: str
@@ -89,6 +91,7 @@ class PhaseBar:
         return max(0.0, (self.total - self.done) * mean - in_this_step)
 
     def closing_line(self) -> str:
+        """Return the line that stays when a phase is over."""
         pairs = [f"{label} {value.strip()}" for label, value in self._shown]
         spent = clock_time(monotonic() - self._started)
         return "  ".join([f"{self.name}: {self.done}/{self.total} in {spent}", *pairs])

@@ -29,6 +29,8 @@ Run = Mapping[Kind, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Series:
+    """A metric drawn as one curve of a panel."""
+
     kind: Kind
     metric: str
     label: str = ""
@@ -39,6 +41,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
+    """A set of curves with one pair of axes."""
+
     title: str
     series: tuple[Series, ...]
 
@@ -135,6 +139,7 @@ def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
 
 
 def has_data(run: Run, series: Series) -> bool:
+    """Return whether any record of a run has a series' metric."""
     return any(series.metric in record for record in run[series.kind])
 
 

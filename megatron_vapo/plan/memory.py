@@ -48,6 +48,7 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
+        """Return all GPUs of the cluster."""
         return self.nodes * self.assumptions.gpus_per_node
 
     @property
@@ -71,6 +72,7 @@ class PhaseMemoryUse:
 
     @property
     def total(self) -> int:
+        """Return the sum of all parts, in bytes."""
         return sum(self.parts.values())
 
     @property
@@ -110,6 +112,7 @@ class Model:
 
     @property
     def itemsize(self) -> int:
+        """Return the bytes of one parameter."""
         return torch_dtype(self.dtype).itemsize
 
     def rehearsal(self, stage: int) -> Rehearsal:

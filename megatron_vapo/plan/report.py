@@ -52,10 +52,12 @@ class CapacityPlan:
 
     @property
     def fits(self) -> bool:
+        """Return whether nothing is missing."""
         return self.missing is None
 
     @property
     def step_seconds(self) -> float:
+        """Return the seconds of a step, all phases."""
         return sum(self.seconds.values())
 
     @property

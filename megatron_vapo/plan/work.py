@@ -31,6 +31,7 @@ class Batch:
 
     @property
     def sequence(self) -> float:
+        """Return the tokens of one prompt and its response."""
         return self.prompt_tokens + self.response_tokens
 
     @property

@@ -1,0 +1,1 @@
+"""The reading of a recipe, and its refusal where it cannot work."""

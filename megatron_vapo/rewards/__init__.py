@@ -15,7 +15,9 @@ class Reward(Protocol):
     It runs in worker processes (see `scorer.py`), so it is a module-level function and keeps no state.
     """
 
-    def __call__(self, response: str, answer: str, /) -> float: ...
+    def __call__(self, response: str, answer: str, /) -> float:
+        """Return the score of one response."""
+        ...
 
 
 REWARDS = {

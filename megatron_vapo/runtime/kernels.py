@@ -66,6 +66,7 @@ class Backend:
 
     @property
     def transformer_engine(self) -> bool:
+        """Return whether layers come from Transformer Engine."""
         return self.layers == "transformer_engine"
 
     def choices(self) -> Iterator[Choice]:
@@ -144,7 +145,7 @@ def choose(machine: Machine, sixteen_bits: bool, emulates_fp8: bool = False) -> 
 
 
 def _adam(machine: Machine) -> tuple[Provider, str]:
-    """As Megatron chooses by itself, but for the last."""
+    """Return the AdamW that Megatron would choose by itself, and torch's where it has none."""
     if machine.transformer_engine is not None:
         return "transformer_engine", f"transformer-engine {machine.transformer_engine}"
     if machine.apex:

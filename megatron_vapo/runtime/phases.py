@@ -25,6 +25,7 @@ class Phase(StrEnum):
     shown: str
 
     def __new__(cls, name: str, shown: str) -> Phase:
+        """Make a member that is its name."""
         phase = str.__new__(cls, name)
         phase._value_, phase.shown = name, shown
         return phase

@@ -35,6 +35,7 @@ class Sample:
 
     @property
     def finished(self) -> bool:
+        """Return whether the response has ended, by itself or by a limit."""
         return self.begun is not None and self.begun.finish_reason != "abort"
 
     def request(self, prompt: Prompt) -> Request:
@@ -89,6 +90,7 @@ class Group:
 
     @property
     def complete(self) -> bool:
+        """Return whether all samples are finished."""
         return all(sample.finished for sample in self.samples)
 
     @property

@@ -1,0 +1,1 @@
+"""The loop of VAPO and what it is made of."""

@@ -31,6 +31,7 @@ class PhaseMemory:
 
     @contextmanager
     def __call__(self, phase: Phase) -> Iterator[None]:
+        """Add the memory used inside to a phase; phases may be nested."""
         outer = self._phase
         self._enter(phase)
         yield

@@ -66,10 +66,12 @@ class Run:
 
     @property
     def actor(self) -> Actor:
+        """Return the policy that is trained."""
         return self.models["actor"]
 
     @property
     def critic(self) -> Critic:
+        """Return the critic; only where `recipe.uses_critic`."""
         return self.models["critic"]
 
     @property

@@ -49,7 +49,7 @@ def verify(plan: RankPlan, source: Tensors, held: Iterable[tuple[str, Tensor]], 
 
 
 def digest(tensor: Tensor) -> str:
-    """Of a tensor's bytes: the first 64 bits of SHA-256, as SGLang's weight checker gives them on CPU."""
+    """Return the first 64 bits of SHA-256 of a tensor's bytes, as SGLang's weight checker gives them on CPU."""
     return hashlib.sha256(memoryview(as_bytes(tensor.cpu()))).hexdigest()[:16]
 
 

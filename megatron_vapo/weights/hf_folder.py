@@ -44,6 +44,7 @@ class HFFolder:
 
     @property
     def names(self) -> set[str]:
+        """Return the names of all tensors, FP8 scales left out."""
         return {name for name in self._files if not self._is_scale(name)}
 
     def check(self, expected: dict[str, tuple[int, ...]], limit: int = 8) -> None:
@@ -64,6 +65,7 @@ class HFFolder:
             raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         with safe_open(self._files[name], framework="pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
@@ -75,6 +77,7 @@ class HFFolder:
             return file.get_slice(name)[:0].dtype
 
     def read(self, name: str) -> Tensor:
+        """Return a tensor, dequantised where it is stored in FP8."""
         if name + fp8.SCALE_SUFFIX in self._files:
             return self._dequantised(name)
         return self._stored(name)

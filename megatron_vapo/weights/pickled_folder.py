@@ -18,9 +18,11 @@ class PickledFolder(HFFolder):
     WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         return tuple(self._stored(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's type."""
         return self._stored(name).dtype
 
     def _stored(self, name: str) -> Tensor:

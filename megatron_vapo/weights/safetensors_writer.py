@@ -36,6 +36,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes that the tensor takes in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

@@ -164,6 +164,7 @@ class TorchDistReader:
         return {index.fqn for index in self._storage if index.fqn not in self._tensors}
 
     def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's type."""
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:

@@ -144,7 +144,7 @@ def test_this_machine_is_diagnosed():
 
 @pytest.mark.parametrize(("machine", "code"), [(LAPTOP, 0), (with_packages(LAPTOP, torch=None), 1)])
 def test_the_exit_code_tells_whether_training_can_run(monkeypatch, machine, code):
-    monkeypatch.setattr(doctor, "take_inventory", lambda: machine)
+    monkeypatch.setattr(doctor, "_take_inventory", lambda: machine)
     console = Console(file=io.StringIO(), width=100)
     assert run_doctor(console) == code
     text = console.file.getvalue()

@@ -76,6 +76,7 @@ class Server:
 
     @property
     def running(self) -> bool:
+        """Return whether the server's process lives."""
         return self._supervisor.poll() is None
 
     def stop(self) -> None:
@@ -88,7 +89,7 @@ class Server:
         return sum(process.memory_info().rss for process in processes)
 
     def last_lines(self, count: int = 15) -> str:
-        """Of its log, since it was started last."""
+        """Return the end of its log, since it was started last."""
         with open(self._settings.log, "rb") as log:
             log.seek(self._log_start)
             lines = log.read().decode(errors="replace").splitlines()
