@@ -51,7 +51,7 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
     if dry_run:
         console.print(_description(recipe, inputs), highlight=False)
         return True
-    return _work(recipe, inputs, restart, console, body)
+    return bool(_work(recipe, inputs, restart, console, body))
 
 
 @record  # leaves the first failure of any process where torchrun reports it

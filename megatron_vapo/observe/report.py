@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with any colour vision (jfly.uni-koeln.de/color); its yellow is too pale."""
 
-LINE_STYLES = ("-", "--")
+LineStyle = Literal["-", "--"]
+LINE_STYLES: tuple[LineStyle, ...] = ("-", "--")
 STEPS_TO_SMOOTH = 80
 """A run of this many steps is drawn as means over 3 steps, one of twice as many over 5; shorter runs raw."""
 
@@ -152,7 +153,8 @@ def curve(run: Run, series: Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     shift = 1 + max(record["step"] for record in records) if series.kind == "pretrain" else 0
     steps = np.array([record["step"] - shift for record in records])
     values = np.array([record[series.metric] for record in records])
-    errors = np.array([record.get(series.standard_error, math.nan) for record in records])
+    error = series.standard_error
+    errors = np.array([math.nan if error is None else record.get(error, math.nan) for record in records])
     return steps, np.where(np.isfinite(values), np.maximum(values, series.least), np.nan), errors
 
 
@@ -167,11 +169,11 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 def _new_figure(panels: int) -> tuple["Figure", Iterable["Axes"]]:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = min(4, panels)
     rows = math.ceil(panels / columns)
-    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.5), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
+    figure = Figure(figsize=(4.4 * columns, 3.1 * rows + 0.5), layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[panels:]:
         unused.remove()
@@ -187,7 +189,7 @@ def _draw_panel(axis: "Axes", panel: Panel, runs: Sequence[Run], colours: Sequen
                 _draw_series(axis, run, series, colours[number] if colours else COLOURS[index], LINE_STYLES[index])
     axis.set_title(panel.title, fontsize=11, loc="left")
     axis.set_xlabel("training step", fontsize=9)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params("x", integer=True)
     axis.tick_params(labelsize=9)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -197,15 +199,24 @@ def _draw_panel(axis: "Axes", panel: Panel, runs: Sequence[Run], colours: Sequen
         _add_metric_legend(axis, drawn, by_colour=colours is None)
 
 
-def _draw_series(axis: "Axes", run: Run, series: Series, colour: str, style: str) -> None:
+def _draw_series(axis: "Axes", run: Run, series: Series, colour: str, style: LineStyle) -> None:
     steps, values, errors = curve(run, series)
     if series.standard_error is None:
         smooth = running_mean(values, reach=len(values) // STEPS_TO_SMOOTH)
         axis.plot(steps, values, color=colour, linewidth=0.7, alpha=0.25)
         axis.plot(steps, smooth, style, color=colour, linewidth=1.6)
     else:
-        markers = {"marker": "o", "markersize": 3.5, "elinewidth": 0.8}
-        axis.errorbar(steps, values, errors, linestyle=style, color=colour, linewidth=1.6, **markers)
+        axis.errorbar(
+            steps,
+            values,
+            errors,
+            color=colour,
+            linestyle=style,
+            linewidth=1.6,
+            marker="o",
+            markersize=3.5,
+            elinewidth=0.8,
+        )
 
 
 def _add_metric_legend(axis: "Axes", drawn: Mapping[Series, int], by_colour: bool) -> None:

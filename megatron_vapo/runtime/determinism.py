@@ -34,5 +34,5 @@ def be_deterministic() -> None:
 
     torch.use_deterministic_algorithms(True)
     # Filling all new memory would cost much, and matters only to code that reads what it has not written.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

@@ -59,7 +59,8 @@ class Interrupt:
 
     def overdue(self) -> bool:
         """Return whether rollouts under way should be abandoned."""
-        return self.asked() and monotonic() - self._asked_at > self._grace
+        self.asked()
+        return self._asked_at is not None and monotonic() - self._asked_at > self._grace
 
     def check(self) -> None:
         """Stop here if any rank was asked to. All ranks call it, between phases.
