@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the `megatron-vapo` command; returns its exit code."""
+    """Run the `megatron-vapo` command; returns its exit code."""
     options = _parse(arguments)
     warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
     warnings.filterwarnings("ignore", module=r"(torch|megatron)\.", category=FutureWarning)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, each kind with its own exit code.
+"""The errors that a user can mend, each kind with its own exit code.
 
 The command line prints only the message of these, never a traceback. A message says what is wrong, where, and
 what to write instead. Everything else is a bug of ours and keeps its traceback (exit code 1).
@@ -8,43 +8,43 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Base of all errors that the command line reports as one message."""
+    """The base of all errors that the command line reports as one message."""
 
     exit_code = 2
 
 
 class RecipeError(UserError):
-    """A recipe or an override that cannot work: unknown key, wrong type, sizes that do not divide."""
+    """Raised for a recipe or an override that cannot work: unknown key, wrong type, sizes that do not divide."""
 
     exit_code = 2
 
 
 class DataError(UserError):
-    """A prompt file that is missing, empty or malformed."""
+    """Raised for a prompt file that is missing, empty or malformed."""
 
     exit_code = 3
 
 
 class CheckpointError(UserError):
-    """A model folder or checkpoint that is missing, damaged or of another shape."""
+    """Raised for a model folder or checkpoint that is missing, damaged or of another shape."""
 
     exit_code = 4
 
 
 class LayoutError(UserError):
-    """A parallel layout that the model or the number of processes cannot take."""
+    """Raised for a parallel layout that the model or the number of processes cannot take."""
 
     exit_code = 5
 
 
 class TrainingError(UserError):
-    """A run that cannot go on, after its last checkpoint was kept."""
+    """Raised for a run that cannot go on, after its last checkpoint was kept."""
 
     exit_code = 6
 
 
 class RolloutError(UserError):
-    """A rollout engine that cannot start, or fails again and again."""
+    """Raised for a rollout engine that cannot start, or fails again and again."""
 
     exit_code = 7
 
@@ -61,7 +61,7 @@ class ProcessError(MachineError):
 
 
 class InstallationError(UserError):
-    """A package that is missing, or of a version that this project was not written for."""
+    """Raised for a package that is missing, or of a version that this project was not written for."""
 
     exit_code = 9
 
@@ -77,5 +77,5 @@ def few(names: Sequence[str], limit: int = 8, separator: str = ", ") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line of at most 500 characters."""
+    """Return an error in one line of at most 500 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]

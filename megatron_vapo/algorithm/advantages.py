@@ -1,4 +1,4 @@
-"""Rewards to advantages and value targets: VAPO (arXiv 2504.05118), and GRPO/DAPO for comparison.
+"""The way from rewards to advantages and value targets: VAPO (arXiv 2504.05118), and GRPO/DAPO for comparison.
 
 T response tokens of a packed batch, B responses, `cu_seqlens [B+1]` their offsets (see packed.py). Nothing here
 carries a gradient: advantages and value targets are constants to the losses.

@@ -1,4 +1,4 @@
-"""Packed ragged batches: the tokens of all responses one after another, and where each response begins.
+"""The layout of packed ragged batches: the tokens of all responses one after another, and where each response begins.
 
 `cu_seqlens [B+1]` (int64) holds the offsets: response i owns tokens `cu_seqlens[i] : cu_seqlens[i + 1]`.
 T response tokens, B responses. All tensors of a batch live on one device.

@@ -1,4 +1,4 @@
-"""Numbers to watch: how good the critic is, where in a response things go wrong, and how good the policy is.
+"""The numbers to watch: how good the critic is, where in a response things go wrong, and how good the policy is.
 
 T response tokens of a packed batch, B responses, K bins, P problems.
 """

@@ -1,4 +1,4 @@
-"""Whether a Hugging Face folder and a Megatron checkpoint are the same model: the same tokens through both."""
+"""Compare a Hugging Face folder and a Megatron checkpoint: the same tokens through both."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def largest_difference(folder: str | Path, checkpoint: str | Path, seed: int = 0
 
 @torch.no_grad()
 def hf_logits(folder: str | Path, architecture: Architecture, tokens: Tensor) -> Tensor:
-    """tokens [S] -> logits [S, V], or values [S, 1], by transformers."""
+    """Return logits [S, V], or values [S, 1], of tokens [S] by transformers."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if architecture.classifier else AutoModelForCausalLM
@@ -43,7 +43,7 @@ def hf_logits(folder: str | Path, architecture: Architecture, tokens: Tensor) ->
 
 @torch.no_grad()
 def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: Tensor) -> Tensor:
-    """tokens [S] -> logits [S, V], or values [S, 1], by the model that the checkpoint's actor or critic trains."""
+    """Return logits [S, V], or values [S, 1], of tokens [S] by the checkpoint's actor or critic."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_vapo.config import PrecisionConfig, RoleConfig

@@ -1,4 +1,4 @@
-"""`megatron-vapo evaluate`."""
+"""The verb `megatron-vapo evaluate`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_vapo.weights.hf_folder import HFFolder
 def evaluate_checkpoint(
     path: str, recipe_path: str | None, overrides: Iterable[str], data: str | None, samples: int | None
 ) -> None:
-    """`megatron-vapo evaluate`: print avg@k and pass@k of a Hugging Face folder or a run's checkpoint."""
+    """Print avg@k and pass@k of a Hugging Face folder or a run's checkpoint."""
     checkpoint = Path(path)
     is_hf = (checkpoint / "config.json").is_file()
     if not is_hf and not (checkpoint / "state.json").is_file():

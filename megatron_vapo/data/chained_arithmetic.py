@@ -1,4 +1,4 @@
-"""Chained arithmetic modulo 10: a task that a model of 150,000 parameters can learn by reinforcement in minutes.
+"""The task of chained arithmetic modulo 10, one that a model of 150,000 parameters can learn in minutes.
 
 A prompt is a start digit and some labelled operations, a response works through them and ends with `#` and the last
 *two* running values, so that a guess is right once in a hundred times:
@@ -28,7 +28,7 @@ MAX_TRIES = 3
 
 @dataclass(frozen=True)
 class Step:
-    """One operation: the operator `+`, `-` or `*`, and its operand, a digit."""
+    """The operation of one step: the operator `+`, `-` or `*`, and its operand, a digit."""
 
     operator: str
     operand: int
@@ -47,14 +47,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A start digit and at least two steps."""
+    """The start digit and at least two steps."""
 
     start: int
     steps: tuple[Step, ...]
 
     @property
     def prompt(self) -> str:
-        """For example `^9a*3b-9=`."""
+        """The prompt's text, for example `^9a*3b-9=`."""
         return f"{BOS}{self.start}" + "".join(f"{label}{step}" for label, step in zip(LABELS, self.steps)) + "="
 
     @property
@@ -68,7 +68,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How demonstrations behave: probabilities and accuracies.
+    """The probabilities and accuracies of demonstrations.
 
     A step has at most `MAX_TRIES` tries, the last of them in full. The defaults make a base that is seldom right.
     """
@@ -88,13 +88,13 @@ class Mixture:
 
 
 def make_problem(rng: random.Random) -> Problem:
-    """A random problem of `MIN_STEPS` to `MAX_STEPS` steps."""
+    """Return a random problem of `MIN_STEPS` to `MAX_STEPS` steps."""
     steps = tuple(_make_step(rng) for _ in range(rng.randint(MIN_STEPS, MAX_STEPS)))
     return Problem(rng.randrange(10), steps)
 
 
 def make_problem_sets(seed: int, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """Disjoint sets of `train` and `held_out` distinct problems.
+    """Return disjoint sets of `train` and `held_out` distinct problems.
 
     The held-out problems are drawn first: they depend on the seed and their number alone.
     """
@@ -107,7 +107,7 @@ def make_problem_sets(seed: int, train: int, held_out: int) -> tuple[list[Proble
 
 
 def demonstrate(problem: Problem, mixture: Mixture, rng: random.Random) -> str:
-    """One response to the problem, right or wrong, from after the prompt to `EOS`."""
+    """Return one response to the problem, right or wrong, from after the prompt to `EOS`."""
     if rng.random() < mixture.p_short:
         return _finish(rng.randrange(10), rng.randrange(10))
     response = ""

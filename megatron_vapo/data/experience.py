@@ -21,7 +21,7 @@ Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns"]
 
 @dataclass(frozen=True)
 class Experience:
-    """Responses with the numbers that engine, reward and models gave them; every process holds the same one."""
+    """The responses with the numbers that engine, reward and models gave them; every process holds the same one."""
 
     tokens: Tensor
     """[N] int64, each prompt followed by its response."""
@@ -57,12 +57,12 @@ class Experience:
 
     @cached_property
     def sequence_lengths(self) -> Tensor:
-        """[B] tokens of prompt and response."""
+        """Return the tokens of prompt and response [B]."""
         return self.prompt_lengths + self.response_lengths
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
-        """[B + 1] where each response starts among the T response tokens."""
+        """Return where each response starts among the T response tokens [B + 1]."""
         return offsets(self.response_lengths)
 
     def require(self, name: Estimate) -> Tensor:
@@ -78,7 +78,7 @@ class Experience:
 
     @property
     def correct(self) -> Tensor:
-        """[B] bool."""
+        """Return whether the reward function found each response right [B] bool."""
         return self.outcomes > 0
 
     def per_token(self, per_response_B: Tensor) -> Tensor:

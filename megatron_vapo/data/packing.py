@@ -1,4 +1,4 @@
-"""Micro-batches: responses balanced over data-parallel ranks and packed one after another up to a token budget.
+"""The micro-batches: responses balanced over data-parallel ranks and packed one after another up to a token budget.
 
 Every process makes the same plan from the lengths alone, so nothing is communicated. Order of samples never changes a
 loss, because losses carry denominators of the whole minibatch.
@@ -19,8 +19,9 @@ from megatron_vapo.data.experience import Experience, offsets, ranges
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences, and where in them the response tokens are predicted. Padding continues a sequence at its end,
-    where causal order hides it."""
+    """The packed sequences of one forward pass, and where in them the response tokens are predicted.
+
+    Padding continues a sequence at its end, where causal order hides it."""
 
     tokens: Tensor
     """[S] int64."""
@@ -62,7 +63,7 @@ def _zigzag_rows(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PackingRule:
-    """What the layout asks of micro-batches."""
+    """The limits and multiples that the layout sets to micro-batches."""
 
     token_budget: int
     """Tokens of a micro-batch at most (one longer sequence still gets a micro-batch of its own)."""
@@ -84,7 +85,7 @@ class PackingRule:
 
 
 def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list[list[list[int]]]:
-    """Responses of each micro-batch of each data-parallel rank, `[dp_size][micro-batches][responses]`.
+    """Return the responses of each micro-batch of each data-parallel rank, `[dp_size][micro-batches][responses]`.
 
     The number of micro-batches is the same on every rank, as pipeline schedules need; a micro-batch may be empty. The
     longest sequence goes first, always to the lightest micro-batch, which keeps them within a few percent.
@@ -143,7 +144,7 @@ def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch
 
 
 def _padded_lengths(lengths: Tensor, rule: PackingRule) -> Tensor:
-    """Sequence lengths with padding; an empty micro-batch is one sequence of padding."""
+    """Return sequence lengths with padding; an empty micro-batch is one sequence of padding."""
     padded = _round_up(lengths, rule.sequence_multiple)
     total = int(padded.sum())
     target = max(-(-total // rule.unit), 1) * rule.unit

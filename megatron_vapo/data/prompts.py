@@ -1,4 +1,4 @@
-"""Prompt sets: reading, checking and tokenising them, and the resumable order in which training visits them.
+"""Read, check and tokenise prompt sets, and keep the resumable order in which training visits them.
 
 Three containers (JSONL, Parquet, a folder of `datasets.save_to_disk`), each with rows of any of three schemas:
 
@@ -41,7 +41,7 @@ _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 class Message(NamedTuple):
-    """One turn of a chat, as `apply_chat_template` knows it."""
+    """The turn of a chat, as `apply_chat_template` knows it."""
 
     role: str
     content: str
@@ -49,7 +49,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One distinct prompt and its reference answer.
+    """The text of a distinct prompt and its reference answer.
 
     text: what the user asks, with the template rendered.
     answer: the reference that a reward compares with.
@@ -130,7 +130,7 @@ def tokenize_prompts(
 
 
 class PromptOrder:
-    """An endless order over the prompts 0 .. n-1: every epoch visits each once, in a fresh permutation.
+    """The endless order over the prompts 0 .. n-1: every epoch visits each once, in a fresh permutation.
 
     The permutation of an epoch is a function of (seed, epoch) alone, so the state is two numbers however large the
     set, and a resumed order goes on exactly as the uninterrupted one. A group of k prompts that spans two epochs may
@@ -251,7 +251,7 @@ def _known_columns(names: Sequence[str], path: Path) -> list[str]:
 
 
 def parse_row(row: object, source: str, template: str) -> tuple[tuple[Message, ...], str, str]:
-    """Context, rendered text and answer of a row. Raises DataError for one that cannot be trained on."""
+    """Return context, rendered text and answer of a row. Raises DataError for one that cannot be trained on."""
     if not isinstance(row, dict):
         raise DataError(f"{source}: expected an object with prompt and answer, not {_kind(row)}")
     if "prompt" not in row and "question" in row:

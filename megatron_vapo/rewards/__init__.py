@@ -1,4 +1,4 @@
-"""Rewards: functions of a response and a reference answer, behind one small protocol and a table of names."""
+"""The rewards: functions of a response and a reference answer, behind one small protocol and a table of names."""
 
 from __future__ import annotations
 

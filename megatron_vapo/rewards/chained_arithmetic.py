@@ -2,7 +2,7 @@
 
 
 def chained_arithmetic(response: str, answer: str) -> float:
-    """+1.0 if the text after the last `#` is exactly the answer, else -1.0.
+    """Return +1.0 if the text after the last `#` is exactly the answer, else -1.0.
 
     `response` is decoded without special tokens. Whether it was cut off is not seen here: the caller knows finish
     reasons and scores a cut response itself.

@@ -1,4 +1,4 @@
-"""Checkers of mathematical answers: DAPO's string rule, and our own reading, which ends in the math-verify library.
+"""The checkers of mathematical answers: DAPO's string rule, and our own reading, which ends in the math-verify library.
 
 docs/rewards.md says which to take when. DAPO's rule is a published fact and stays to the letter: cheap, and never wrong
 about a number it accepts, but it knows one way to write each answer. `math_verify_reward` reads answers as models write
@@ -28,7 +28,7 @@ _WORDS = re.compile(r"\\(?:text|mbox|textbf|overline)\{([^{}]*)\}")
 
 
 def math_dapo(response: str, answer: str) -> float:
-    """+1 if the last `Answer: ...` in the final 300 characters equals `answer` once both are normalised, else -1.
+    """Return +1 if the last `Answer: ...` of the final 300 characters equals `answer`, both normalised, else -1.
 
     The rule of DAPO's released recipe, whose normalisation is Minerva's (arXiv 2206.14858, appendix D.1). It compares
     strings, so these are wrong where the reference is 34: `**Answer:** 34`, `34.`, `34.0`, `034`; and so are
@@ -81,7 +81,7 @@ def _math_verify() -> tuple[Callable[[str], list], Callable[[list, list], bool]]
 
 
 def _normalize(answer: str) -> str:
-    """One spelling for answers that differ in spaces, units, dollar signs, LaTeX wrappers or thousands separators."""
+    """Return one spelling of answers that differ in spaces, units, dollar signs, LaTeX or thousands separators."""
     answer = answer.rpartition("=")[2]
     answer = _SPACES.sub("", _ORNAMENTS.sub("", answer)).replace("{,}", "")
     if formula := re.search(r"\$(.*?)\$", answer):  # prose around one formula: "there are $34$ of them"

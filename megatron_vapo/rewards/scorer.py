@@ -124,7 +124,7 @@ class _Outcome(NamedTuple):
 
 
 class _Worker:
-    """One process that scores one sample at a time, and is replaced when it hangs or dies."""
+    """The process that scores one sample at a time, and is replaced when it hangs or dies."""
 
     def __init__(self, reward: Reward, timeout_s: float) -> None:
         self._reward = reward
@@ -160,7 +160,7 @@ class _Worker:
         self._ready = False
 
     def _wait_until_ready(self) -> None:
-        """Not part of a sample's time: while a process starts, other workers go on."""
+        """Wait for a new process, outside of a sample's time; other workers go on."""
         if self._ready:
             return
         try:
@@ -189,7 +189,7 @@ def _serve(reward: Reward, connection: Connection) -> None:
 
 
 def _exit_with_parent() -> None:
-    """A parent that was killed cannot kill a worker whose reward hangs."""
+    """Exit when the parent is gone: killed, it cannot kill a worker whose reward hangs."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()

@@ -1,4 +1,4 @@
-"""Rollout engines behind one protocol: nothing in the loop knows which engine answers."""
+"""The protocol of rollout engines: nothing in the loop knows which engine answers."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class TransformersEngine:
         return [self.takes(architecture)]
 
     def revive(self) -> str | None:
-        """It is never down."""
+        """Return at once: it is never down."""
         return None
 
     @torch.no_grad()
@@ -114,14 +114,14 @@ class TransformersEngine:
         self._aborted = True
 
     def sleep(self) -> None:
-        """Small models stay where they are."""
+        """Do nothing: small models stay where they are."""
 
     def metrics(self) -> dict[str, float]:
-        """Nothing can go wrong unnoticed."""
+        """Return no counts: nothing can go wrong unnoticed."""
         return {}
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Do nothing: nothing outlives the process."""
 
     @torch.inference_mode()
     def _decode(
@@ -159,8 +159,9 @@ class TransformersEngine:
         return self._responses(tokens.cpu(), logprobs.cpu(), (max_tokens - written).cpu(), step)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Cache, Tensor]:
-        """Logits after each prompt [count, V], keys and values, attention mask [count, longest]. A prompt that several
-        requests share is read once."""
+        """Return logits after each prompt [count, V], keys and values, attention mask [count, longest].
+
+        A prompt that several requests share is read once."""
         from transformers import DynamicCache
 
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -172,7 +173,7 @@ class TransformersEngine:
         return logits[rows], cache, mask[rows]
 
     def _logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """Logits [b, V] after the last of `ids [b, n]`, which continue what the cache holds; `mask` covers both."""
+        """Return logits [b, V] after the last of `ids [b, n]`, which continue the cache; `mask` covers both."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self._model(
             input_ids=ids,
@@ -185,7 +186,7 @@ class TransformersEngine:
         return output.logits[:, -1]
 
     def _responses(self, tokens: Tensor, logprobs: Tensor, limits: Tensor, steps: int) -> list[Response]:
-        """Rows [count, max_tokens] cut after their first end token, at their limit, or where decoding stopped."""
+        """Return rows [count, max_tokens] cut after their first end token, at their limit, or where it stopped."""
         ends = torch.isin(tokens, self._end_ids.cpu()) & (
             torch.arange(tokens.shape[1]) < limits.clamp(max=steps)[:, None]
         )
@@ -198,7 +199,7 @@ class TransformersEngine:
         return responses
 
     def _left_pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Token ids and attention mask [count, longest]."""
+        """Return token ids and attention mask [count, longest]."""
         width = max(len(p) for p in prompts)
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=self._device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
@@ -206,7 +207,7 @@ class TransformersEngine:
 
 
 def _by_checkpoint_name(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters under their names in a checkpoint, which holds one by one the experts that transformers 5 stacks."""
+    """Yield parameters under their names in a checkpoint, which holds experts one by one; transformers 5 stacks them."""
     for name, parameter in model.named_parameters():
         experts, _, last = name.rpartition(".")
         if last == "gate_up_proj":
@@ -225,7 +226,7 @@ def _uniforms(seed: int, count: int) -> Tensor:
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Tokens drawn by inverse transform, and their log-probs before top-p.
+    """Return tokens drawn by inverse transform, and their log-probs before top-p.
 
     Args:
         logits: [b, V].
@@ -246,7 +247,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Ten
 
 
 def _cumulative(probs: Tensor) -> Tensor:
-    """Sums along the last dimension; CUDA has no deterministic way to them."""
+    """Return sums along the last dimension; CUDA has no deterministic way to them."""
     if torch.are_deterministic_algorithms_enabled():
         return probs.cpu().cumsum(dim=-1).to(probs.device)
     return probs.cumsum(dim=-1)

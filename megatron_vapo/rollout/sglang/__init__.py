@@ -1,4 +1,4 @@
-"""SGLang servers as child processes, spoken to over HTTP: the trainer never imports sglang.
+"""The engine made of SGLang servers, child processes that are reached over HTTP: the trainer never imports sglang.
 
 supervisor.py     a process between trainer and server: no server outlives its trainer, no key reaches a log
 server.py         starts, watches and ends one server

@@ -1,4 +1,4 @@
-"""A server's HTTP interface, as an RL trainer uses it (SGLang 0.5.23)."""
+"""The HTTP interface of a server, as an RL trainer uses it (SGLang 0.5.23)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ServerFailure(Exception):
 
 
 class EventLoop:
-    """An asyncio loop in a thread of its own, for the trainer's thread to hand work to."""
+    """Runs asynchronous work for the trainer's thread, in a thread of its own."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -42,7 +42,7 @@ class EventLoop:
 
 @asynccontextmanager
 async def connect(address: Address) -> AsyncIterator[Connection]:
-    """A connection pool to one server, as wide as needed: callers bound what is in flight."""
+    """Open a connection pool to one server, as wide as needed: callers bound what is in flight."""
     async with aiohttp.ClientSession(
         address.url,
         headers={"Authorization": f"Bearer {address.key}"},
@@ -53,7 +53,7 @@ async def connect(address: Address) -> AsyncIterator[Connection]:
 
 
 class Connection:
-    """Calls of one server's interface."""
+    """Calls one server's interface."""
 
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self._session = session
@@ -77,7 +77,7 @@ class Connection:
         return content
 
     async def healthy(self, seconds: float) -> bool:
-        """Whether the server is up, the scheduler's process included, and takes the key."""
+        """Return whether the server is up, the scheduler's process included, and takes the key."""
         try:
             for path in ("/health", "/get_model_info"):  # the second asks for the key
                 async with self._session.get(path, timeout=aiohttp.ClientTimeout(total=seconds)) as answer:
@@ -90,7 +90,7 @@ class Connection:
     async def generate(
         self, request: Request, sampling: SamplingConfig, max_tokens: int, end_ids: tuple[int, ...], rid: str
     ) -> Response:
-        """One response; its finish reason is `abort` where it was stopped by `abort`.
+        """Return one response; its finish reason is `abort` where it was stopped by `abort`.
 
         Raises:
             ServerFailure: also for an answer that cannot be what was asked for.

@@ -1,4 +1,4 @@
-"""SGLang as the rollout engine, on the devices that train or on others, through the phases of a step:
+"""The rollout engine on SGLang, on the devices that train or on others, through the phases of a step:
 
 1. `revive` starts the server, the first time or because it failed.
 2. `load_weights`: memory for weights -> update session -> buckets -> version -> flush the cache -> memory for it.
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class SGLangEngine:
-    """One server, seen from one of the processes that host it.
+    """The part of one process in an engine that several may host together.
 
     Args:
         model_path: Hugging Face folder whose configuration is used; weights come through `load_weights`.
@@ -247,7 +247,7 @@ class SGLangEngine:
             return None
 
     def _from_leader(self, value: Any) -> Any:
-        """What the leader has, on every host."""
+        """Return what the leader has, on every host."""
         if self._hosts is None:
             return value
         shared = [value]
@@ -255,14 +255,14 @@ class SGLangEngine:
         return shared[0]
 
     def _share_failure(self) -> None:
-        """A failure that one host met is all hosts'."""
+        """Make the failure that one host met all hosts'."""
         if self._hosts is not None:
             failures: list[str | None] = [None] * self._settings.tensor_parallel
             dist.all_gather_object(failures, self.failure, group=self._hosts)
             self.failure = next((failure for failure in failures if failure is not None), None)
 
     def _occupied(self) -> int:
-        """Bytes in use on the device; on CPU, those of the server's processes."""
+        """Return the bytes in use on the device; on CPU, those of the server's processes."""
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
             return total - free
@@ -277,8 +277,11 @@ def _started(part: T | None) -> T:
 
 
 def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:
-    """Scales of the cache that SGLang's FP8 models have, each 1, as where a checkpoint has none. They start as random
-    numbers (load-format=dummy), and SGLang would take positive ones for real. Its Qwen3 has none (0.5.23)."""
+    """Return the cache scales that SGLang's FP8 models have, each 1, as where a checkpoint has none.
+
+    They start as random numbers (load-format=dummy), and SGLang would take positive ones for real.
+    Its Qwen3 has none (0.5.23).
+    """
     if architecture.family not in ("qwen2", "llama", "mistral"):
         return []
     names = [f"model.layers.{i}.self_attn.attn.{x}_scale" for i in range(architecture.layers) for x in "kv"]

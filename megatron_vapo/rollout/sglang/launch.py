@@ -1,4 +1,4 @@
-"""How a server is started, on this process's device and those after it."""
+"""The arguments that a server is started with, on this process's device and those after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU_CACHE_TOKENS = 65536
 def server_settings(
     settings: RolloutConfig, model_path: str | Path, dtype: torch.dtype, device: torch.device, log: Path
 ) -> ServerSettings:
-    """Arguments and environment of `sglang.launch_server`; the recipe's own arguments win."""
+    """Return arguments and environment of `sglang.launch_server`; the recipe's own arguments win."""
     own = settings.sglang
     arguments: dict[str, str | int | float | bool] = {
         "model-path": str(model_path),
@@ -64,13 +64,13 @@ def server_settings(
 
 
 def _cores(ranks: int) -> str:
-    """SGLang on CPU binds each rank of a server to cores."""
+    """Return cores for each rank: SGLang on CPU binds them."""
     cores = sorted(psutil.Process().cpu_affinity())
     return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
 
 
 def _first_device(settings: RolloutConfig, device: torch.device) -> int:
-    """Colocated, the leader's own; separate, after those of the node's training processes."""
+    """Return the first device: colocated, the leader's own; separate, after those of the node's training processes."""
     if settings.placement == "colocated":
         return device.index
     hosts = dist.get_world_size() // settings.servers

@@ -1,4 +1,4 @@
-"""Named tensors in the form that `update_weights_from_tensor` takes: a pickle of handles to memory that both share.
+"""Pack named tensors as `update_weights_from_tensor` takes them: a pickle of handles to memory that both share.
 
 On CPU the memory is a file that its creator removes when it is freed; on CUDA it is an IPC handle. The pickles are made
 here and read by the server only; nothing that a server sends is ever unpickled.
@@ -21,7 +21,7 @@ Named = tuple[str, Tensor]
 
 
 def serialized(content: Any) -> str:
-    """Base64 of a pickle in which tensors are handles; their memory must live until the server has answered.
+    """Return base64 of a pickle in which tensors are handles; their memory must live until the server has answered.
 
     Server and trainer are no parent and child, so on CPU tensors are shared by file name, not by descriptor.
     """
@@ -39,7 +39,7 @@ NOTHING = serialized([])
 
 
 def buckets(tensors: Iterable[Named], most_bytes: int) -> Iterator[list[Named]]:
-    """Tensors in groups of at most so many bytes; a larger one is alone. Each group is the consumer's to keep."""
+    """Yield tensors in groups of at most so many bytes; a larger one is alone. Each group is the consumer's to keep."""
     bucket: list[Named] = []
     filled = 0
     for name, tensor in tensors:
@@ -53,7 +53,7 @@ def buckets(tensors: Iterable[Named], most_bytes: int) -> Iterator[list[Named]]:
 
 
 def flat(bucket: list[Named]) -> tuple[Tensor, list[SimpleNamespace]]:
-    """One uint8 tensor of all of a bucket's bytes, in memory of its own, and where in it each tensor lies.
+    """Return all of a bucket's bytes in one new uint8 tensor, and where in it each tensor lies.
 
     Wider types come first, so that each tensor starts at a multiple of its own numbers' size, as a view must.
     """
@@ -73,7 +73,7 @@ def flat(bucket: list[Named]) -> tuple[Tensor, list[SimpleNamespace]]:
 
 
 def direct_payload(bucket: list[Named]) -> tuple[Tensor, str]:
-    """For load_format=direct, the engine's own parameters by their names: their memory, and the payload."""
+    """Return memory and payload of the engine's own parameters by their names (load_format=direct)."""
     memory, places = flat(bucket)
     views = [
         (place.name, memory[place.start_idx : place.end_idx].view(place.dtype).view(place.shape)) for place in places
@@ -82,6 +82,6 @@ def direct_payload(bucket: list[Named]) -> tuple[Tensor, str]:
 
 
 def flattened_payload(bucket: list[Named]) -> tuple[Tensor, str]:
-    """For load_format=flattened_bucket, Hugging Face tensors in one piece: their memory, and the payload."""
+    """Return memory and payload of Hugging Face tensors in one piece (load_format=flattened_bucket)."""
     memory, places = flat(bucket)
     return memory, serialized({"flattened_tensor": memory, "metadata": places})

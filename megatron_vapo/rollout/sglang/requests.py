@@ -1,4 +1,4 @@
-"""Requests in flight: bounded, retried, cut at their time, and given up when their server is gone or hangs."""
+"""The requests in flight: bounded, retried, cut at their time, and given up when their server is gone or hangs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _numbers = itertools.count()
 
 
 class RequestPool:
-    """Has a server answer one list of requests.
+    """Sends one list of requests to a server, a bounded number at a time.
 
     Args:
         version: of the weights that must write the responses.
@@ -80,7 +80,7 @@ class RequestPool:
                 await asyncio.gather(watch, stopper, asked, return_exceptions=True)
 
     async def _ask(self, server: Connection, request: Request, sampling: SamplingConfig, max_tokens: int) -> Response:
-        """One response, asked for again after a failure.
+        """Return one response, requested again after a failure.
 
         Raises:
             ServerFailure: it failed `retries` times more.
@@ -124,7 +124,7 @@ class RequestPool:
         return asked.result(), len(asked.result().token_ids) > 0
 
     async def _stop_when_told(self, server: Connection) -> None:
-        """Again and again: a request may be on its way to the scheduler when others are aborted."""
+        """Abort again and again: a request may be on its way to the scheduler when others are aborted."""
         while True:
             if self.stopping:
                 with suppress(ServerFailure):  # asked again; a server that is gone is `_watch`'s to tell
@@ -132,7 +132,7 @@ class RequestPool:
             await asyncio.sleep(0.2)
 
     async def _watch(self, server: Connection, progress: Callable[[], float]) -> str:
-        """Returns once the server has ended, or has neither answered nor made progress for `stall_seconds`."""
+        """Return once the server has ended, or has neither answered nor made progress for `stall_seconds`."""
         limit = self._settings.sglang.stall_seconds
         loop = asyncio.get_running_loop()
         alive = loop.time()

@@ -1,4 +1,4 @@
-"""One SGLang server as a child process: started, watched, ended."""
+"""The SGLang server as a child process: started, watched, ended."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SERVER = "sglang.launch_server"
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How to start a server; the same every time it is started anew."""
+    """The settings that a server is started with, the same every time."""
 
     python: str
     """Interpreter of the environment that has SGLang."""
     arguments: Mapping[str, str | int | float | bool]
-    """Of `sglang.launch_server`, by name without dashes; True is a flag."""
+    """Arguments of `sglang.launch_server`, by name without dashes; True is a flag."""
     environment: Mapping[str, str]
     """Added to what the trainer's own environment leaves over."""
     log: Path
@@ -38,14 +38,14 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server answers, and to whom."""
+    """The address at which a server answers, and the key it asks for."""
 
     url: str
     key: str
 
 
 class Server:
-    """A server that was told to start; it ends with this process, however that ends.
+    """Starts a server, which ends with this process, however that ends.
 
     Args:
         choose_port: a port that is free now. Another process may take it before the server does: the server then ends,
@@ -84,7 +84,7 @@ class Server:
         self._supervisor.communicate()  # closes its stdin and waits
 
     def resident_bytes(self) -> int:
-        """Host memory of the server's processes."""
+        """Return the bytes of host memory of the server's processes."""
         processes = psutil.Process(self._supervisor.pid).children(recursive=True)
         return sum(process.memory_info().rss for process in processes)
 
@@ -127,7 +127,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
+    """Return a port of the loopback that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

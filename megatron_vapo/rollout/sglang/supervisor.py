@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(log_path: str, command: list[str]) -> int:
-    """Returns the server's exit status."""
+    """Run the server to its end; returns its exit status."""
     key = sys.stdin.readline().strip()
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as settings, open(log_path, "ab", buffering=0) as log:

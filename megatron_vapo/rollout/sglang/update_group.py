@@ -1,4 +1,4 @@
-"""A process group of one training process and a server's ranks, by which weights are broadcast to other devices.
+"""The process group of one training process and a server's ranks, by which weights are broadcast to other devices.
 
 torch has no public call that makes a group beside the default one with processes that are not in it. SGLang makes its
 end with `_new_process_group_helper`, so this end does the same, and the names under which the two meet must agree.
@@ -18,7 +18,7 @@ _CHECKED = "2.13"
 
 
 class UpdateGroup:
-    """Rank 0 of a group that a server's ranks join as 1, 2, ... once `meet` has begun.
+    """The rank 0 of a group that a server's ranks join as 1, 2, ... once `meet` has begun.
 
     Args:
         name: of the group, never used before.

@@ -32,7 +32,7 @@ class WeightUpdater:
         self._group: UpdateGroup | None = None
 
     async def send(self, server: Connection, bucket: list[tuple[str, Tensor]]) -> None:
-        """Hand over a bucket; it is freed only once the server has answered, and so has copied it."""
+        """Send a bucket; it is freed only once the server has answered, and so has copied it."""
         if self._way == "distributed":
             await self._broadcast(server, bucket)
             return
@@ -79,7 +79,7 @@ class WeightUpdater:
 
 
 async def _or_failure(work: Awaitable[None]) -> None:
-    """What goes wrong in a process group is the server's failure."""
+    """Raise what goes wrong in a process group as the server's failure."""
     try:
         await work
     except RuntimeError as error:
