@@ -207,7 +207,7 @@ class TransformersEngine:
 
 
 def _by_checkpoint_name(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters under their names in a checkpoint, which holds experts one by one; transformers 5 stacks them."""
+    """Yield parameters under a checkpoint's names, which holds experts one by one; transformers 5 stacks them."""
     for name, parameter in model.named_parameters():
         experts, _, last = name.rpartition(".")
         if last == "gate_up_proj":

@@ -125,6 +125,8 @@ def choose(machine: Machine, sixteen_bits: bool, emulates_fp8: bool = False) -> 
     """
     if machine.capability is None:
         return Backend()
+    layers: Literal["transformer_engine", "local"]
+    wgrad: Provider
     te = machine.transformer_engine
     if te is None:
         layers, layers_why = "local", "transformer-engine is not installed"
