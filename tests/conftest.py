@@ -92,6 +92,7 @@ def build_model(family: str, classifier: bool = False, seed: int = 0, **changes:
         "qwen3": (transformers.Qwen3Config, {"head_dim": 10}),
         "llama": (transformers.LlamaConfig, {"head_dim": 6}),
         "mistral": (transformers.MistralConfig, {"head_dim": 6, "sliding_window": None}),
+        "seed_oss": (transformers.SeedOssConfig, {"head_dim": 10}),  # no family yet: tests/models/test_new_family.py
         "qwen3_moe": (
             transformers.Qwen3MoeConfig,
             {"head_dim": 10, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

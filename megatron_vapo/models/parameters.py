@@ -14,8 +14,9 @@ from torch import Tensor
 
 from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.runtime.collectives import gather_objects
+from megatron_vapo.weights.entry import Entry, expert_number
 from megatron_vapo.weights.hf_folder import HFFolder
-from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, table_name, unshard
+from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, table_name, unshard
 from megatron_vapo.weights.training_layout import TrainingRank
 
 
@@ -120,7 +121,7 @@ def _global_name(model: Trainable, module: torch.nn.Module, name: str) -> str:
 
 def _tensor_parallel_group(entry: Entry) -> dist.ProcessGroup:
     """Experts are cut by their own tensor parallelism."""
-    if ".local_experts." in entry.megatron:
+    if expert_number(entry.megatron) is not None:
         return parallel_state.get_expert_tensor_parallel_group()
     return parallel_state.get_tensor_model_parallel_group()
 

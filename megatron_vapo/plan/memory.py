@@ -22,6 +22,7 @@ from megatron_vapo.plan.rehearsal import Rehearsal, parameter_shapes, rehearse, 
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_parameters
+from megatron_vapo.weights.entry import expert_number
 from megatron_vapo.weights.fp8 import bytes_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
@@ -159,7 +160,7 @@ class Model:
     def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
         role = self.role
         shapes = self.shapes(stage * smallest_world(role) // role.pipeline_parallel)
-        expert = sum(math.prod(shape) for name, shape in shapes.items() if ".local_experts." in name)
+        expert = sum(math.prod(shape) for name, shape in shapes.items() if expert_number(name) is not None)
         dense = sum(math.prod(shape) for shape in shapes.values()) - expert
         copies, expert_copies = (
             world // (role.pipeline_parallel * size) if role.distributed_optimizer else 1

@@ -8,20 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vapo.errors import CheckpointError
-
-FAMILIES = {
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2ForSequenceClassification": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3ForSequenceClassification": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Qwen3MoeForSequenceClassification": "qwen3_moe",
-    "LlamaForCausalLM": "llama",
-    "LlamaForSequenceClassification": "llama",
-    "MistralForCausalLM": "mistral",
-    "MistralForSequenceClassification": "mistral",
-}
-"""Hugging Face architecture -> family, whose tensor names `megatron_vapo.weights.table` lists."""
+from megatron_vapo.weights.families import FAMILIES, families_by_architecture
 
 _SIZES = (
     "num_hidden_layers",
@@ -85,16 +72,17 @@ def read_architecture(folder: str | Path) -> Architecture:
     raw = read_json(path)
     names = raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else "(none)"
-    if name not in FAMILIES:
+    families = families_by_architecture()
+    if name not in families:
         raise CheckpointError(
-            f"{path}: architecture {name} is not supported; supported are {', '.join(FAMILIES)} "
+            f"{path}: architecture {name} is not supported; supported are {', '.join(families)} "
             f"(docs/add_a_model.md says how to add one)"
         )
     config = _library_config(path, raw)
     classifier = name.endswith("SequenceClassification")
     if classifier and config.num_labels != 1:
         raise CheckpointError(f"{path}: a reward model has one label, this one {config.num_labels}")
-    architecture = _from_config(FAMILIES[name], config, classifier)
+    architecture = _from_config(families[name], config, classifier)
     _refuse_unsupported(path, architecture, config)
     return architecture
 
@@ -131,7 +119,6 @@ def _library_config(path: Path, raw: dict[str, Any]) -> Any:
 
 def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
     rope = config.rope_parameters
-    moe = family == "qwen3_moe"
     return Architecture(
         family=family,
         layers=config.num_hidden_layers,
@@ -142,17 +129,14 @@ def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
         tied_embeddings=config.tie_word_embeddings and not classifier,
-        qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
         norm_epsilon=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
         rope_base=rope["rope_theta"],
         rope_factor=rope.get("factor") if rope.get("rope_type") == "llama3" else None,
-        experts=config.num_experts if moe else None,
-        experts_per_token=config.num_experts_per_tok if moe else None,
-        expert_ffn=config.moe_intermediate_size if moe else None,
-        normalize_expert_weights=config.norm_topk_prob if moe else True,
         classifier=classifier,
+        **FAMILIES[family].fields(config),
     )
 
 
@@ -172,12 +156,6 @@ def _refuse_unsupported(path: Path, architecture: Architecture, config: Any) -> 
         raise CheckpointError(f"{path}: llama3 rope scaling other than Llama 3.1's {fixed} is not supported")
     if getattr(config, "use_sliding_window", False):
         raise CheckpointError(f"{path}: use_sliding_window is not supported")
-    if architecture.family == "mistral" and config.sliding_window is not None:
-        raise CheckpointError(
-            f"{path}: sliding_window={config.sliding_window} is not supported; where no sequence is longer than the "
-            f"window it changes nothing, and may be set to null"
-        )
-    if architecture.family == "llama" and (config.attention_bias or config.mlp_bias):
-        raise CheckpointError(f"{path}: attention_bias and mlp_bias are not supported")
-    if architecture.experts and (config.mlp_only_layers or config.decoder_sparse_step != 1):
-        raise CheckpointError(f"{path}: mixtures of dense and expert layers are not supported")
+    refusal = FAMILIES[architecture.family].refusal(config)
+    if refusal is not None:
+        raise CheckpointError(f"{path}: {refusal}")

@@ -20,11 +20,12 @@ from megatron_vapo.errors import CheckpointError
 from megatron_vapo.runtime.durable import check_is_free, new_folder
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
+from megatron_vapo.weights.entry import Entry
 from megatron_vapo.weights.hf_folder import HFFolder, keep_files
 from megatron_vapo.weights.pickled_folder import open_folder
 from megatron_vapo.weights.placement import StackedSlice, padded_keys, slice_of, stacked_shapes
 from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
-from megatron_vapo.weights.table import VALUE_HEAD, Entry, entries, hf_shapes, shard, split_whole
+from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, split_whole
 from megatron_vapo.weights.torch_dist import TorchDistReader, TorchDistWriter
 
 Report = Callable[[int, int], None]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.entry import COLUMNS, QKV, VOCABULARY, WHOLE, Entry
 from megatron_vapo.weights.slices import (
     Box,
     Parameter,
@@ -24,7 +25,7 @@ from megatron_vapo.weights.slices import (
     vocabulary_part,
     whole,
 )
-from megatron_vapo.weights.table import COLUMNS, QKV, VOCABULARY, WHOLE, Entry, entries, hf_shapes, padded_vocabulary
+from megatron_vapo.weights.table import entries, hf_shapes, padded_vocabulary
 
 _VOCABULARY_MULTIPLE = 64
 

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.table import VOCABULARY, Entry, entries, hf_shapes, shard
-
-_FUSED = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+from megatron_vapo.weights.entry import VOCABULARY, Entry
+from megatron_vapo.weights.table import FUSED_NORMS, entries, hf_shapes, shard
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def slice_of(entry: Entry, architecture: Architecture) -> StackedSlice:
             index.append(int(found[1]))
             stack.append(size)
             key = key.replace(found[0], replacement)
-    for plain, fused in _FUSED.items():
+    for plain, fused in FUSED_NORMS.items():
         if key.startswith("decoder.layers.") and not (plain == "pre_mlp_layernorm." and architecture.experts):
             key = key.replace(plain, fused)
     return StackedSlice(key, tuple(index), tuple(stack))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.table import COLUMNS, GATE_UP, QKV, VOCABULARY, WHOLE, Entry, padded_vocabulary
+from megatron_vapo.weights.entry import COLUMNS, GATE_UP, QKV, VOCABULARY, WHOLE, Entry
+from megatron_vapo.weights.table import padded_vocabulary
 
 Shapes = dict[str, tuple[int, ...]]
 """Of all Hugging Face tensors of a model, as `weights.table.hf_shapes` gives them."""

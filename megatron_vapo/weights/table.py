@@ -1,123 +1,26 @@
-"""Names and layouts: which Hugging Face tensors make up each Megatron parameter, and how both are cut.
+"""The parameters of a model, one after another, and how each is cut and put together again.
 
-A family is a tuple of `Entry`s, nothing else. `{i}` stands for the layer, `{e}` for the expert (both global numbers).
-The layout of an entry says how its Hugging Face tensors are joined into the whole Megatron tensor, and which dimension
-tensor parallelism cuts. All functions are pure and work on any torch tensor, on the meta device too.
+`weights.families` says which Hugging Face tensors make up each Megatron parameter. All functions are pure and work on
+any torch tensor, on the meta device too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.entry import GATE_UP, QKV, VOCABULARY, WHOLE, Entry
+from megatron_vapo.weights.families import FAMILIES
 
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How Hugging Face tensors are joined into a Megatron tensor whose dimension `dim`, in joined form, is cut."""
-
-    join: Callable[[list[Tensor], Architecture], Tensor]
-    split: Callable[[Tensor, Architecture], list[Tensor]]
-    dim: int | None
-    """Dimension of the joined tensor that tensor parallelism cuts; None where every rank holds all of it."""
-
-
-def _join_qkv(tensors: list[Tensor], a: Architecture) -> Tensor:
-    """q [H*D, ...], k and v [G*D, ...] -> [G, (H/G + 2) * D, ...]: each group's queries, then its key and value."""
-    rest = tensors[0].shape[1:]
-    return torch.cat([t.reshape(a.kv_heads, -1, *rest) for t in tensors], dim=1)
-
-
-def _split_qkv(joined: Tensor, a: Architecture) -> list[Tensor]:
-    rest = joined.shape[2:]
-    sizes = [a.heads_per_group * a.head_dim, a.head_dim, a.head_dim]
-    return [t.reshape(-1, *rest) for t in joined.split(sizes, dim=1)]
-
-
-def _only(tensors: list[Tensor], _: Architecture) -> Tensor:
-    return tensors[0]
-
-
-WHOLE = Layout(_only, lambda t, _: [t], dim=None)
-ROWS = Layout(_only, lambda t, _: [t], dim=0)
-COLUMNS = Layout(_only, lambda t, _: [t], dim=1)
-VOCABULARY = Layout(_only, lambda t, a: [t[: a.vocab]], dim=0)
-"""Rows of the vocabulary, which Megatron pads to a multiple of the tensor-parallel size."""
-QKV = Layout(_join_qkv, _split_qkv, dim=0)
-GATE_UP = Layout(lambda tensors, _: torch.stack(tensors), lambda t, _: list(t.unbind(0)), dim=1)
-"""gate and up [F, C] -> [2, F, C], cut along F, so that each rank holds its part of both."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One Megatron parameter and the Hugging Face tensors it is made of."""
-
-    megatron: str
-    hf: tuple[str, ...]
-    layout: Layout
-
-
-_LAYER = "decoder.layers.{i}."
-_HF_LAYER = "model.layers.{i}."
-
-_BODY = (
-    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY),
-    Entry(_LAYER + "input_layernorm.weight", (_HF_LAYER + "input_layernorm.weight",), WHOLE),
-    Entry(
-        _LAYER + "self_attention.linear_qkv.weight",
-        tuple(_HF_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv"),
-        QKV,
-    ),
-    Entry(_LAYER + "self_attention.linear_proj.weight", (_HF_LAYER + "self_attn.o_proj.weight",), COLUMNS),
-    Entry(_LAYER + "pre_mlp_layernorm.weight", (_HF_LAYER + "post_attention_layernorm.weight",), WHOLE),
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",), WHOLE),
-)
-_QKV_BIAS = (
-    Entry(_LAYER + "self_attention.linear_qkv.bias", tuple(_HF_LAYER + f"self_attn.{x}_proj.bias" for x in "qkv"), QKV),
-)
-_QK_NORM = tuple(
-    Entry(_LAYER + f"self_attention.{x}_layernorm.weight", (_HF_LAYER + f"self_attn.{x}_norm.weight",), WHOLE)
-    for x in "qk"
-)
-_DENSE_MLP = (
-    Entry(
-        _LAYER + "mlp.linear_fc1.weight",
-        (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
-        GATE_UP,
-    ),
-    Entry(_LAYER + "mlp.linear_fc2.weight", (_HF_LAYER + "mlp.down_proj.weight",), COLUMNS),
-)
-_EXPERTS = (
-    Entry(_LAYER + "mlp.router.weight", (_HF_LAYER + "mlp.gate.weight",), WHOLE),
-    Entry(
-        _LAYER + "mlp.experts.local_experts.{e}.linear_fc1.weight",
-        (_HF_LAYER + "mlp.experts.{e}.gate_proj.weight", _HF_LAYER + "mlp.experts.{e}.up_proj.weight"),
-        GATE_UP,
-    ),
-    Entry(
-        _LAYER + "mlp.experts.local_experts.{e}.linear_fc2.weight",
-        (_HF_LAYER + "mlp.experts.{e}.down_proj.weight",),
-        COLUMNS,
-    ),
-)
-
-FAMILIES: dict[str, tuple[Entry, ...]] = {
-    "qwen2": _BODY + _QKV_BIAS + _DENSE_MLP,
-    "qwen3": _BODY + _QK_NORM + _DENSE_MLP,
-    "qwen3_moe": _BODY + _QK_NORM + _EXPERTS,
-    "llama": _BODY + _DENSE_MLP,
-    "mistral": _BODY + _DENSE_MLP,
-}
+"""Norms that Transformer Engine's layers hold in the linear layer after them: how a name begins alone, and fused."""
 
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), VOCABULARY)
 VALUE_HEAD = Entry("output_layer.weight", ("score.weight",), WHOLE)
@@ -128,14 +31,14 @@ def table_name(name: str) -> str:
 
     Transformer Engine's layers hold a norm in the linear layer after it, and a rank's experts in one module.
     """
-    for fused, alone in _FUSED_NORMS.items():
+    for alone, fused in FUSED_NORMS.items():
         name = name.replace(fused, alone)
     return re.sub(r"experts\.(linear_fc\d)\.weight(\d+)$", r"experts.local_experts.\2.\1.weight", name)
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
     """All entries of a model with layer and expert numbers filled in; the head is left out where it is tied."""
-    for entry in FAMILIES[architecture.family]:
+    for entry in FAMILIES[architecture.family].entries:
         layers = range(architecture.layers) if "{i}" in entry.megatron else [0]
         experts = range(architecture.experts or 0) if "{e}" in entry.megatron else [0]
         for i in layers:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.entry import expert_number
 from megatron_vapo.weights.table import entries
 
 
@@ -23,7 +24,7 @@ class TrainingRank:
 
     def cut(self, name: str) -> tuple[int, int]:
         """Rank and size of the tensor parallelism that cuts this parameter."""
-        return (self.etp_rank, self.etp_size) if ".local_experts." in name else (self.tp_rank, self.tp_size)
+        return (self.etp_rank, self.etp_size) if expert_number(name) is not None else (self.tp_rank, self.tp_size)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _names_by_stage(a: Architecture, layout: TrainingLayout) -> list[list[tuple[
     stages: list[list[tuple[str, int | None]]] = [[] for _ in range(layout.pp)]
     for entry in entries(a):
         parts = entry.megatron.split(".")
-        expert = int(parts[parts.index("local_experts") + 1]) if "local_experts" in parts else None
+        expert = expert_number(entry.megatron)
         owner = None if expert is None else expert // (a.experts // layout.ep)
         if parts[:2] == ["decoder", "layers"]:
             held_by = {stage_of_layer[int(parts[2])]}

@@ -17,9 +17,10 @@ from megatron_vapo.errors import LayoutError, TrainingError
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import checksum, verify
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, whole_model
+from megatron_vapo.weights.families import FAMILIES
 from megatron_vapo.weights.reshard import RankPlan, ReshardPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
-from megatron_vapo.weights.table import FAMILIES, entries, hf_shapes, shard
+from megatron_vapo.weights.table import entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
 from megatron_vapo.weights.transfer import fill, stream
 from tests.weights.golden_engine import golden
@@ -80,8 +81,8 @@ def models(draw: st.DrawFn) -> Architecture:
         head_dim=draw(st.sampled_from([1, 2, 3])),
         vocab=draw(st.sampled_from([3, 11, 64, 70, 130])),
         tied_embeddings=draw(st.booleans()),
-        qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
         norm_epsilon=1e-6,
         max_positions=8,
         rope_base=1e4,

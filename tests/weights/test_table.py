@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture, read_architecture
+from megatron_vapo.weights.entry import GATE_UP, QKV, VOCABULARY, Entry
+from megatron_vapo.weights.families import FAMILIES
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.table import (
-    FAMILIES,
-    GATE_UP,
-    QKV,
-    VOCABULARY,
-    Entry,
     entries,
     hf_shapes,
     padded_vocabulary,
@@ -44,8 +41,8 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
         head_dim=draw(st.integers(1, 3)),
         vocab=draw(st.integers(1, 11)),
         tied_embeddings=draw(st.booleans()) and not classifier,
-        qkv_bias=family == "qwen2",
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
         norm_epsilon=1e-6,
         max_positions=8,
         rope_base=1e4,
