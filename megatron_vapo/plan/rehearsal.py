@@ -42,6 +42,7 @@ from megatron_vapo.models.trainable import Trainable
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.training_layout import layers_of_stages
 
 _META = torch.device("meta")
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -160,16 +161,9 @@ def rehearse(
         rehearse_whole(kind, even, replace(architecture, layers=depth * role.pipeline_parallel), dtype, stage)
         for depth in (4 * chunks, 8 * chunks)
     )
-    return few.at_depth(more, layers_of_stage(role, architecture.layers, stage))
-
-
-def layers_of_stage(role: RoleConfig, layers: int, stage: int) -> int:
-    """Layers of a pipeline rank."""
-    fixed = {0: role.first_stage_layers, role.pipeline_parallel - 1: role.last_stage_layers}
-    fixed = {at: count for at, count in fixed.items() if count is not None}
-    if stage in fixed:
-        return fixed[stage]
-    return (layers - sum(fixed.values())) // (role.pipeline_parallel - len(fixed))
+    first, last = role.first_stage_layers, role.last_stage_layers
+    layers = layers_of_stages(architecture.layers, role.pipeline_parallel, first, last, chunks)
+    return few.at_depth(more, layers[stage])
 
 
 def rehearse_whole(

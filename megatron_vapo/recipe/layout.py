@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.training_layout import layers_of_stages
 
 
 def check_world(name: str, role: RoleConfig, world_size: int) -> None:
@@ -35,9 +36,7 @@ def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None
         LayoutError: names the key and the size that it must divide.
     """
     a = architecture
-    tp, layers = role.tensor_parallel, _evenly_split_layers(name, role, a.layers)
-    stages = role.pipeline_parallel * (role.virtual_pipeline or 1)
-    even_stages = stages - (role.first_stage_layers is not None) - (role.last_stage_layers is not None)
+    tp = role.tensor_parallel
     divisions = [
         ("tensor_parallel", tp, "attention heads", a.heads),
         ("tensor_parallel", tp, "key-value heads", a.kv_heads),
@@ -57,25 +56,8 @@ def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None
     for key, size, what, number in divisions:
         if number % size:
             raise LayoutError(f"{name}.{key}={size} does not divide the model's {number} {what}")
-    if stages > a.layers:
-        raise LayoutError(f"{name}.pipeline_parallel: {stages} stages are more than the model's {a.layers} layers")
-    if even_stages == 0 and layers:
-        raise LayoutError(
-            f"{name}.first_stage_layers={role.first_stage_layers}, {name}.last_stage_layers={role.last_stage_layers}: "
-            f"there is no stage between them for {layers} of the model's {a.layers} layers: unset one of the two"
-        )
-    if even_stages and (layers % even_stages or layers == 0):
-        raise LayoutError(
-            f"{name}.pipeline_parallel: {layers} layers do not spread evenly over {even_stages} stages; "
-            f"set {name}.first_stage_layers or {name}.last_stage_layers"
-        )
-
-
-def _evenly_split_layers(name: str, role: RoleConfig, layers: int) -> int:
-    """Layers left for the stages whose number of layers is not set."""
-    if role.virtual_pipeline and (role.first_stage_layers or role.last_stage_layers):
-        raise LayoutError(f"{name}.virtual_pipeline needs even stages: unset first_stage_layers and last_stage_layers")
-    rest = layers - (role.first_stage_layers or 0) - (role.last_stage_layers or 0)
-    if rest < 0:
-        raise LayoutError(f"{name}.first_stage_layers and last_stage_layers exceed the model's {layers} layers")
-    return rest
+    first, last = role.first_stage_layers, role.last_stage_layers
+    try:
+        layers_of_stages(a.layers, role.pipeline_parallel, first, last, role.virtual_pipeline or 1)
+    except LayoutError as error:
+        raise LayoutError(f"{name}.{error}") from None

@@ -1,4 +1,4 @@
-"""The model families, each said once: an `Family` of `FAMILIES` is all that the package knows of one.
+"""The model families, each said once: a `Family` of `FAMILIES` is all that the package knows of one.
 
 Loading, training under every layout, weight sync, conversion both ways and critics follow from it. docs/add_a_model.md
 says how to add one.

@@ -81,14 +81,43 @@ def _names_by_stage(a: Architecture, layout: TrainingLayout) -> list[list[tuple[
     return stages
 
 
+def layers_of_stages(
+    layers: int, stages: int, first: int | None = None, last: int | None = None, chunks: int = 1
+) -> list[int]:
+    """Return each pipeline rank's layers [stages]: those that are set for the first and the last, and even parts of the
+    rest.
+
+    Args:
+        chunks: model chunks of a pipeline rank, each with equally many layers.
+
+    Raises:
+        LayoutError: begins with the key of a role that does not do.
+    """
+    fixed = [count for count in (first, last) if count is not None]
+    rest, even = layers - sum(fixed), (stages - len(fixed)) * chunks
+    if chunks > 1 and fixed:
+        raise LayoutError("virtual_pipeline needs even stages: unset first_stage_layers and last_stage_layers")
+    if rest < 0:
+        raise LayoutError(f"first_stage_layers and last_stage_layers exceed the model's {layers} layers")
+    if stages * chunks > layers:
+        raise LayoutError(f"pipeline_parallel: {stages * chunks} stages are more than the model's {layers} layers")
+    if even == 0 and rest:
+        raise LayoutError(
+            f"first_stage_layers={first}, last_stage_layers={last}: there is no stage between them for {rest} of the "
+            f"model's {layers} layers: unset one of the two"
+        )
+    if even and (rest % even or rest == 0):
+        raise LayoutError(
+            f"pipeline_parallel: {rest} layers do not spread evenly over {even} stages; set first_stage_layers or "
+            "last_stage_layers"
+        )
+    middle = [rest // even * chunks] * (stages - len(fixed)) if even else []
+    return [*([first] if first is not None else []), *middle, *([last] if last is not None else [])]
+
+
 def _stages(layers: int, layout: TrainingLayout) -> Iterator[int]:
     """The pipeline rank of each layer."""
-    fixed = {0: layout.first_stage_layers, layout.pp - 1: layout.last_stage_layers}
-    fixed = {stage: count for stage, count in fixed.items() if count is not None}
-    rest = layers - sum(fixed.values())
-    counts = [fixed.get(stage, rest // max(layout.pp - len(fixed), 1)) for stage in range(layout.pp)]
-    if sum(counts) != layers or any(count % layout.virtual for count in counts):
-        raise LayoutError(f"{layers} layers do not spread over {layout}")
+    counts = layers_of_stages(layers, layout.pp, layout.first_stage_layers, layout.last_stage_layers, layout.virtual)
     for _ in range(layout.virtual):
         for stage, count in enumerate(counts):
             yield from [stage] * (count // layout.virtual)

@@ -278,18 +278,12 @@ def _started(part: T | None) -> T:
 
 
 def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:
-<<<<<<< Updated upstream
     """Return the cache scales that SGLang's FP8 models have, each 1, as where a checkpoint has none.
 
     They start as random numbers (load-format=dummy), and SGLang would take positive ones for real.
-    Its Qwen3 has none (0.5.23).
+    Which models have them, `weights.families` says.
     """
-    if architecture.family not in ("qwen2", "llama", "mistral"):
-=======
-    """Scales of the cache that SGLang's FP8 models have, each 1, as where a checkpoint has none. They start as random
-    numbers (load-format=dummy), and SGLang would take positive ones for real. Its Qwen3 has none (0.5.23)."""
     if not FAMILIES[architecture.family].sglang_cache_scales:
->>>>>>> Stashed changes
         return []
     names = [f"model.layers.{i}.self_attn.attn.{x}_scale" for i in range(architecture.layers) for x in "kv"]
     return [(name, torch.ones(())) for name in names]
