@@ -74,7 +74,8 @@ def make_actor(recipe: str | None, weights: Path) -> Actor:
     init_world()
     role = ActorConfig(optimizer=OptimizerConfig(learning_rate=0.0, weight_decay=0.0, clip_grad=0.0))
     if recipe is not None:
-        role.precision = PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format=RECIPES[recipe])
+        fp8 = PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format=RECIPES[recipe])
+        role = replace(role, precision=fp8)
     actor = Actor(role, read_architecture(weights), torch.float32, ParallelLayout(role, 0))
     load_hf(actor, weights)
     return actor

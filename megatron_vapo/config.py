@@ -1,41 +1,83 @@
-"""The whole configuration surface: every setting once, typed and documented.
+"""Every setting once: its type, default, bounds, meaning, and whether it may change when a run is resumed.
 
-A recipe is a YAML file that chooses values for these dataclasses (`megatron_vapo.recipe.load` reads it).
+A recipe is a YAML file that chooses values for these dataclasses (`megatron_vapo.recipe.load` reads it with OmegaConf).
+Types and values of one setting are checked by what stands here; what several settings forbid each other is
+`megatron_vapo.recipe.validate`. This module needs nothing but Python, so that losses and models can be used without
+recipes. Bounds are a field's metadata instead of pydantic's, whose models OmegaConf cannot merge or interpolate.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from omegaconf import MISSING
+MISSING: Any = "???"
+"""The default of a setting that a recipe must choose, as OmegaConf writes it."""
+
+T = TypeVar("T")
 
 
-@dataclass
+class Bounds(NamedTuple):
+    """The values that a number may have; null is always allowed where the type has it."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_0 = Bounds("at least 0", lambda value: value >= 0)
+AT_LEAST_1 = Bounds("at least 1", lambda value: value >= 1)
+ABOVE_0 = Bounds("above 0", lambda value: value > 0)
+ABOVE_1 = Bounds("above 1, or null", lambda value: value > 1)
+BELOW_1 = Bounds("at least 0 and below 1", lambda value: 0 <= value < 1)
+FRACTION = Bounds("between 0 and 1", lambda value: 0 <= value <= 1)
+SHARE = Bounds("above 0, at most 1", lambda value: 0 < value <= 1)
+SEED = Bounds("at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
+SILENCE = Bounds("at least 2, or 0", lambda value: value == 0 or value >= 2)
+
+
+def setting(default: T, doc: str, bounds: Bounds | None = None, *, resume: bool = False) -> T:
+    """Return a dataclass field of a recipe.
+
+    Args:
+        doc: meaning, unit, and what null does.
+        bounds: values of a number that are allowed; any finite number without.
+        resume: whether the setting may change when a run is resumed. Any other would make it another run, or compare
+            accuracies of different tests.
+    """
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume})  # type: ignore[no-any-return]
+
+
+def group(settings: Callable[[], T], doc: str, *, resume: bool = False) -> T:
+    """Return a dataclass field of a recipe that holds several settings, which may all change where `resume` says so."""
+    return field(default_factory=settings, metadata={"doc": doc, "bounds": None, "resume": resume})
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The base model, a Hugging Face checkpoint folder."""
 
-    path: str = MISSING
-    """Folder with config.json, safetensors weights and a tokenizer; the start of actor and critic."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations. With bfloat16 the optimizer keeps float32 main parameters."""
+    path: str = setting(
+        MISSING, "Folder with config.json, safetensors weights and a tokenizer; the start of actor and critic."
+    )
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "float32",
+        "Type of parameters and activations. With bfloat16 the optimizer keeps float32 main parameters.",
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW; the learning rate warms up linearly, then stays constant, and advances with every optimizer step."""
 
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    """Optimizer steps (not rollout steps) until the full learning rate."""
-    weight_decay: float = 0.1
-    """Never applied to norms and biases."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    clip_grad: float = 1.0
-    """Bound on the global gradient norm; 0 turns clipping off."""
+    learning_rate: float = setting(1e-6, "Learning rate after the warm-up.", AT_LEAST_0)
+    warmup_steps: int = setting(0, "Optimizer steps (not rollout steps) until the full learning rate.", AT_LEAST_0)
+    weight_decay: float = setting(0.1, "Decoupled weight decay; norms and biases have none.", AT_LEAST_0)
+    beta1: float = setting(0.9, "Decay of Adam's mean of gradients.", BELOW_1)
+    beta2: float = setting(0.999, "Decay of Adam's mean of squared gradients.", BELOW_1)
+    epsilon: float = setting(1e-8, "Adam's epsilon, added to the root of the mean square.", AT_LEAST_0)
+    clip_grad: float = setting(1.0, "Bound on the global gradient norm; 0 turns clipping off.", AT_LEAST_0)
 
 
 FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
@@ -44,27 +86,29 @@ Engine's `assert_dim_for_fp8_exec`, Megatron Core's `get_align_size_for_quantiza
 but what is no multiple of 128 travels between tensor-parallel ranks in 16 bits instead of 8."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrecisionConfig:
     """Numbers that a role's linear layers compute with. Embeddings, norms, router and head keep `model.dtype`;
     log-probs and losses are float32 always."""
 
-    linear: Literal["model", "fp8"] = "model"
-    """model: as `model.dtype` says. fp8: 8-bit products through Transformer Engine (or `emulate`)."""
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
-    """How FP8 numbers are scaled (linear=fp8). delayed: a tensor by its largest value in the steps before. tensorwise:
-    a tensor by its own. blockwise: 1 x 128 of an activation, 128 x 128 of a weight. mxfp8: 32 values by a power of
-    two."""
-    format: Literal["e4m3", "hybrid"] = "e4m3"
-    """e4m3 everywhere, or hybrid: e5m2 for gradients."""
-    first_layers: int = 0
-    """Layers at the start that keep `model.dtype`."""
-    last_layers: int = 0
-    """Layers at the end that keep `model.dtype`."""
-    fp8_parameters: bool = False
-    """Hold the linear layers' weights as FP8 too; the optimizer's main parameters keep what they lose."""
-    emulate: bool = False
-    """Round to FP8's numbers in PyTorch instead of computing in FP8: slow, for any device, to see what FP8 does."""
+    linear: Literal["model", "fp8"] = setting(
+        "model", "model: as `model.dtype` says. fp8: 8-bit products through Transformer Engine (or `emulate`)."
+    )
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = setting(
+        "blockwise",
+        "How FP8 numbers are scaled (linear=fp8). delayed: a tensor by its largest value in the steps before. "
+        "tensorwise: a tensor by its own. blockwise: 1 x 128 of an activation, 128 x 128 of a weight. mxfp8: 32 values "
+        "by a power of two.",
+    )
+    format: Literal["e4m3", "hybrid"] = setting("e4m3", "e4m3 everywhere, or hybrid: e5m2 for gradients.")
+    first_layers: int = setting(0, "Layers at the start that keep `model.dtype`.", AT_LEAST_0)
+    last_layers: int = setting(0, "Layers at the end that keep `model.dtype`.", AT_LEAST_0)
+    fp8_parameters: bool = setting(
+        False, "Hold the linear layers' weights as FP8 too; the optimizer's main parameters keep what they lose."
+    )
+    emulate: bool = setting(
+        False, "Round to FP8's numbers in PyTorch instead of computing in FP8: slow, for any device, to see its effect."
+    )
 
     @property
     def computes_in_fp8(self) -> bool:
@@ -77,50 +121,74 @@ class PrecisionConfig:
         return FP8_MULTIPLES[self.recipe] if self.linear == "fp8" else 1
 
 
-@dataclass
+@dataclass(frozen=True)
 class OffloadConfig:
-    """What of a role waits in pinned host memory while other phases of a step have the device. No result changes."""
+    """The parts of a role that wait in pinned host memory while other phases have the device. No result changes."""
 
-    parameters: bool = False
-    gradients: bool = False
-    """Given up between updates, without a copy: they are zero then."""
-    main_parameters: bool = False
-    """The float32 ones that the optimizer keeps beside bfloat16 parameters."""
-    optimizer: bool = False
-    """Adam's moments."""
+    parameters: bool = setting(False, "The model's parameters.")
+    gradients: bool = setting(False, "Given up between updates, without a copy: they are zero then.")
+    main_parameters: bool = setting(False, "The float32 ones that the optimizer keeps beside bfloat16 parameters.")
+    optimizer: bool = setting(False, "Adam's moments.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RoleConfig:
-    """What actor and critic each choose for themselves: parallel layout, batching, optimizer."""
+    """What actor and critic each choose for themselves: parallel layout, batching, optimizer.
 
-    tensor_parallel: int = 1
-    sequence_parallel: bool = False
-    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
-    pipeline_parallel: int = 1
-    first_stage_layers: int | None = None
-    """Layers on the first pipeline stage, where the split is uneven (the rest is spread evenly)."""
-    last_stage_layers: int | None = None
-    virtual_pipeline: int | None = None
-    """Model chunks a pipeline rank (interleaved schedule); needs every micro-batch of one length."""
-    context_parallel: int = 1
-    expert_parallel: int = 1
-    expert_tensor_parallel: int = 1
-    distributed_optimizer: bool = False
-    """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that are computed again in the backward pass: none, core attention, or whole layers."""
-    moe_aux_loss: float = 0.0
-    """Weight of the router's load-balancing loss (mixture-of-experts models); 0 turns it off."""
-    micro_batch_tokens: int = 16384
-    """Tokens (prompt and response) that one packed micro-batch holds at most, per data-parallel rank."""
-    balance: Literal["tokens", "flops"] = "tokens"
-    """What micro-batches and data-parallel ranks share equally: tokens, or computation including attention's square."""
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    The layout may change on resume: it says how a step is computed, not what. Results agree but for the order in which
+    numbers are added.
+    """
+
+    tensor_parallel: int = setting(1, "Ranks that share each layer's matrices.", AT_LEAST_1, resume=True)
+    sequence_parallel: bool = setting(
+        False, "Split norms and residuals along the sequence over the tensor-parallel ranks.", resume=True
+    )
+    pipeline_parallel: int = setting(1, "Stages that the layers are spread over.", AT_LEAST_1, resume=True)
+    first_stage_layers: int | None = setting(
+        None,
+        "Layers on the first pipeline stage, where the split is uneven; null: as many as on the others.",
+        AT_LEAST_1,
+        resume=True,
+    )
+    last_stage_layers: int | None = setting(
+        None,
+        "Layers on the last pipeline stage, where the split is uneven; null: as many as on the others.",
+        AT_LEAST_1,
+        resume=True,
+    )
+    virtual_pipeline: int | None = setting(
+        None,
+        "Model chunks a pipeline rank (interleaved schedule); needs every micro-batch of one length. null: no chunks.",
+        AT_LEAST_1,
+        resume=True,
+    )
+    context_parallel: int = setting(1, "Ranks that share each sequence.", AT_LEAST_1, resume=True)
+    expert_parallel: int = setting(1, "Ranks that share the experts of a layer.", AT_LEAST_1, resume=True)
+    expert_tensor_parallel: int = setting(1, "Ranks that share each expert's matrices.", AT_LEAST_1, resume=True)
+    distributed_optimizer: bool = setting(False, "Shard optimizer states over the data-parallel ranks (ZeRO-1).")
+    overlap_grad_reduce: bool = setting(False, "Reduce gradients while the backward pass still runs.", resume=True)
+    recompute: Literal["none", "selective", "full"] = setting(
+        "none",
+        "Activations that are computed again in the backward pass: none, core attention, or whole layers.",
+        resume=True,
+    )
+    moe_aux_loss: float = setting(
+        0.0, "Weight of the router's load-balancing loss (mixture-of-experts models); 0 turns it off.", AT_LEAST_0
+    )
+    micro_batch_tokens: int = setting(
+        16384,
+        "Tokens (prompt and response) that one packed micro-batch holds at most, per data-parallel rank.",
+        AT_LEAST_1,
+        resume=True,
+    )
+    balance: Literal["tokens", "flops"] = setting(
+        "tokens",
+        "What micro-batches and data-parallel ranks share equally: tokens, or computation with attention's square.",
+        resume=True,
+    )
+    precision: PrecisionConfig = group(PrecisionConfig, "Numbers that linear layers compute with.")
+    offload: OffloadConfig = group(OffloadConfig, "Parts that wait in host memory while not in use.", resume=True)
+    optimizer: OptimizerConfig = group(OptimizerConfig, "AdamW and its schedule.")
 
     @property
     def packing_multiples(self) -> tuple[int, int]:
@@ -132,311 +200,413 @@ class RoleConfig:
         return chunks * self.context_parallel, parts * math.lcm(self.precision.token_multiple, chunks) // chunks
 
 
-@dataclass
+@dataclass(frozen=True)
 class ActorConfig(RoleConfig):
     """The policy."""
 
-    logprobs: Literal["whole", "chunked", "triton"] = "whole"
-    """What log-probs and entropy are computed from. whole: the logits of a micro-batch. chunked: hidden states, so that
-    logits exist for a few columns at a time only: less memory, about 1.3 times the time of the output layer. triton:
-    chunked, with kernels in which logits never reach memory; needs CUDA and the package triton."""
+    logprobs: Literal["whole", "chunked", "triton"] = setting(
+        "whole",
+        "What log-probs and entropy are computed from. whole: the logits of a micro-batch. chunked: hidden states, so "
+        "that logits exist for a few columns at a time only: less memory, about 1.3 times the time of the output "
+        "layer. triton: chunked, with kernels in which logits never reach memory; needs CUDA and the package triton.",
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CriticConfig(RoleConfig):
     """The critic: a copy of the actor's body with a scalar head."""
 
-    init: Literal["actor", "reward_model", "fresh_head"] = "reward_model"
-    """actor: the base model's body, head zero, so values start at 0. reward_model: body and head of `reward_model`.
-    fresh_head: the base model's body, head drawn at random."""
-    reward_model: str | None = None
-    """Hugging Face sequence-classification folder with one label (critic.init=reward_model)."""
-    epochs: int = 1
-    """Passes over each rollout batch; K > 1 gives K critic updates per policy update."""
+    init: Literal["actor", "reward_model", "fresh_head"] = setting(
+        "reward_model",
+        "actor: the base model's body, head zero, so values start at 0. reward_model: body and head of `reward_model`. "
+        "fresh_head: the base model's body, head drawn at random.",
+    )
+    reward_model: str | None = setting(
+        None, "Hugging Face sequence-classification folder with one label (critic.init=reward_model)."
+    )
+    epochs: int = setting(
+        1, "Passes over each rollout batch; K > 1 gives K critic updates per policy update.", AT_LEAST_1
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """VAPO's mathematics. PPO, VC-PPO, GRPO and DAPO are other values of the same settings."""
 
-    advantage: Literal["gae", "group"] = "gae"
-    """gae: a critic and generalized advantage estimation. group: the reward normalised in its prompt's group, no
-    critic (GRPO, DAPO)."""
-    gamma: float = 1.0
-    lambda_policy: float = 0.95
-    """Lambda of the policy's advantages where length_adaptive_gae is off."""
-    length_adaptive_gae: bool = True
-    """Lambda of the policy's advantages is 1 - 1 / (alpha * response length), clamped to [0, 1]."""
-    alpha: float = 0.05
-    decoupled_gae: bool = True
-    """Value targets use lambda_critic. Off: they use the policy's lambda."""
-    lambda_critic: float = 1.0
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    """Clip-higher; the symmetric clip of PPO is clip_high = clip_low."""
-    dual_clip: float | None = None
-    """Lower bound on the objective of negative advantages, c in dual-clip PPO (10 in DAPO's script)."""
-    loss_reduction: Literal["token", "sample"] = "token"
-    """token: mean over all response tokens of the minibatch. sample: mean over responses of per-response means."""
-    mask_truncated: bool = False
-    """Leave truncated responses out of all losses (DAPO's overlong filtering); off, they are trained on as wrong."""
-    old_logprobs: Literal["actor", "rollout"] = "actor"
-    """Log-probs under which a batch counts as drawn, the denominator of the policy's ratio: the actor's own, computed
-    before the update, or the engine's."""
-    importance: Literal["auto", "none", "truncate", "mask"] = "auto"
-    """Correction for tokens that the engine drew from other probabilities than the actor's (old_logprobs=actor): each
-    token's policy loss is multiplied by w = exp(actor's - engine's log-prob). truncate: by min(w, importance_cap)
-    (TIS). mask: by w, and by 0 where w is above importance_cap. auto: truncate where the engine's numbers are FP8
-    (rollout.quantization, rollout.kv_cache), else none."""
-    importance_cap: float = 2.0
-    positive_lm_coefficient: float = 0.1
-    """mu, the weight of the language-model loss on correct responses; 0 turns it off."""
-    value_clip: float | None = None
-    """Clip the value's change from the rollout's value, as PPO implementations do; null turns it off."""
-    group_divide_by_std: bool = True
-    """Divide group advantages by the group's standard deviation (advantage=group)."""
-    whiten_advantages: bool = False
-    """Shift and scale the advantages of a rollout batch to mean 0 and standard deviation 1 over its tokens."""
+    advantage: Literal["gae", "group"] = setting(
+        "gae",
+        "gae: a critic and generalized advantage estimation. group: the reward normalised in its prompt's group, no "
+        "critic (GRPO, DAPO).",
+    )
+    gamma: float = setting(1.0, "Discount a token.", FRACTION)
+    lambda_policy: float = setting(
+        0.95, "Lambda of the policy's advantages where length_adaptive_gae is off.", FRACTION
+    )
+    length_adaptive_gae: bool = setting(
+        True, "Lambda of the policy's advantages is 1 - 1 / (alpha * response length), clamped to [0, 1]."
+    )
+    alpha: float = setting(0.05, "Alpha of length_adaptive_gae.", ABOVE_0)
+    decoupled_gae: bool = setting(True, "Value targets use lambda_critic. Off: they use the policy's lambda.")
+    lambda_critic: float = setting(1.0, "Lambda of value targets where decoupled_gae is on.", FRACTION)
+    clip_low: float = setting(0.2, "The policy's ratio is clipped below at 1 - clip_low.", BELOW_1)
+    clip_high: float = setting(
+        0.28, "And above at 1 + clip_high (clip-higher); the symmetric clip of PPO is clip_high = clip_low.", AT_LEAST_0
+    )
+    dual_clip: float | None = setting(
+        None,
+        "Lower bound on the objective of negative advantages, c in dual-clip PPO (10 in DAPO's script). null: none.",
+        ABOVE_1,
+    )
+    loss_reduction: Literal["token", "sample"] = setting(
+        "token",
+        "token: mean over all response tokens of the minibatch. sample: mean over responses of per-response means.",
+    )
+    mask_truncated: bool = setting(
+        False,
+        "Leave truncated responses out of all losses (DAPO's overlong filtering); off, they are trained on as wrong.",
+    )
+    old_logprobs: Literal["actor", "rollout"] = setting(
+        "actor",
+        "Log-probs under which a batch counts as drawn, the denominator of the policy's ratio: the actor's own, "
+        "computed before the update, or the engine's.",
+    )
+    importance: Literal["auto", "none", "truncate", "mask"] = setting(
+        "auto",
+        "Correction for tokens that the engine drew from other probabilities than the actor's (old_logprobs=actor): "
+        "each token's policy loss is multiplied by w = exp(actor's - engine's log-prob). truncate: by min(w, "
+        "importance_cap) (TIS). mask: by w, and by 0 where w is above importance_cap. auto: truncate where the "
+        "engine's numbers are FP8 (rollout.quantization, rollout.kv_cache), else none.",
+    )
+    importance_cap: float = setting(2.0, "Largest weight of importance=truncate and mask.", AT_LEAST_1)
+    positive_lm_coefficient: float = setting(
+        0.1, "mu, the weight of the language-model loss on correct responses; 0 turns it off.", AT_LEAST_0
+    )
+    value_clip: float | None = setting(
+        None,
+        "Clip the value's change from the rollout's value, as PPO implementations do; null turns it off.",
+        AT_LEAST_0,
+    )
+    group_divide_by_std: bool = setting(
+        True, "Divide group advantages by the group's standard deviation (advantage=group)."
+    )
+    whiten_advantages: bool = setting(
+        False, "Shift and scale the advantages of a rollout batch to mean 0 and standard deviation 1 over its tokens."
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValuePretrainingConfig:
     """Training of the critic on rollouts of the fixed initial policy, before VAPO itself (VC-PPO)."""
 
-    enabled: bool = True
-    checkpoint: str | None = None
-    """Folder of a critic saved by an earlier run (its `critic_pretrained`): used instead of pretraining anew."""
-    max_steps: int = 50
-    """Rollout steps at most."""
-    target_explained_variance: float = 0.95
-    """Stop once the explained variance, measured on new rollouts before training on them, reaches this."""
-    epochs: int = 1
-    """Passes over each rollout batch."""
-    reset_optimizer: bool = False
-    """Start VAPO with fresh critic optimizer states instead of those that pretraining left."""
+    enabled: bool = setting(True, "Whether the critic is pretrained.")
+    checkpoint: str | None = setting(
+        None,
+        "Folder of a critic saved by an earlier run (its `critic_pretrained`), used instead of pretraining. null: "
+        "pretrain.",
+    )
+    max_steps: int = setting(50, "Rollout steps at most.", AT_LEAST_1)
+    target_explained_variance: float = setting(
+        0.95, "Stop once the explained variance, measured on new rollouts before training on them, reaches this."
+    )
+    epochs: int = setting(1, "Passes over each rollout batch.", AT_LEAST_1)
+    reset_optimizer: bool = setting(
+        False, "Start VAPO with fresh critic optimizer states instead of those that pretraining left."
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class SamplingConfig:
     """How tokens are drawn; log-probs are always those of log_softmax(logits / temperature), before top-p."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float = setting(1.0, "Divides the logits.", ABOVE_0)
+    top_p: float = setting(1.0, "Probability of the likeliest tokens, of which one is drawn.", SHARE)
 
 
-@dataclass
+@dataclass(frozen=True)
 class SGLangConfig:
     """The SGLang servers that the trainer starts (rollout.engine=sglang)."""
 
-    python: str | None = None
-    """Interpreter of the environment that has SGLang; null takes the trainer's own. `make sglang-cpu` makes
-    .venv-sglang/bin/python for machines without a GPU."""
-    update: Literal["direct", "flattened_bucket"] = "direct"
-    """How weights get into a server. direct: each rank hands over its shards of the server's own parameters.
-    flattened_bucket: the server's first process collects whole tensors, and the server cuts them."""
-    memory_fraction: float = 0.8
-    """Share of a GPU's memory for weights and keys and values."""
-    max_cache_tokens: int | None = None
-    """Tokens whose keys and values fit; null lets SGLang choose by memory (65,536 on CPU)."""
-    concurrency: int = 1024
-    """Requests that one server has at a time."""
-    start_seconds: float = 900.0
-    """Limit for a server's start."""
-    stall_seconds: float = 120.0
-    """A server that for so long neither answers nor makes progress counts as hung."""
-    max_restarts: int = 3
-    """Starts of one server after failures, in a run; then the run stops."""
-    arguments: dict[str, str] = field(default_factory=dict)
-    """More arguments of sglang.launch_server, by name without dashes."""
+    python: str | None = setting(
+        None,
+        "Interpreter of the environment that has SGLang; null takes the trainer's own. `make sglang-cpu` makes "
+        ".venv-sglang/bin/python for machines without a GPU.",
+    )
+    update: Literal["direct", "flattened_bucket"] = setting(
+        "direct",
+        "How weights get into a server. direct: each rank sends its shards of the server's own parameters. "
+        "flattened_bucket: the server's first process collects whole tensors, and the server cuts them.",
+    )
+    memory_fraction: float = setting(0.8, "Share of a GPU's memory for weights and keys and values.", SHARE)
+    max_cache_tokens: int | None = setting(
+        None, "Tokens whose keys and values fit; null lets SGLang choose by memory (65,536 on CPU).", AT_LEAST_1
+    )
+    concurrency: int = setting(1024, "Requests that one server has at a time.", AT_LEAST_1)
+    start_seconds: float = setting(900.0, "Limit for a server's start.", ABOVE_0, resume=True)
+    stall_seconds: float = setting(
+        120.0, "A server that for so long neither answers nor makes progress counts as hung.", ABOVE_0, resume=True
+    )
+    max_restarts: int = setting(
+        3, "Starts of one server after failures, in a run; then the run stops.", AT_LEAST_0, resume=True
+    )
+    arguments: dict[str, str] = group(dict, "More arguments of sglang.launch_server, by name without dashes.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutConfig:
     """Responses that a step trains on, and the engine that writes them."""
 
-    engine: Literal["transformers", "sglang"] = "transformers"
-    """transformers: embedded, for small models on one machine. sglang: servers beside the trainer."""
-    prompts_per_step: int = 512
-    samples_per_prompt: int = 16
-    """Group sampling; 1 turns it off (then raise prompts_per_step to keep the batch)."""
-    max_response_tokens: int = 20480
-    """A response that has not ended by then is truncated and counts as wrong."""
-    batch_size: int = 256
-    """Responses that one embedded engine decodes at a time."""
-    quantization: Literal["none", "fp8"] = "none"
-    """fp8: linear layers' weights go to the engine in e4m3, in blocks of 128 x 128 with a scale each, and on a GPU
-    SGLang multiplies in FP8. The embedded engine rounds the weights so, and multiplies as ever."""
-    kv_cache: Literal["auto", "fp8"] = "auto"
-    """Keys and values that SGLang keeps: as the model's dtype, or in e4m3."""
-    tensor_parallel: int = 1
-    """Devices that one SGLang server spans."""
-    placement: Literal["colocated", "separate"] = "colocated"
-    """colocated: SGLang servers take turns with training on its devices, one on every `tensor_parallel` of them.
-    separate: they have devices of their own, those of each node after training's, and get weights by broadcast."""
-    servers: int = 1
-    """SGLang servers in all (placement=separate)."""
-    check_weights_every: int = 1
-    """Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it."""
-    max_logprob_difference: float | None = None
-    """Nats; a step whose mean |actor's - engine's log-prob| is above stops the run. null never stops it."""
-    bucket_mib: int = 512
-    """MiB that a rank sends, and receives, at a time in a weight sync."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    dynamic_sampling: bool = False
-    """Draw new prompts for groups whose rewards are all equal (DAPO)."""
-    dynamic_sampling_rounds: int = 10
-    """Rounds of new prompts at most; then groups with equal rewards fill the batch."""
-    over_sampling: float = 1.0
-    """Groups begun for each group that is missing; once enough are complete the others are stopped. Above 1 it favours
-    short responses, unless partial=true brings the long ones back in the next step."""
-    partial: bool = False
-    """Keep the groups that over_sampling leaves unfinished, and go on with them in the next step."""
-    max_version_lag: int = 0
-    """Steps by which the weights that began a response may be older than the actor; older ones are begun anew."""
-    step_seconds: float | None = None
-    """Limit for one round of sampling; then as many of the unfinished groups as are missing are truncated. null sets
-    none."""
-    request_seconds: float | None = None
-    """Limit for one response (rollout.engine=sglang); it is truncated there. null sets none."""
-    retries: int = 3
-    """Times that a failed request is asked again before its server counts as failed."""
-    sglang: SGLangConfig = field(default_factory=SGLangConfig)
-    save: bool = False
-    """Keep every step's experience in RUN/rollouts."""
-    replay: str | None = None
-    """Folder of experience that another run saved: used instead of sampling, for comparisons."""
+    engine: Literal["transformers", "sglang"] = setting(
+        "transformers", "transformers: embedded, for small models on one machine. sglang: servers beside the trainer."
+    )
+    prompts_per_step: int = setting(512, "Prompts that a step draws.", AT_LEAST_1)
+    samples_per_prompt: int = setting(
+        16, "Group sampling; 1 turns it off (then raise prompts_per_step to keep the batch).", AT_LEAST_1
+    )
+    max_response_tokens: int = setting(
+        20480, "A response that has not ended by then is truncated and counts as wrong.", AT_LEAST_1
+    )
+    batch_size: int = setting(256, "Responses that one embedded engine decodes at a time.", AT_LEAST_1, resume=True)
+    quantization: Literal["none", "fp8"] = setting(
+        "none",
+        "fp8: linear layers' weights go to the engine in e4m3, in blocks of 128 x 128 with a scale each, and on a GPU "
+        "SGLang multiplies in FP8. The embedded engine rounds the weights so, and multiplies as ever.",
+    )
+    kv_cache: Literal["auto", "fp8"] = setting(
+        "auto", "Keys and values that SGLang keeps: as the model's dtype, or in e4m3."
+    )
+    tensor_parallel: int = setting(1, "Devices that one SGLang server spans.", AT_LEAST_1)
+    placement: Literal["colocated", "separate"] = setting(
+        "colocated",
+        "colocated: SGLang servers take turns with training on its devices, one on every `tensor_parallel` of them. "
+        "separate: they have devices of their own, those of each node after training's, and get weights by broadcast.",
+    )
+    servers: int = setting(1, "SGLang servers in all (placement=separate).", AT_LEAST_1)
+    check_weights_every: int = setting(
+        1,
+        "Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it.",
+        AT_LEAST_0,
+        resume=True,
+    )
+    max_logprob_difference: float | None = setting(
+        None,
+        "Nats; a step whose mean |actor's - engine's log-prob| is above stops the run. null never stops it.",
+        ABOVE_0,
+    )
+    bucket_mib: int = setting(
+        512, "MiB that a rank sends, and receives, at a time in a weight sync.", AT_LEAST_1, resume=True
+    )
+    sampling: SamplingConfig = group(SamplingConfig, "How the tokens that are trained on are drawn.")
+    dynamic_sampling: bool = setting(False, "Draw new prompts for groups whose rewards are all equal (DAPO).")
+    dynamic_sampling_rounds: int = setting(
+        10, "Rounds of new prompts at most; then groups with equal rewards fill the batch.", AT_LEAST_1
+    )
+    over_sampling: float = setting(
+        1.0,
+        "Groups begun for each group that is missing; once enough are complete the others are stopped. Above 1 it "
+        "favours short responses, unless partial=true brings the long ones back in the next step.",
+        AT_LEAST_1,
+    )
+    partial: bool = setting(
+        False, "Keep the groups that over_sampling leaves unfinished, and go on with them in the next step."
+    )
+    max_version_lag: int = setting(
+        0,
+        "Steps by which the weights that began a response may be older than the actor; older ones are begun anew.",
+        AT_LEAST_0,
+    )
+    step_seconds: float | None = setting(
+        None,
+        "Limit for one round of sampling; then as many of the unfinished groups as are missing are truncated. null: no "
+        "limit.",
+        ABOVE_0,
+    )
+    request_seconds: float | None = setting(
+        None,
+        "Limit for one response (rollout.engine=sglang); it is truncated there. null: no limit.",
+        ABOVE_0,
+    )
+    retries: int = setting(
+        3, "Times that a failed request is sent again before its server counts as failed.", AT_LEAST_0, resume=True
+    )
+    sglang: SGLangConfig = group(SGLangConfig, "What rollout.engine=sglang reads besides.")
+    save: bool = setting(False, "Keep every step's experience in RUN/rollouts.", resume=True)
+    replay: str | None = setting(
+        None,
+        "Folder of experience that another run saved: used instead of sampling, for comparisons. null: sample.",
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
     """Prompt sets: JSONL, Parquet in DAPO-Math's schema, or a Hugging Face datasets folder."""
 
-    train: str = MISSING
-    template: Literal["none", "math"] = "none"
-    """math: render problems with the paper's template. Rows that are messages are taken as they are."""
-    chat: bool = False
-    """Render prompts by the tokenizer's chat template; base models read the bare text."""
-    max_prompt_tokens: int = 2048
+    train: str = setting(MISSING, "Prompt set that steps draw from.")
+    template: Literal["none", "math"] = setting(
+        "none", "math: render problems with the paper's template. Rows that are messages are taken as they are."
+    )
+    chat: bool = setting(False, "Render prompts by the tokenizer's chat template; base models read the bare text.")
+    max_prompt_tokens: int = setting(2048, "Prompts of more tokens are refused.", AT_LEAST_1)
 
 
-@dataclass
+@dataclass(frozen=True)
 class OverlongConfig:
-    """Soft penalty on responses that come close to the length limit (DAPO); 0 cache tokens turn it off."""
+    """Soft penalty on responses that come close to the length limit (DAPO)."""
 
-    cache_tokens: int = 0
+    cache_tokens: int = setting(
+        0, "Tokens before the limit over which the penalty grows to 1; 0 turns it off.", AT_LEAST_0
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class RewardConfig:
     """The answer checker."""
 
-    name: str = "math_verify"
-    """chained_arithmetic, math_dapo, math_verify, or package.module:function for one's own."""
-    workers: int = 0
-    """Processes that score in parallel with a time limit; 0 scores in the trainer itself (cheap checkers only)."""
-    timeout_seconds: float = 10.0
-    """A response whose scoring takes longer (workers > 0) counts as wrong."""
-    overlong: OverlongConfig = field(default_factory=OverlongConfig)
+    name: str = setting(
+        "math_verify", "chained_arithmetic, math_dapo, math_verify, or package.module:function for one's own."
+    )
+    workers: int = setting(
+        0,
+        "Processes that score in parallel with a time limit; 0 scores in the trainer itself (cheap checkers only).",
+        AT_LEAST_0,
+        resume=True,
+    )
+    timeout_seconds: float = setting(
+        10.0, "A response whose scoring takes longer (workers > 0) counts as wrong.", ABOVE_0, resume=True
+    )
+    overlong: OverlongConfig = group(OverlongConfig, "Penalty on responses close to the length limit.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out accuracy: avg@k, the mean pass rate over k samples a problem."""
 
-    data: str | None = None
-    """Prompt set; null turns evaluation off."""
-    problems: int | None = None
-    """The first n problems only; null takes all."""
-    samples: int = 32
-    every: int = 10
-    """Training steps between evaluations; 0 evaluates before and after training only."""
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0, top_p=0.7))
+    data: str | None = setting(None, "Prompt set; null turns evaluation off.")
+    problems: int | None = setting(None, "The first n problems only; null takes all.", AT_LEAST_1)
+    samples: int = setting(32, "k, responses a problem.", AT_LEAST_1)
+    every: int = setting(
+        10,
+        "Training steps between evaluations; 0 evaluates before and after training only.",
+        AT_LEAST_0,
+        resume=True,
+    )
+    sampling: SamplingConfig = group(
+        lambda: SamplingConfig(temperature=1.0, top_p=0.7), "How the tokens of held-out responses are drawn."
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints in RUN/checkpoints; the newest is resumed by itself."""
 
-    every: int = 20
-    """Steps, of value pretraining too, between checkpoints; 0 saves only at the end or when interrupted."""
-    keep: int = 2
-    """The newest checkpoints that are kept."""
-    keep_best: bool = True
-    """Also keep the one of the highest held-out accuracy."""
-    keep_every: int = 0
-    """Also keep those of every n-th training step; 0 keeps none more."""
-    async_save: bool = True
-    """Train on while a thread writes what was copied to the host; needs memory of the host for one copy."""
-    failed_save: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that cannot be written (a full disk) does to the run; older checkpoints stay in any case."""
-    resume_older: bool = False
-    """Where the newest checkpoint is damaged, set it aside and resume the one before, with a warning. Off: stop."""
-    rollouts: bool = True
-    """Save rollouts as they finish, until a checkpoint covers their step: a run that died after them uses them."""
+    every: int = setting(
+        20,
+        "Steps, of value pretraining too, between checkpoints; 0 saves only at the end or when interrupted.",
+        AT_LEAST_0,
+    )
+    keep: int = setting(2, "The newest checkpoints that are kept.", AT_LEAST_1)
+    keep_best: bool = setting(True, "Also keep the one of the highest held-out accuracy.")
+    keep_every: int = setting(0, "Also keep those of every n-th training step; 0 keeps none more.", AT_LEAST_0)
+    async_save: bool = setting(
+        True, "Train on while a thread writes what was copied to the host; needs memory of the host for one copy."
+    )
+    failed_save: Literal["stop", "continue"] = setting(
+        "stop",
+        "What a checkpoint that cannot be written (a full disk) does to the run; older checkpoints stay in any case.",
+    )
+    resume_older: bool = setting(
+        False,
+        "Where the newest checkpoint is damaged, set it aside and resume the one before, with a warning. Off: stop.",
+    )
+    rollouts: bool = setting(
+        True, "Save rollouts as they finish, until a checkpoint covers their step: a resumed run reads them again."
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class LimitsConfig:
     """When a run ends before its last step."""
 
-    sampled_tokens: int | None = None
-    """End as after the last step once so many response tokens were sampled for training, those of groups that dynamic
-    sampling passed over included, value pretraining not; null sets no such budget."""
-    wall_clock_minutes: float | None = None
-    """Stop with a checkpoint after this time, as on a signal; less than the scheduler's limit by a step and a save."""
-    grace_seconds: float = 60.0
-    """After SIGTERM, SIGUSR1, Ctrl-C or the wall-clock limit, rollouts under way have this long to finish before they
-    are abandoned. The checkpoint follows. An optimizer update is always finished."""
-    silent_seconds: float = 300.0
-    """A process that is not heard of for this long ends the run with a message that names it; 0 never does."""
+    sampled_tokens: int | None = setting(
+        None,
+        "Stop after this many sampled response tokens, counting groups that dynamic sampling dropped but not value "
+        "pretraining. null: no limit.",
+        AT_LEAST_1,
+    )
+    wall_clock_minutes: float | None = setting(
+        None,
+        "Stop with a checkpoint after this time, as on a signal; less than the scheduler's limit by a step and a save. "
+        "null: no limit.",
+        ABOVE_0,
+    )
+    grace_seconds: float = setting(
+        60.0,
+        "After SIGTERM, SIGUSR1, Ctrl-C or the wall-clock limit, rollouts under way have this long to finish before "
+        "they are abandoned. The checkpoint follows. An optimizer update is always finished.",
+        AT_LEAST_0,
+    )
+    silent_seconds: float = setting(
+        300.0,
+        "A process that gives no sign of life for this long ends the run with a message that names it; 0: never.",
+        SILENCE,
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObserveConfig:
     """What the run writes besides its checkpoints."""
 
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    """Log to this Weights & Biases project too (offline where WANDB_MODE says so)."""
-    samples_per_step: int = 8
-    """Responses written to RUN/samples each step."""
+    tensorboard: bool = setting(True, "Write metrics for TensorBoard to RUN/tensorboard.")
+    wandb_project: str | None = setting(
+        None, "Log to this Weights & Biases project too (offline where WANDB_MODE says so); null: to none."
+    )
+    samples_per_step: int = setting(8, "Responses written to RUN/samples each step.", AT_LEAST_0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """One run. The paper's values are the defaults where it states them (docs/method.md)."""
 
-    name: str = MISSING
-    run_dir: str = "runs/${name}"
-    """Folder of everything the run writes; a run that is found there is resumed."""
-    seed: int = 0
-    deterministic: bool = False
-    """Only kernels and collectives that give the same bits each time; slower, and an operation without one stops the
-    run. Rollouts of SGLang are not covered."""
-    steps: int = 312
-    """Rollout steps of VAPO, unless `limits.sampled_tokens` ends it sooner."""
-    minibatch_size: int = 512
-    """Responses per optimizer step."""
-    epochs: int = 1
-    """Policy passes over each rollout batch."""
-    max_skipped_updates: int = 5
-    """Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    actor: ActorConfig = field(default_factory=ActorConfig)
-    critic: CriticConfig = field(default_factory=CriticConfig)
-    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    value_pretraining: ValuePretrainingConfig = field(default_factory=ValuePretrainingConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    name: str = setting(MISSING, "The run's name, in its folder, curves and logs.", resume=True)
+    run_dir: str = setting(
+        "runs/${name}", "Folder of everything the run writes; a run that is found there is resumed.", resume=True
+    )
+    seed: int = setting(0, "Every random draw follows from it, the purpose of the draw and the step.", SEED)
+    deterministic: bool = setting(
+        False,
+        "Only kernels and collectives that give the same bits each time; slower, and an operation without one stops "
+        "the run. Rollouts of SGLang are not covered.",
+        resume=True,
+    )
+    steps: int = setting(
+        312,
+        "Rollout steps of VAPO, unless `limits.sampled_tokens` ends it sooner.",
+        AT_LEAST_0,
+        resume=True,
+    )
+    minibatch_size: int = setting(512, "Responses per optimizer step.", AT_LEAST_1)
+    epochs: int = setting(1, "Policy passes over each rollout batch.", AT_LEAST_1)
+    max_skipped_updates: int = setting(
+        5,
+        "Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops.",
+        AT_LEAST_1,
+        resume=True,
+    )
+    model: ModelConfig = group(ModelConfig, "The base model.")
+    actor: ActorConfig = group(ActorConfig, "The policy.")
+    critic: CriticConfig = group(CriticConfig, "The critic.")
+    algorithm: AlgorithmConfig = group(AlgorithmConfig, "Advantages and losses.")
+    value_pretraining: ValuePretrainingConfig = group(ValuePretrainingConfig, "The critic's training before VAPO.")
+    rollout: RolloutConfig = group(RolloutConfig, "Responses that steps train on.")
+    data: DataConfig = group(DataConfig, "Prompts that steps draw from.")
+    reward: RewardConfig = group(RewardConfig, "The answer checker.")
+    evaluation: EvaluationConfig = group(EvaluationConfig, "Held-out accuracy.")
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.", resume=True)
+    limits: LimitsConfig = group(LimitsConfig, "When a run ends early.", resume=True)
+    observe: ObserveConfig = group(ObserveConfig, "What a run writes besides.", resume=True)
 
     @property
     def uses_critic(self) -> bool:
-        """Return whether the advantage needs a critic."""
+        """Whether the algorithm has a critic."""
         return self.algorithm.advantage == "gae"
 
     @property
@@ -445,8 +615,17 @@ class Recipe:
         return {"actor": self.actor} | ({"critic": self.critic} if self.uses_critic else {})
 
     @property
+    def resolved_algorithm(self) -> AlgorithmConfig:
+        """The algorithm's settings, with the meaning of importance=auto beside this rollout engine."""
+        fp8 = "fp8" in (self.rollout.quantization, self.rollout.kv_cache)
+        corrected = fp8 and self.algorithm.old_logprobs == "actor"
+        if self.algorithm.importance != "auto":
+            return self.algorithm
+        return replace(self.algorithm, importance="truncate" if corrected else "none")
+
+    @property
     def responses_per_step(self) -> int:
-        """Return the responses that a step is trained on."""
+        """Responses that a step trains on."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     def ends_at(self, steps: int, sampled_tokens: int) -> bool:

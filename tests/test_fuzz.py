@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_vapo.checkpoint.checkpoints import find_damage
 from megatron_vapo.cli import main
-from megatron_vapo.config import Recipe
-from megatron_vapo.recipe.load import _all_keys
+from megatron_vapo.recipe.schema import SCHEMA
 from megatron_vapo.runtime.manifest import read_manifest, seal
 
 pytestmark = pytest.mark.slow
@@ -89,7 +88,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=5,
 )
-keys = st.sampled_from([key for key in _all_keys(Recipe, "") if key not in PLACES]) | words
+keys = st.sampled_from([key for key in SCHEMA if key not in PLACES]) | words
 
 
 def put(tree: dict, key: str, value: Any) -> None:

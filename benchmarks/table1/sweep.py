@@ -23,7 +23,7 @@ from benchmarks.table1 import pieces
 from benchmarks.table1.arms import Arm
 from benchmarks.table1.processes import Processes
 from benchmarks.table1.results import read_result
-from megatron_vapo.checkpoint.run_folder import changed_keys, is_harmless
+from megatron_vapo.checkpoint.run_folder import changed_keys, may_change
 from megatron_vapo.errors import RecipeError, TrainingError, UserError
 from megatron_vapo.recipe.load import load_recipe, to_yaml
 
@@ -186,7 +186,7 @@ def _refuse_other_recipe(arm: Arm, overrides: Iterable[str], folder: Path) -> No
     """A complete run of other settings than today's must not slip into the table."""
     now = to_yaml(load_recipe(arm.recipe, overrides))
     changes = changed_keys((folder / "recipe.yaml").read_text(encoding="utf-8"), now)
-    harmful = [key for key in changes if not is_harmless(key) or key in COMPARED]
+    harmful = [key for key in changes if not may_change(key) or key in COMPARED]
     if harmful:
         raise RecipeError(f"{folder} is complete with other settings ({', '.join(harmful)}): delete it, or name --out")
 

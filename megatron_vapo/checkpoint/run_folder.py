@@ -18,18 +18,7 @@ from megatron_vapo.config import Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.observe.files import replace_text
 from megatron_vapo.recipe.load import to_yaml
-
-HARMLESS = ("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe",
-            "rollout.batch_size", "rollout.check_weights_every",
-            "rollout.bucket_mib", "rollout.save", "reward.workers", "reward.timeout_seconds")  # fmt: skip
-"""Settings, or groups of them, that may change when a run is resumed; any other would make it another run, or compare
-accuracies of different tests."""
-
-_LAYOUT = ("tensor_parallel", "sequence_parallel", "pipeline_parallel", "first_stage_layers", "last_stage_layers",
-           "virtual_pipeline", "context_parallel", "expert_parallel", "expert_tensor_parallel", "overlap_grad_reduce",
-           "recompute", "micro_batch_tokens", "balance", "offload")  # fmt: skip
-HARMLESS += ("deterministic", *(f"{role}.{key}" for role in ("actor", "critic") for key in _LAYOUT))
-"""How a step is computed, not what: results agree but for the order in which numbers are added."""
+from megatron_vapo.recipe.schema import SCHEMA
 
 _RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
 _MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
@@ -127,7 +116,7 @@ def _read_recipe(folder: Path) -> str | None:
 def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[str], None]) -> None:
     """Tell of harmless changes, refuse others."""
     told = {key: f"{key} was {old}, is {new}" for key, (old, new) in changes.items()}
-    harmful = [text for key, text in told.items() if not is_harmless(key)]
+    harmful = [text for key, text in told.items() if not may_change(key)]
     if harmful:
         raise RecipeError(
             f"{folder} holds a run of another recipe: {'; '.join(harmful)}. Set run_dir, or start over: --restart"
@@ -136,9 +125,9 @@ def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[
         note(f"the run goes on with other settings: {'; '.join(told.values())}")
 
 
-def is_harmless(key: str) -> bool:
-    """Return whether a resumed run may change this setting."""
-    return any(key == entry or key.startswith(f"{entry}.") for entry in HARMLESS)
+def may_change(key: str) -> bool:
+    """Whether a run that is resumed may have another value of this setting, as `config.py` says."""
+    return key in SCHEMA and SCHEMA[key].may_change
 
 
 def _read_summary(folder: Path) -> dict[str, Any] | None:

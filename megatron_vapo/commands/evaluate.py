@@ -12,7 +12,7 @@ from megatron_vapo.commands.train import first_process
 from megatron_vapo.config import PrecisionConfig, Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.recipe.layout import check_model, check_world
-from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
@@ -69,7 +69,7 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     if not is_hf:
         refuse_damaged(checkpoint)
     # Whole tensors come from a file or a checkpoint, not from the actor's shards.
-    recipe.rollout.sglang.update = "flattened_bucket"
+    recipe = with_overrides(recipe, ["rollout.sglang.update=flattened_bucket"])
     settings, reward = recipe.evaluation, recipe.reward
     with (
         tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,

@@ -9,9 +9,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +18,7 @@ from yaml import YAMLError
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
+from megatron_vapo.recipe.schema import SCHEMA
 from megatron_vapo.recipe.validate import validate
 
 
@@ -30,7 +30,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     merged = OmegaConf.structured(Recipe)
     for source, content in [*_read_with_bases(Path(path), ()), *map(_parse_override, overrides)]:
-        _refuse_unknown_keys(content, Recipe, "", source)
+        _refuse_unknown_keys(content, "", source)
         try:
             merged = OmegaConf.merge(merged, content)
         except OmegaConfBaseException as error:
@@ -43,21 +43,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
-    _choose_importance(recipe)
     return recipe
 
 
 def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     """A copy with `key=value` overrides, not validated."""
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(recipe), OmegaConf.from_dotlist(list(overrides))))
-
-
-def _choose_importance(recipe: Recipe) -> None:
-    """Write out what algorithm.importance=auto means where the engine's numbers are FP8; elsewhere it is none."""
-    rollout, algorithm = recipe.rollout, recipe.algorithm
-    fp8 = "fp8" in (rollout.quantization, rollout.kv_cache)
-    if fp8 and algorithm.importance == "auto" and algorithm.old_logprobs == "actor":
-        algorithm.importance = "truncate"
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -106,43 +97,36 @@ def _parse_override(override: str) -> Source:
         raise RecipeError(f"{override}: {_one_line(error)}") from error
 
 
-def _refuse_unknown_keys(content: Any, schema: type, prefix: str, source: str) -> None:
+def _refuse_unknown_keys(content: Any, group: str, source: str) -> None:
+    """Refuse keys that no setting has, in the group whose key is `group` ("" for the whole recipe)."""
+    prefix = f"{group}." if group else ""
     if not isinstance(content, Mapping):
-        raise RecipeError(f"{source}: {prefix.rstrip('.')} is a group of settings: {', '.join(_field_types(schema))}")
-    known = _field_types(schema)
-    for key, value in content.items():
-        if key not in known:
-            raise RecipeError(f"{source}: unknown key {prefix}{key}{_nearest(str(key), prefix)}")
-        if is_dataclass(known[key]):
-            _refuse_unknown_keys(value, known[key], f"{prefix}{key}.", source)
+        raise RecipeError(f"{source}: {group} is a group of settings: {', '.join(_names_in(prefix))}")
+    for name, value in content.items():
+        setting = SCHEMA.get(f"{prefix}{name}")
+        if setting is None:
+            raise RecipeError(f"{source}: unknown key {prefix}{name}{_nearest(str(name), prefix)}")
+        if setting.is_group:
+            _refuse_unknown_keys(value, setting.key, source)
 
 
-def _field_types(schema: type) -> dict[str, Any]:
-    hints = get_type_hints(schema)
-    return {f.name: hints[f.name] for f in fields(schema)}
+def _names_in(prefix: str) -> list[str]:
+    """The names of a group's own settings."""
+    inside = [key.removeprefix(prefix) for key in SCHEMA if key.startswith(prefix)]
+    return [name for name in inside if "." not in name]
 
 
-def _nearest(key: str, prefix: str) -> str:
-    """A hint at the known key meant: in the same group, else the same name in another group."""
-    every = _all_keys(Recipe, "")
-    siblings = {k.removeprefix(prefix): k for k in every if k.startswith(prefix)}
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+def _nearest(name: str, prefix: str) -> str:
+    """Return a hint at the known key meant: in the same group, else the same name in another group."""
+    siblings = {key.removeprefix(prefix): key for key in SCHEMA if key.startswith(prefix)}
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
         return f" (did you mean {siblings[close[0]]}?)"
-    elsewhere = {k.rsplit(".", 1)[-1]: k for k in reversed(every)}
-    close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.75)
+    elsewhere = {key.rsplit(".", 1)[-1]: key for key in reversed(SCHEMA)}
+    close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
     if close:
         return f" (did you mean {elsewhere[close[0]]}?)"
-    return f" (known here: {', '.join(name for name in siblings if '.' not in name)})"
-
-
-def _all_keys(schema: type, prefix: str) -> list[str]:
-    keys = []
-    for name, type_ in _field_types(schema).items():
-        keys.append(prefix + name)
-        if is_dataclass(type_):
-            keys += _all_keys(type_, f"{prefix}{name}.")
-    return keys
+    return f" (known here: {', '.join(_names_in(prefix))})"
 
 
 def _one_line(error: Exception) -> str:

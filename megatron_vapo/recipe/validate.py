@@ -1,15 +1,13 @@
-"""What a recipe alone shows to be impossible, refused before a process group or a model exists."""
+"""The check of what a recipe alone shows to be impossible, before a process group or a model exists."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from typing import Any
 
-from megatron_vapo.config import Recipe, RoleConfig
+from megatron_vapo.config import Bounds, Recipe, RoleConfig
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.recipe.precision import validate_precision
+from megatron_vapo.recipe.schema import SCHEMA, value_of
 
 
 def validate(recipe: Recipe) -> None:
@@ -18,14 +16,9 @@ def validate(recipe: Recipe) -> None:
     Raises:
         RecipeError: names the key, its value and what to write instead.
     """
-    for key, value in _leaves(recipe, ""):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"{key}={value}: must be a finite number")
-    for words, holds, keys in _BOUNDS:
-        for key in _of_both_roles(keys.split()):
-            value = _lookup(recipe, key)
-            if value is not None and not holds(value):
-                raise RecipeError(f"{key}={value}: must be {words}")
+    for key, setting in SCHEMA.items():
+        if not setting.is_group:
+            _validate_value(key, value_of(recipe, key), setting.bounds)
     _validate_batches(recipe)
     _validate_algorithm(recipe)
     _validate_rollout(recipe)
@@ -34,75 +27,11 @@ def validate(recipe: Recipe) -> None:
         validate_precision(name, role, recipe.model.dtype)
 
 
-def _leaves(group: Any, prefix: str) -> list[tuple[str, Any]]:
-    values = [(f"{prefix}{f.name}", getattr(group, f.name)) for f in fields(group)]
-    return [
-        leaf for key, value in values for leaf in (_leaves(value, key + ".") if is_dataclass(value) else [(key, value)])
-    ]
-
-
-_BOUNDS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        """minibatch_size epochs max_skipped_updates rollout.prompts_per_step rollout.samples_per_prompt
-        rollout.max_response_tokens rollout.tensor_parallel rollout.servers rollout.sglang.concurrency
-        rollout.sglang.max_cache_tokens rollout.over_sampling algorithm.importance_cap rollout.batch_size
-        rollout.bucket_mib rollout.dynamic_sampling_rounds critic.epochs
-        value_pretraining.epochs value_pretraining.max_steps data.max_prompt_tokens evaluation.samples
-        evaluation.problems checkpoint.keep limits.sampled_tokens ROLE.tensor_parallel ROLE.pipeline_parallel
-        ROLE.virtual_pipeline ROLE.context_parallel ROLE.expert_parallel ROLE.expert_tensor_parallel
-        ROLE.first_stage_layers ROLE.last_stage_layers ROLE.micro_batch_tokens""",
-    ),
-    (
-        "at least 0",
-        lambda value: value >= 0,
-        """steps evaluation.every checkpoint.every checkpoint.keep_every limits.grace_seconds
-        rollout.max_version_lag rollout.retries rollout.sglang.max_restarts
-        rollout.check_weights_every reward.workers reward.overlong.cache_tokens
-        observe.samples_per_step algorithm.clip_high algorithm.value_clip algorithm.positive_lm_coefficient
-        ROLE.precision.first_layers ROLE.precision.last_layers
-        ROLE.moe_aux_loss ROLE.optimizer.learning_rate ROLE.optimizer.warmup_steps
-        ROLE.optimizer.weight_decay ROLE.optimizer.epsilon ROLE.optimizer.clip_grad""",
-    ),
-    (
-        "above 0",
-        lambda value: value > 0,
-        """rollout.step_seconds rollout.request_seconds rollout.max_logprob_difference rollout.sglang.start_seconds
-        rollout.sglang.stall_seconds algorithm.alpha reward.timeout_seconds rollout.sampling.temperature
-        evaluation.sampling.temperature limits.wall_clock_minutes""",
-    ),
-    (
-        "above 0, at most 1",
-        lambda value: 0 < value <= 1,
-        "rollout.sampling.top_p evaluation.sampling.top_p rollout.sglang.memory_fraction",
-    ),
-    ("at least 2, or 0", lambda value: value == 0 or value >= 2, "limits.silent_seconds"),
-    ("above 1, or null", lambda value: value > 1, "algorithm.dual_clip"),
-    (
-        "between 0 and 1",
-        lambda value: 0 <= value <= 1,
-        "algorithm.gamma algorithm.lambda_policy algorithm.lambda_critic",
-    ),
-    (
-        "at least 0 and below 1",
-        lambda value: 0 <= value < 1,
-        "algorithm.clip_low ROLE.optimizer.beta1 ROLE.optimizer.beta2",
-    ),
-    ("at least 0 and below 2**63", lambda value: 0 <= value < 2**63, "seed"),
-)
-"""What a setting must be, and the settings that must; ROLE stands for actor and critic. Null is always allowed here."""
-
-
-def _of_both_roles(keys: list[str]) -> list[str]:
-    return list(dict.fromkeys(key.replace("ROLE", role) for key in keys for role in ("actor", "critic")))
-
-
-def _lookup(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+def _validate_value(key: str, value: object, bounds: Bounds | None) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{key}={value}: must be a finite number")
+    if bounds is not None and isinstance(value, (int, float)) and not bounds.holds(value):
+        raise RecipeError(f"{key}={value}: must be {bounds.words}")
 
 
 def _validate_batches(recipe: Recipe) -> None:

@@ -76,7 +76,7 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
     weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
     old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.require("logprobs")
-    # Where rollout is FP8, reading the recipe has written out what auto means.
+    # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
     mode = "none" if algorithm.importance == "auto" else algorithm.importance
     importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
     positive = minibatch.per_token(minibatch.correct)

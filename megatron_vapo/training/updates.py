@@ -35,7 +35,7 @@ class MinibatchUpdates:
         """
         updates = []
         for minibatch in self._minibatches(batch, epochs, step):
-            update = model.update(minibatch, objective(minibatch, self._recipe.algorithm))
+            update = model.update(minibatch, objective(minibatch, self._recipe.resolved_algorithm))
             self._count_skipped(model.name, bool(update["skipped"]))
             updates.append({f"{model.name}/{key}": value for key, value in update.items()})
         return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}

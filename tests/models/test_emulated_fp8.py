@@ -4,6 +4,7 @@ model they are, recompute and checkpoints."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,9 +19,8 @@ RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
 
 
 def fp8_role(recipe: str = "blockwise", format: str = "hybrid", **precision: object) -> ActorConfig:
-    role = ActorConfig(micro_batch_tokens=64)
-    role.precision = PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format=format, **precision)
-    return role
+    fp8 = PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format=format, **precision)
+    return ActorConfig(micro_batch_tokens=64, precision=fp8)
 
 
 def by_hand(matrix: Tensor, dtype: torch.dtype, recipe: str, blocks: tuple[int, int]) -> Tensor:
@@ -151,9 +151,7 @@ def test_recompute_changes_nothing(make_actor, folder, batch, recipe):
     """A layer that runs forward twice rounds to the same numbers: also while delayed scales move between steps."""
     results = []
     for recompute in ("none", "full"):
-        role = fp8_role(recipe)
-        role.recompute = recompute
-        actor = make_actor(folder, role)
+        actor = make_actor(folder, replace(fp8_role(recipe), recompute=recompute))
         updates = [actor.update(batch, outputs_sum) for _ in range(3)]
         results.append((updates, state(actor), actor.forward(batch)))
     (updates, plain, outputs), (again, recomputed, other) = results

@@ -18,6 +18,7 @@ from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
+from megatron_vapo.recipe.load import with_overrides
 from megatron_vapo.training.phase_memory import PhaseMemory
 from tests.plan import plan_ranks
 
@@ -95,9 +96,8 @@ def test_bytes_on_the_way_are_those_that_phases_bring_back() -> None:
 
 def test_offloading_is_the_first_help_where_two_models_are_too_many() -> None:
     recipe = recipe_of("bfloat16", OffloadConfig(), OffloadConfig(optimizer=True))
-    recipe.name, recipe.model.path, recipe.data.train = "planned", "nowhere", "nothing"
-    recipe.actor.logprobs = "chunked"
-    recipe.rollout.max_response_tokens = recipe.data.max_prompt_tokens = 64
+    settings = ["name=planned", "model.path=nowhere", "data.train=nothing", "actor.logprobs=chunked"]
+    recipe = with_overrides(recipe, [*settings, "rollout.max_response_tokens=64", "data.max_prompt_tokens=64"])
     standing = sum(sum(model.standing(0, 1).values()) for model in roles_of(recipe, *SHAPES).values())
     gpu = replace(GPUS["h100-80"], memory=0.9 * standing)
     change = smallest_change(recipe, SHAPES, Cluster(gpu, 1, replace(ALONE.assumptions, reserve_gib=1e-9)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.recipe.load import load_recipe, to_yaml
+from megatron_vapo.recipe.schema import SCHEMA
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -59,19 +61,21 @@ def test_settings_that_a_recipe_leaves_out_keep_their_defaults(recipe_file: Path
 @pytest.mark.parametrize(
     ("overrides", "mode"),
     [
-        ([], "auto"),
+        ([], "none"),
+        (["algorithm.importance=mask"], "mask"),
         (["rollout.quantization=fp8"], "truncate"),
         (["rollout.quantization=fp8", "algorithm.importance=mask"], "mask"),
         (["rollout.quantization=fp8", "algorithm.importance=none"], "none"),
-        (["rollout.quantization=fp8", "algorithm.old_logprobs=rollout"], "auto"),
+        (["rollout.quantization=fp8", "algorithm.old_logprobs=rollout"], "none"),
         (["rollout.kv_cache=fp8", "rollout.engine=sglang"], "truncate"),
     ],
 )
 def test_fp8_rollout_is_corrected_unless_the_recipe_says_otherwise(
     recipe_file: Path, overrides: list[str], mode: str
 ) -> None:
-    assert load_recipe(recipe_file, overrides).algorithm.importance == mode
-    assert Recipe().algorithm.importance_cap == 2.0
+    recipe = load_recipe(recipe_file, overrides)
+    assert recipe.resolved_algorithm == replace(recipe.algorithm, importance=mode)
+    assert recipe.algorithm.importance_cap == 2.0
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,18 @@ OUT_OF_BOUNDS = {
     ),
     "between 0 and 1": ("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic"),
 }
+
+
+UPPER_ONLY = {"limits.silent_seconds", "algorithm.dual_clip"}
+
+
+def test_every_bound_of_a_setting_is_tested_below() -> None:
+    """A role's settings once, for actor and critic have them in common."""
+    tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys} | UPPER_ONLY
+    tested |= {key.replace("critic.", "actor.", 1) for key in tested}
+    bounded = {key for key, setting in SCHEMA.items() if setting.bounds is not None}
+    assert bounded - tested == {key for key in bounded - tested if key.replace("critic.", "actor.", 1) in tested}
+    assert tested & set(SCHEMA) - bounded == set()
 
 
 @pytest.mark.parametrize(("bound", "key"), [(bound, key) for bound, keys in OUT_OF_BOUNDS.items() for key in keys])
