@@ -32,7 +32,7 @@ from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.observe.metrics import read_metrics
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.plan.work import forward_flops
-from megatron_vapo.recipe.load import load_recipe
+from megatron_vapo.recipe.load import ALGORITHMS, load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
@@ -132,7 +132,7 @@ def determinism(work: Workplace) -> Numbers:
     """`megatron-vapo train` with deterministic=true twice at a time: the same metrics and the same weights."""
     folders = [work.folder / "determinism" / name for name in ("one", "two")]
     settings = ["deterministic=true", "steps=1", "minibatch_size=8", "rollout.max_response_tokens=24"]
-    base = [str(ROOT / "recipes" / "parts" / "vapo.yaml"), *_settings(work, TINY), *settings, "name=twice"]
+    base = [str(ALGORITHMS / "vapo.yaml"), *_settings(work, TINY), *settings, "name=twice"]
     runs = [_start(["train", *base, f"run_dir={folder}"]) for folder in folders]
     for run in runs:
         _, errors = run.communicate()
@@ -160,7 +160,7 @@ def _trained(
         settings.append(f"rollout.prompts_per_step={len(made[0]) // 4}")
     run_dir = _run_folder(work, name)
     overrides = [*_settings(work, shape), *settings, f"name={name}", f"run_dir={run_dir}", f"steps={steps}"]
-    recipe = load_recipe(ROOT / "recipes" / "parts" / "vapo.yaml", overrides)
+    recipe = load_recipe(ALGORITHMS / "vapo.yaml", overrides)
     with _opened(recipe) as run, run.display.bar("train", total=steps):
         for step in range(1, steps + 1):
             _step(run, step)

@@ -71,7 +71,7 @@ class Ours:
         self.critic.set_head(random=False, seed=recipe.seed)
         for model in (self.actor, self.critic):
             load_hf(model, folder)
-        batch_size = recipe.rollout.batch_size
+        batch_size = recipe.rollout.transformers.batch_size
         self.engine = TransformersEngine(folder, [END], PAD, batch_size, torch.float32, torch.device("cpu"))
         self.sync_weights()
 

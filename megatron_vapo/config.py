@@ -46,7 +46,7 @@ def setting(default: T, doc: str, bounds: Bounds | None = None, *, resume: bool 
         resume: whether the setting may change when a run is resumed. Any other would make it another run, or compare
             accuracies of different tests.
     """
-    return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume})  # type: ignore[no-any-return]
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume})
 
 
 def group(settings: Callable[[], T], doc: str, *, resume: bool = False) -> T:
@@ -222,7 +222,7 @@ class CriticConfig(RoleConfig):
         "fresh_head: the base model's body, head drawn at random.",
     )
     reward_model: str | None = setting(
-        None, "Hugging Face sequence-classification folder with one label (critic.init=reward_model)."
+        None, "Hugging Face sequence-classification folder with one label (critic.init=reward_model); else null."
     )
     epochs: int = setting(
         1, "Passes over each rollout batch; K > 1 gives K critic updates per policy update.", AT_LEAST_1
@@ -275,7 +275,7 @@ class AlgorithmConfig:
         "Correction for tokens that the engine drew from other probabilities than the actor's (old_logprobs=actor): "
         "each token's policy loss is multiplied by w = exp(actor's - engine's log-prob). truncate: by min(w, "
         "importance_cap) (TIS). mask: by w, and by 0 where w is above importance_cap. auto: truncate where the "
-        "engine's numbers are FP8 (rollout.quantization, rollout.kv_cache), else none.",
+        "engine's numbers are FP8 (rollout.quantization, rollout.sglang.kv_cache), else none.",
     )
     importance_cap: float = setting(2.0, "Largest weight of importance=truncate and mask.", AT_LEAST_1)
     positive_lm_coefficient: float = setting(
@@ -323,6 +323,13 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class TransformersConfig:
+    """The engine inside the trainer's own processes (rollout.engine=transformers)."""
+
+    batch_size: int = setting(256, "Responses that are decoded at a time.", AT_LEAST_1, resume=True)
+
+
+@dataclass(frozen=True)
 class SGLangConfig:
     """The SGLang servers that the trainer starts (rollout.engine=sglang)."""
 
@@ -331,6 +338,16 @@ class SGLangConfig:
         "Interpreter of the environment that has SGLang; null takes the trainer's own. `make sglang-cpu` makes "
         ".venv-sglang/bin/python for machines without a GPU.",
     )
+    kv_cache: Literal["auto", "fp8"] = setting(
+        "auto", "Keys and values that a server keeps: as the model's dtype, or in e4m3."
+    )
+    tensor_parallel: int = setting(1, "Devices that one server spans.", AT_LEAST_1)
+    placement: Literal["colocated", "separate"] = setting(
+        "colocated",
+        "colocated: servers take turns with training on its devices, one on every `tensor_parallel` of them. "
+        "separate: they have devices of their own, those of each node after training's, and get weights by broadcast.",
+    )
+    servers: int = setting(1, "Servers in all (placement=separate).", AT_LEAST_1)
     update: Literal["direct", "flattened_bucket"] = setting(
         "direct",
         "How weights get into a server. direct: each rank sends its shards of the server's own parameters. "
@@ -341,6 +358,14 @@ class SGLangConfig:
         None, "Tokens whose keys and values fit; null lets SGLang choose by memory (65,536 on CPU).", AT_LEAST_1
     )
     concurrency: int = setting(1024, "Requests that one server has at a time.", AT_LEAST_1)
+    request_seconds: float | None = setting(
+        None,
+        "Limit for one response; it is truncated there. null: no limit.",
+        ABOVE_0,
+    )
+    retries: int = setting(
+        3, "Times that a failed request is sent again before its server counts as failed.", AT_LEAST_0, resume=True
+    )
     start_seconds: float = setting(900.0, "Limit for a server's start.", ABOVE_0, resume=True)
     stall_seconds: float = setting(
         120.0, "A server that for so long neither answers nor makes progress counts as hung.", ABOVE_0, resume=True
@@ -365,22 +390,11 @@ class RolloutConfig:
     max_response_tokens: int = setting(
         20480, "A response that has not ended by then is truncated and counts as wrong.", AT_LEAST_1
     )
-    batch_size: int = setting(256, "Responses that one embedded engine decodes at a time.", AT_LEAST_1, resume=True)
     quantization: Literal["none", "fp8"] = setting(
         "none",
         "fp8: linear layers' weights go to the engine in e4m3, in blocks of 128 x 128 with a scale each, and on a GPU "
         "SGLang multiplies in FP8. The embedded engine rounds the weights so, and multiplies as ever.",
     )
-    kv_cache: Literal["auto", "fp8"] = setting(
-        "auto", "Keys and values that SGLang keeps: as the model's dtype, or in e4m3."
-    )
-    tensor_parallel: int = setting(1, "Devices that one SGLang server spans.", AT_LEAST_1)
-    placement: Literal["colocated", "separate"] = setting(
-        "colocated",
-        "colocated: SGLang servers take turns with training on its devices, one on every `tensor_parallel` of them. "
-        "separate: they have devices of their own, those of each node after training's, and get weights by broadcast.",
-    )
-    servers: int = setting(1, "SGLang servers in all (placement=separate).", AT_LEAST_1)
     check_weights_every: int = setting(
         1,
         "Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it.",
@@ -420,20 +434,23 @@ class RolloutConfig:
         "limit.",
         ABOVE_0,
     )
-    request_seconds: float | None = setting(
-        None,
-        "Limit for one response (rollout.engine=sglang); it is truncated there. null: no limit.",
-        ABOVE_0,
-    )
-    retries: int = setting(
-        3, "Times that a failed request is sent again before its server counts as failed.", AT_LEAST_0, resume=True
-    )
-    sglang: SGLangConfig = group(SGLangConfig, "What rollout.engine=sglang reads besides.")
+    transformers: TransformersConfig = group(TransformersConfig, "Settings of rollout.engine=transformers alone.")
+    sglang: SGLangConfig = group(SGLangConfig, "Settings of rollout.engine=sglang alone.")
     save: bool = setting(False, "Keep every step's experience in RUN/rollouts.", resume=True)
     replay: str | None = setting(
         None,
         "Folder of experience that another run saved: used instead of sampling, for comparisons. null: sample.",
     )
+
+    @property
+    def has_own_devices(self) -> bool:
+        """Whether engines have devices that training has not."""
+        return self.engine == "sglang" and self.sglang.placement == "separate"
+
+    @property
+    def caches_in_fp8(self) -> bool:
+        """Whether the engine's keys and values are FP8."""
+        return self.engine == "sglang" and self.sglang.kv_cache == "fp8"
 
 
 @dataclass(frozen=True)
@@ -600,7 +617,7 @@ class Recipe:
     data: DataConfig = group(DataConfig, "Prompts that steps draw from.")
     reward: RewardConfig = group(RewardConfig, "The answer checker.")
     evaluation: EvaluationConfig = group(EvaluationConfig, "Held-out accuracy.")
-    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints.", resume=True)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints in the run's folder.", resume=True)
     limits: LimitsConfig = group(LimitsConfig, "When a run ends early.", resume=True)
     observe: ObserveConfig = group(ObserveConfig, "What a run writes besides.", resume=True)
 
@@ -617,10 +634,10 @@ class Recipe:
     @property
     def resolved_algorithm(self) -> AlgorithmConfig:
         """The algorithm's settings, with the meaning of importance=auto beside this rollout engine."""
-        fp8 = "fp8" in (self.rollout.quantization, self.rollout.kv_cache)
-        corrected = fp8 and self.algorithm.old_logprobs == "actor"
         if self.algorithm.importance != "auto":
             return self.algorithm
+        fp8 = self.rollout.quantization == "fp8" or self.rollout.caches_in_fp8
+        corrected = fp8 and self.algorithm.old_logprobs == "actor"
         return replace(self.algorithm, importance="truncate" if corrected else "none")
 
     @property

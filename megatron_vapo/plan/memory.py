@@ -3,8 +3,8 @@
 All ranks of a pipeline stage hold the same, so a stage's first rank stands for them. Actor and critic keep on the
 device what a phase needs of them (`models.offload.NEEDED`) and what the recipe does not offload. SGLang has its
 weights, keys and values only while it samples or is given new weights; the embedded engine's weights stay. Engines
-apart (rollout.placement=separate) have GPUs of their own with nothing else on them: then the rollout phase is about
-those, all others about training's.
+apart (rollout.sglang.placement=separate) have GPUs of their own with nothing else on them: then the rollout phase is
+about those, all others about training's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Cluster:
     nodes: int
     assumptions: Assumptions
     engine_gpus: int = 0
-    """Those that rollout engines have to themselves, as many on each node (rollout.placement=separate)."""
+    """Those that rollout engines have to themselves, as many on each node (rollout.sglang.placement=separate)."""
 
     @property
     def gpus(self) -> int:
@@ -228,12 +228,12 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
 
     engine = {"engine weights": engine_weights(recipe, models["actor"])}
     resting = {} if recipe.rollout.engine == "sglang" else engine
-    if recipe.rollout.placement == "colocated":
-        sampling, syncing = base(Phase.ROLLOUT) | engine, base(Phase.WEIGHT_SYNC) | engine
-        starting = syncing  # an engine takes what is left when it starts, which is in a weight sync
-    else:
+    if recipe.rollout.has_own_devices:
         sampling, syncing = engine, base(Phase.WEIGHT_SYNC)
         starting = engine
+    else:
+        sampling, syncing = base(Phase.ROLLOUT) | engine, base(Phase.WEIGHT_SYNC) | engine
+        starting = syncing  # an engine takes what is left when it starts, which is in a weight sync
     free = sum(starting.values()) - sum(sampling.values())
     cache_bytes = max(int(_most_for_sampling(recipe, cluster) - sum(starting.values())), 0)
     room = {"left for weight syncs": free} if free else {}
@@ -267,22 +267,22 @@ def _need(use: PhaseMemoryUse) -> int:
 
 def engine_gpus(recipe: Recipe) -> int:
     """Return how many GPUs engines have to themselves."""
-    separate = recipe.rollout.placement == "separate"
-    return recipe.rollout.servers * recipe.rollout.tensor_parallel if separate else 0
+    servers = recipe.rollout.sglang
+    return servers.servers * servers.tensor_parallel if recipe.rollout.has_own_devices else 0
 
 
 def cache_of(recipe: Recipe, actor: Model, rollout: PhaseMemoryUse, world: int) -> Cache:
     """Return the engine's cache in the bytes that are left for it."""
     a, size = actor.architecture, engine_size(recipe)
     heads = max(a.kv_heads // size, 1)
-    itemsize = 1 if recipe.rollout.kv_cache == "fp8" else actor.itemsize
+    itemsize = 1 if recipe.rollout.caches_in_fp8 else actor.itemsize
     per_token = 2 * a.layers * heads * a.head_dim * itemsize
     return Cache(per_token, rollout.parts["keys and values"] // per_token, (engine_gpus(recipe) or world) // size)
 
 
 def engine_size(recipe: Recipe) -> int:
     """Return the number of devices of one engine."""
-    return recipe.rollout.tensor_parallel if recipe.rollout.engine == "sglang" else 1
+    return recipe.rollout.sglang.tensor_parallel if recipe.rollout.engine == "sglang" else 1
 
 
 def engine_weights(recipe: Recipe, actor: Model) -> int:

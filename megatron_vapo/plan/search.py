@@ -34,12 +34,12 @@ def check_layouts(recipe: Recipe, models: dict[str, Model], cluster: Cluster) ->
     Raises:
         LayoutError: names the keys.
     """
-    servers = recipe.rollout.servers
+    servers, size = recipe.rollout.sglang.servers, recipe.rollout.sglang.tensor_parallel
     if cluster.engine_gpus and (servers % cluster.nodes or cluster.world <= 0 or cluster.world % servers):
         raise LayoutError(
-            f"rollout.servers={servers} of {recipe.rollout.tensor_parallel} GPUs each beside training: it takes "
-            f"as many on each of the {cluster.nodes} nodes, and a divisor of the training processes, "
-            f"{cluster.gpus} GPUs less {cluster.engine_gpus}"
+            f"rollout.sglang.servers={servers} of {size} GPUs each beside training: it takes as many on each of the "
+            f"{cluster.nodes} nodes, and a divisor of the training processes, {cluster.gpus} GPUs less "
+            f"{cluster.engine_gpus}"
         )
     for name, model in models.items():
         check_world(name, model.role, cluster.world)
@@ -93,4 +93,4 @@ def _changes(recipe: Recipe) -> Iterator[list[str]]:
             sizes = {name: getattr(getattr(recipe, name), key) * factor for name in names}
             yield [f"{name}.{key}={size}" for name, size in sizes.items()]
     if recipe.rollout.engine == "sglang":
-        yield [f"rollout.tensor_parallel={recipe.rollout.tensor_parallel * 2}"]
+        yield [f"rollout.sglang.tensor_parallel={recipe.rollout.sglang.tensor_parallel * 2}"]

@@ -138,7 +138,7 @@ def reshard_bytes(recipe: Recipe, actor: Model, cluster: Cluster) -> tuple[int, 
     size, hosts = engine_size(recipe), list(range(cluster.world))
     a = actor.architecture
     if cluster.engine_gpus:
-        wanted = whole_model(a, hosts[:: cluster.world // recipe.rollout.servers])
+        wanted = whole_model(a, hosts[:: cluster.world // recipe.rollout.sglang.servers])
     else:
         wanted = sglang_shards(a, size, hosts) if recipe.rollout.engine == "sglang" else whole_model(a, hosts)
     ranks = actor.training_ranks(cluster.world)

@@ -42,7 +42,7 @@ def check_model(name: str, role: RoleConfig, architecture: Architecture) -> None
         ("tensor_parallel", tp, "key-value heads", a.kv_heads),
         ("tensor_parallel", tp, "feed-forward size", a.ffn),
     ]
-    if a.experts:
+    if a.experts and a.expert_ffn:
         divisions += [
             ("expert_parallel", role.expert_parallel, "experts", a.experts),
             ("expert_tensor_parallel", role.expert_tensor_parallel, "expert feed-forward size", a.expert_ffn),

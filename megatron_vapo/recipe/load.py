@@ -1,7 +1,9 @@
 """Recipes: YAML files that choose values for `megatron_vapo.config`.
 
-A recipe may build on others through `base: FILE` (a path relative to the recipe, or a list, later ones winning);
-`key=value` arguments of the command line win over all.
+A recipe may build on others through `base: FILE` (a path relative to the recipe, or a list, later ones winning), and
+name an algorithm: `algorithm: grpo`, or `algorithm: {preset: grpo, clip_high: 0.25}` to change some of it. The settings
+of `recipe/algorithms/grpo.yaml` then win over those of the bases, and the recipe's own over them. `key=value` arguments
+of the command line win over all; `algorithm=grpo` among them wins over the recipe and gives way to other arguments.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +23,20 @@ from megatron_vapo.errors import RecipeError
 from megatron_vapo.recipe.schema import SCHEMA
 from megatron_vapo.recipe.validate import validate
 
+ALGORITHMS = Path(__file__).with_name("algorithms")
+"""One file for each algorithm that a recipe or an override can name."""
+
+MOVED = {
+    "rollout.batch_size": "rollout.transformers.batch_size",
+    "rollout.kv_cache": "rollout.sglang.kv_cache",
+    "rollout.tensor_parallel": "rollout.sglang.tensor_parallel",
+    "rollout.placement": "rollout.sglang.placement",
+    "rollout.servers": "rollout.sglang.servers",
+    "rollout.request_seconds": "rollout.sglang.request_seconds",
+    "rollout.retries": "rollout.sglang.retries",
+}
+"""Keys of earlier versions, and what they are called now: a recipe that has one is refused with the other."""
+
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe with its bases, apply `key=value` overrides and check what needs no model.
@@ -29,7 +45,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: unreadable file, unknown key (with the nearest known one), wrong type, missing or impossible value.
     """
     merged = OmegaConf.structured(Recipe)
-    for source, content in [*_read_with_bases(Path(path), ()), *map(_parse_override, overrides)]:
+    for source, content in [*_read_with_bases(Path(path), ()), *_read_overrides(overrides)]:
         _refuse_unknown_keys(content, "", source)
         try:
             merged = OmegaConf.merge(merged, content)
@@ -39,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise RecipeError(f"{path}: set {', '.join(missing)}")
-        recipe: Recipe = OmegaConf.to_object(merged)
+        recipe = cast(Recipe, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
@@ -47,12 +63,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
-    """A copy with `key=value` overrides, not validated."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(recipe), OmegaConf.from_dotlist(list(overrides))))
+    """Return a copy with `key=value` overrides, not validated."""
+    merged = OmegaConf.merge(OmegaConf.structured(recipe), OmegaConf.from_dotlist(list(overrides)))
+    return cast(Recipe, OmegaConf.to_object(merged))
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every setting written out."""
+    """Return the resolved recipe, every setting written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
@@ -61,7 +78,7 @@ Source = tuple[str, dict[str, Any]]
 
 
 def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> list[Source]:
-    """This recipe's content after that of its bases."""
+    """The contents of a recipe's bases, of the algorithm that it names, and its own, in this order."""
     path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path.name}: recipes build on each other in a circle: {[p.name for p in [*seen, path]]}")
@@ -75,12 +92,42 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> list[Source]:
     sources: list[Source] = []
     for base in bases:
         sources += _read_with_bases(path.parent / base, (*seen, path))
-    return [*sources, (str(path), content)]
+    preset, own = _take_preset((str(path), content))
+    return [*sources, *preset, own]
+
+
+def _read_overrides(overrides: Iterable[str]) -> list[Source]:
+    """The settings of `key=value` arguments, in their order; those of an algorithm before all others."""
+    presets: list[Source] = []
+    others: list[Source] = []
+    for override in overrides:
+        preset, own = _take_preset(_parse_override(override))
+        presets += preset
+        others.append(own)
+    return [*presets, *others]
+
+
+def _take_preset(source: Source) -> tuple[list[Source], Source]:
+    """The settings of the algorithm that a source names, if it does; and the source's own."""
+    where, content = source
+    own = content.get("algorithm")
+    own = {"preset": own} if isinstance(own, str) else own
+    if not isinstance(own, dict) or "preset" not in own:
+        return [], source
+    rest = {key: value for key, value in own.items() if key != "preset"}
+    return [_read_preset(where, own["preset"])], (where, content | {"algorithm": rest})
+
+
+def _read_preset(where: str, name: object) -> Source:
+    known = {path.stem: path for path in sorted(ALGORITHMS.glob("*.yaml"))}
+    if name not in list(known):
+        raise RecipeError(f"{where}: no algorithm is called {name}; there are {', '.join(known)}")
+    return f"algorithm={name}", _read_yaml(known[str(name)])
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {_one_line(error)}") from error
     if not isinstance(content, dict):
@@ -92,7 +139,7 @@ def _parse_override(override: str) -> Source:
     if not re.match(r"[\w.]+=", override):
         raise RecipeError(f"{override!r}: write overrides as key=value, for example steps=10")
     try:
-        return override, OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        return override, cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise RecipeError(f"{override}: {_one_line(error)}") from error
 
@@ -103,9 +150,12 @@ def _refuse_unknown_keys(content: Any, group: str, source: str) -> None:
     if not isinstance(content, Mapping):
         raise RecipeError(f"{source}: {group} is a group of settings: {', '.join(_names_in(prefix))}")
     for name, value in content.items():
-        setting = SCHEMA.get(f"{prefix}{name}")
+        key = f"{prefix}{name}"
+        if key in MOVED:
+            raise RecipeError(f"{source}: {key} is called {MOVED[key]} now")
+        setting = SCHEMA.get(key)
         if setting is None:
-            raise RecipeError(f"{source}: unknown key {prefix}{name}{_nearest(str(name), prefix)}")
+            raise RecipeError(f"{source}: unknown key {key}{_nearest(str(name), prefix)}")
         if setting.is_group:
             _refuse_unknown_keys(value, setting.key, source)
 

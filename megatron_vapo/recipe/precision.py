@@ -100,7 +100,7 @@ def _sizes(role: RoleConfig, a: Architecture) -> list[tuple[str, int]]:
         ("queries, keys and values", (a.heads + 2 * a.kv_heads) * a.head_dim // tp),
         ("an attention output", a.heads * a.head_dim // tp),
     ]
-    if a.experts:
+    if a.expert_ffn:
         return [*sizes, ("an expert feed-forward size", a.expert_ffn // role.expert_tensor_parallel)]
     return [*sizes, ("a feed-forward size", a.ffn // tp)]
 

@@ -170,26 +170,28 @@ def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
     """SGLang must be where the recipe says, and able to cut the model as it says."""
     if recipe.rollout.engine != "sglang":
         return
-    rollout, world = recipe.rollout, world_size()
-    colocated = rollout.placement == "colocated"
-    hosts = list(range(world if colocated else rollout.tensor_parallel))
-    shards = sglang_shards(architecture, rollout.tensor_parallel, hosts)
-    if rollout.quantization == "fp8":
+    settings, world = recipe.rollout.sglang, world_size()
+    colocated = settings.placement == "colocated"
+    hosts = list(range(world if colocated else settings.tensor_parallel))
+    shards = sglang_shards(architecture, settings.tensor_parallel, hosts)
+    if recipe.rollout.quantization == "fp8":
         _check_fp8_rollout(architecture, shards)
-    if not colocated and world % rollout.servers:
-        raise LayoutError(f"rollout.servers={rollout.servers} must divide the {world} processes: each serves one group")
-    multiple = _CPU_FFN_MULTIPLE * rollout.tensor_parallel
-    ffn = architecture.expert_ffn if architecture.experts else architecture.ffn
+    if not colocated and world % settings.servers:
+        raise LayoutError(
+            f"rollout.sglang.servers={settings.servers} must divide the {world} processes: each serves one group"
+        )
+    multiple = _CPU_FFN_MULTIPLE * settings.tensor_parallel
+    ffn = architecture.expert_ffn or architecture.ffn
     if not torch.cuda.is_available() and ffn % multiple:
         raise LayoutError(
             f"rollout.engine=sglang: SGLang on CPU pads a feed-forward size of {ffn} to a multiple of {multiple} (32 x "
-            "rollout.tensor_parallel), which a weight sync cannot serve: use the embedded engine for this model"
+            "rollout.sglang.tensor_parallel), which a weight sync cannot serve: use the embedded engine for this model"
         )
-    python = recipe.rollout.sglang.python or sys.executable
+    python = settings.python or sys.executable
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
     if shutil.which(python) is None or subprocess.run([python, "-c", look]).returncode:
         raise RecipeError(
-            f"rollout.sglang.python={recipe.rollout.sglang.python}: {python} has no SGLang. Without a GPU run "
+            f"rollout.sglang.python={settings.python}: {python} has no SGLang. Without a GPU run "
             "`make sglang-cpu` and set it to .venv-sglang/bin/python; with one, install sglang and name its interpreter"
         )
 
@@ -216,7 +218,7 @@ def _check_fp8_rollout(architecture: Architecture, shards: list[RolloutShard]) -
 
 def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architecture:
     """The critic is as large as its reward model, or as the actor."""
-    if critic.init != "reward_model":
+    if critic.init != "reward_model" or critic.reward_model is None:
         return actor.as_critic()
     architecture = checked_architecture(critic.reward_model)
     if not architecture.classifier:

@@ -63,24 +63,18 @@ def _validate_algorithm(recipe: Recipe) -> None:
         )
     if critic.init != "reward_model" and critic.reward_model:
         raise RecipeError(f"critic.reward_model is set but critic.init={critic.init}: set critic.init=reward_model")
-    if recipe.value_pretraining.checkpoint and not recipe.value_pretraining.enabled:
+    if recipe.uses_critic and recipe.value_pretraining.checkpoint and not recipe.value_pretraining.enabled:
         raise RecipeError("value_pretraining.checkpoint is set but value_pretraining.enabled=false: choose one")
 
 
 def _validate_rollout(recipe: Recipe) -> None:
     rollout, algorithm = recipe.rollout, recipe.algorithm
-    if rollout.engine == "transformers" and rollout.tensor_parallel > 1:
-        raise RecipeError("rollout.tensor_parallel above 1 needs rollout.engine=sglang")
-    if rollout.placement == "separate" and rollout.engine == "transformers":
-        raise RecipeError("rollout.placement=separate needs rollout.engine=sglang")
     if rollout.partial and rollout.over_sampling == 1:
         raise RecipeError("rollout.partial keeps what rollout.over_sampling leaves unfinished: set that above 1")
     if rollout.partial and rollout.max_version_lag == 0:
         raise RecipeError(
             "rollout.partial goes on with responses that older weights began: set rollout.max_version_lag to 1 or more"
         )
-    if rollout.kv_cache == "fp8" and rollout.engine == "transformers":
-        raise RecipeError("rollout.kv_cache=fp8 needs rollout.engine=sglang: the embedded engine has no FP8 cache")
     if rollout.quantization == "fp8" and rollout.engine == "sglang" and recipe.model.dtype != "bfloat16":
         raise RecipeError(
             f"rollout.quantization=fp8: SGLang's FP8 layers take bfloat16 activations, and model.dtype="

@@ -142,5 +142,5 @@ def _cause(error: Exception) -> str | None:
         return "the disk is full, or a quota is used up"
     on_cpu = "DefaultCPUAllocator" in str(error)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-        return "out of memory (lower micro_batch_tokens or rollout.batch_size, or shard more)"
+        return "out of memory (lower micro_batch_tokens or rollout.transformers.batch_size, or shard more)"
     return None

@@ -57,7 +57,7 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folde
         recipe.model.path,
         end_ids=inputs.end_ids,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else inputs.end_ids[0],
-        batch_size=recipe.rollout.batch_size,
+        batch_size=recipe.rollout.transformers.batch_size,
         dtype=dtype,
         device=device,
     )

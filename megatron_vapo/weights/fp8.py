@@ -126,7 +126,7 @@ def check_cuts(parameters: Iterable[Parameter], shapes: Shapes) -> None:
                 raise LayoutError(
                     f"rollout.quantization=fp8: a rank of the engine holds {size[0]} x {size[1]} numbers of "
                     f"{box.tensor} in {parameter.name}, which is no multiple of FP8's blocks of {BLOCK} x {BLOCK}: "
-                    "lower rollout.tensor_parallel, or set rollout.quantization=none"
+                    "lower rollout.sglang.tensor_parallel, or set rollout.quantization=none"
                 )
 
 

@@ -64,7 +64,7 @@ def test_an_empty_folder_may_become_a_run(recipe_file: Path, folder: Path) -> No
         "checkpoint.keep=9",
         "limits.wall_clock_minutes=230",
         "observe.samples_per_step=0",
-        "rollout.batch_size=3",
+        "rollout.transformers.batch_size=3",
         "rollout.save=true",
         "reward.workers=2",
         "reward.timeout_seconds=1",
@@ -121,8 +121,9 @@ LAYOUT = {
 }
 HARMLESS = {
     *("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe"),
-    *("rollout.batch_size", "rollout.check_weights_every", "rollout.bucket_mib", "rollout.save", "rollout.retries"),
-    *("rollout.sglang.start_seconds", "rollout.sglang.stall_seconds", "rollout.sglang.max_restarts"),
+    *("rollout.transformers.batch_size", "rollout.check_weights_every", "rollout.bucket_mib", "rollout.save"),
+    *("rollout.sglang.retries", "rollout.sglang.start_seconds", "rollout.sglang.stall_seconds"),
+    "rollout.sglang.max_restarts",
     *("reward.workers", "reward.timeout_seconds", "deterministic"),
     *(f"{role}.{key}" for role in ("actor", "critic") for key in LAYOUT),
 }

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 PIPELINES = ["ROLE.tensor_parallel=2", "ROLE.pipeline_parallel=2"]
 CASES = {
-    "training TP2 x PP2, two servers of TP2": (4, PIPELINES, ["tensor_parallel=2", "sglang.update=direct"]),
+    "training TP2 x PP2, two servers of TP2": (4, PIPELINES, ["sglang.tensor_parallel=2", "sglang.update=direct"]),
     "training TP2 with SP, two servers of TP1": (
         2,
         ["ROLE.tensor_parallel=2", "ROLE.sequence_parallel=true"],
@@ -24,7 +24,7 @@ CASES = {
     "training DP2, one separate server of TP2": (
         2,
         ["ROLE.distributed_optimizer=true"],
-        ["placement=separate", "tensor_parallel=2"],
+        ["sglang.placement=separate", "sglang.tensor_parallel=2"],
     ),
 }
 PARAMETERS_OF_A_RANK = 3 + 4 * 7

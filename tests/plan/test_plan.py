@@ -108,7 +108,7 @@ def test_the_engine_holds_an_eighth_of_the_model(recipe, architectures) -> None:
 
 def test_an_engine_in_fp8_is_half_as_large(recipe, architectures) -> None:
     """By hand: linear layers of a byte a number and 4 a block of 128 x 128; the rest as before; the cache half."""
-    in_fp8 = with_overrides(recipe, ["rollout.quantization=fp8", "rollout.kv_cache=fp8"])
+    in_fp8 = with_overrides(recipe, ["rollout.quantization=fp8", "rollout.sglang.kv_cache=fp8"])
     models = roles_of(in_fp8, *architectures)
     whole = engine_weights(recipe, models["actor"])
     linear = 64 * (5120 * 2 * 5120 + 5120 * 2 * 1024 + 3 * 5120 * 27648) / 8
@@ -152,7 +152,7 @@ def test_reshard_traffic_is_what_engines_lack(recipe, architectures) -> None:
 
 def test_engines_apart_leave_training_its_memory(recipe, architectures) -> None:
     """Four servers of eight GPUs on as many nodes of sixteen: training's part is that of four nodes of eight."""
-    apart = with_overrides(recipe, ["rollout.placement=separate", "rollout.servers=4"])
+    apart = with_overrides(recipe, ["rollout.sglang.placement=separate", "rollout.sglang.servers=4"])
     together, beside = cluster(4), replace(cluster(4, gpus_per_node=16), engine_gpus=32)
     assert (beside.gpus, beside.world) == (64, together.world)
     models = roles_of(recipe, *architectures)
@@ -173,7 +173,7 @@ def test_engines_apart_leave_training_its_memory(recipe, architectures) -> None:
 
 def test_engines_apart_are_sent_the_whole_model(recipe, architectures) -> None:
     """By hand: four ranks collect what they lack of it, each of 32 GPUs receives all of it."""
-    apart = with_overrides(recipe, ["rollout.placement=separate", "rollout.servers=4"])
+    apart = with_overrides(recipe, ["rollout.sglang.placement=separate", "rollout.sglang.servers=4"])
     beside = replace(cluster(4, gpus_per_node=12), engine_gpus=32)
     model = 2 * 32_763_876_352
     most, total = reshard_bytes(apart, roles_of(recipe, *architectures)["actor"], beside)
@@ -182,7 +182,9 @@ def test_engines_apart_are_sent_the_whole_model(recipe, architectures) -> None:
 
 
 def test_engines_apart_must_be_spread_evenly(recipe, architectures) -> None:
-    apart = with_overrides(recipe, ["rollout.placement=separate", "rollout.servers=2", "rollout.tensor_parallel=8"])
+    apart = with_overrides(
+        recipe, ["rollout.sglang.placement=separate", "rollout.sglang.servers=2", "rollout.sglang.tensor_parallel=8"]
+    )
     models = roles_of(apart, *architectures)
     with pytest.raises(LayoutError, match="as many on each of the 4 nodes"):
         check_layouts(apart, models, replace(cluster(4, gpus_per_node=12), engine_gpus=16))

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.recipe.load import load_recipe, to_yaml
-from megatron_vapo.recipe.schema import SCHEMA
+from megatron_vapo.recipe.load import ALGORITHMS, MOVED, load_recipe, to_yaml
+from megatron_vapo.recipe.schema import SCHEMA, value_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -67,7 +67,8 @@ def test_settings_that_a_recipe_leaves_out_keep_their_defaults(recipe_file: Path
         (["rollout.quantization=fp8", "algorithm.importance=mask"], "mask"),
         (["rollout.quantization=fp8", "algorithm.importance=none"], "none"),
         (["rollout.quantization=fp8", "algorithm.old_logprobs=rollout"], "none"),
-        (["rollout.kv_cache=fp8", "rollout.engine=sglang"], "truncate"),
+        (["rollout.sglang.kv_cache=fp8", "rollout.engine=sglang"], "truncate"),
+        (["rollout.sglang.kv_cache=fp8"], "none"),  # another engine's setting
     ],
 )
 def test_fp8_rollout_is_corrected_unless_the_recipe_says_otherwise(
@@ -78,15 +79,8 @@ def test_fp8_rollout_is_corrected_unless_the_recipe_says_otherwise(
     assert recipe.algorithm.importance_cap == 2.0
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["rollout.kv_cache=fp8"], "rollout.kv_cache=fp8 needs rollout.engine=sglang"),
-        (["rollout.quantization=fp8", "rollout.engine=sglang"], "set model.dtype=bfloat16"),
-    ],
-)
-def test_fp8_rollout_that_no_engine_has_is_refused(recipe_file: Path, overrides: list[str], words: str) -> None:
-    assert words in message(recipe_file, *overrides)
+def test_fp8_rollout_that_no_engine_has_is_refused(recipe_file: Path) -> None:
+    assert "set model.dtype=bfloat16" in message(recipe_file, "rollout.quantization=fp8", "rollout.engine=sglang")
 
 
 def test_a_base_is_read_first_relative_to_the_recipe(tmp_path: Path) -> None:
@@ -243,6 +237,71 @@ def test_references_to_other_keys(recipe_file: Path) -> None:
     assert "name" in message(recipe_file, "name=${")
 
 
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_an_old_spelling_is_refused_with_the_new_one(recipe_file: Path, tmp_path: Path, old: str, new: str) -> None:
+    assert message(recipe_file, f"{old}=1") == f"{old}=1: {old} is called {new} now"
+    group, _, name = old.partition(".")
+    assert f"{old} is called {new} now" in message(write(tmp_path / "old.yaml", GOOD | {group: {name: 1}}))
+    assert old not in SCHEMA and new in SCHEMA
+
+
+# Algorithms.
+
+NAMES = ("dapo", "grpo", "ppo", "vapo", "vc_ppo")
+WITHOUT_A_CRITIC = {f"algorithm.{key}" for key in ("decoupled_gae", "length_adaptive_gae")}
+"""Settings of GAE that say nothing where there is none."""
+
+
+def differences(one: Recipe, other: Recipe) -> set[str]:
+    return {key for key in SCHEMA if not SCHEMA[key].is_group and value_of(one, key) != value_of(other, key)}
+
+
+def test_every_algorithm_is_a_file_of_the_package() -> None:
+    assert tuple(sorted(path.stem for path in ALGORITHMS.iterdir())) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("before", NAMES)
+def test_an_algorithm_on_the_command_line_wins_over_the_recipes(recipe_file: Path, before: str, name: str) -> None:
+    """Whatever algorithm the recipe has: all that tells algorithms apart is chosen."""
+    plain = load_recipe(recipe_file, [f"algorithm={name}"])
+    (child := recipe_file.with_name("child.yaml")).write_text(f"base: good.yaml\nalgorithm: {before}\n")
+    changed = load_recipe(child, [f"algorithm={name}"])
+    assert differences(plain, changed) <= (set() if plain.uses_critic else WITHOUT_A_CRITIC)
+    assert (before == name) or differences(load_recipe(child), changed)
+
+
+def test_algorithms_are_what_their_names_say(recipe_file: Path) -> None:
+    dapo, grpo, ppo, vapo, vc_ppo = (load_recipe(recipe_file, [f"algorithm={name}"]) for name in NAMES)
+    assert differences(vapo, Recipe()) <= {"name", "run_dir", "minibatch_size", "model.path", "data.train"} | {
+        "critic.init",
+        "rollout.prompts_per_step",
+        "rollout.samples_per_prompt",
+    }
+    assert differences(grpo, dapo) == {"algorithm.clip_high", "algorithm.loss_reduction", "rollout.dynamic_sampling"}
+    assert differences(ppo, vc_ppo) == {"algorithm.decoupled_gae", "value_pretraining.enabled"}
+    assert not grpo.uses_critic and not dapo.uses_critic and ppo.uses_critic
+    assert grpo.algorithm.clip_high == grpo.algorithm.clip_low and grpo.algorithm.loss_reduction == "sample"
+    assert grpo.algorithm.positive_lm_coefficient == ppo.algorithm.positive_lm_coefficient == 0
+
+
+def test_single_settings_win_over_an_algorithm(tmp_path: Path, recipe_file: Path) -> None:
+    for overrides in (["algorithm.clip_high=0.3", "algorithm=grpo"], ["algorithm=grpo", "algorithm.clip_high=0.3"]):
+        algorithm = load_recipe(recipe_file, overrides).algorithm
+        assert (algorithm.advantage, algorithm.clip_high) == ("group", 0.3)
+    own = GOOD | {"algorithm": {"preset": "dapo", "dual_clip": 10}, "rollout": {"dynamic_sampling": False}}
+    recipe = load_recipe(write(tmp_path / "own.yaml", own), ["minibatch_size=8192"])
+    assert (recipe.algorithm.dual_clip, recipe.algorithm.loss_reduction) == (10, "token")
+    assert not recipe.uses_critic and not recipe.rollout.dynamic_sampling
+    assert load_recipe(recipe_file, ["algorithm=dapo", "algorithm=ppo"]).uses_critic
+
+
+@pytest.mark.parametrize("override", ["algorithm=gpro", "algorithm.preset=x", "algorithm.preset=[grpo]", "algorithm="])
+def test_an_unknown_algorithm_is_refused_with_the_known_ones(recipe_file: Path, override: str) -> None:
+    text = message(recipe_file, override)
+    assert text.startswith(f"{override}: no algorithm is called") and "dapo, grpo, ppo, vapo, vc_ppo" in text
+
+
 # Values that cannot work.
 
 
@@ -257,20 +316,20 @@ def test_numbers_are_finite(recipe_file: Path, key: str, value: str) -> None:
 OUT_OF_BOUNDS = {
     "at least 1": (
         *("minibatch_size", "epochs", "max_skipped_updates", "rollout.prompts_per_step", "rollout.samples_per_prompt"),
-        *("rollout.max_response_tokens", "rollout.batch_size", "rollout.dynamic_sampling_rounds", "critic.epochs"),
+        *("rollout.max_response_tokens", "rollout.transformers.batch_size", "rollout.dynamic_sampling_rounds"),
         *("value_pretraining.epochs", "value_pretraining.max_steps", "data.max_prompt_tokens", "evaluation.samples"),
         *("evaluation.problems", "checkpoint.keep", "actor.tensor_parallel", "actor.pipeline_parallel"),
         *("actor.virtual_pipeline", "actor.context_parallel", "actor.expert_parallel", "actor.expert_tensor_parallel"),
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),
-        *("critic.micro_batch_tokens", "rollout.tensor_parallel", "rollout.servers", "rollout.sglang.concurrency"),
-        *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib"),
-        *("algorithm.importance_cap",),
+        *("critic.micro_batch_tokens", "rollout.sglang.tensor_parallel", "rollout.sglang.servers", "critic.epochs"),
+        *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib", "limits.sampled_tokens"),
+        *("algorithm.importance_cap", "rollout.sglang.concurrency"),
     ),
     "above 0": (
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.temperature", "rollout.sampling.top_p"),
         *("evaluation.sampling.temperature", "evaluation.sampling.top_p", "rollout.step_seconds"),
-        *("rollout.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
-        *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction"),
+        *("rollout.sglang.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
+        *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
     ),
     "at least 0": (
         *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.workers", "reward.overlong.cache_tokens"),
@@ -278,23 +337,19 @@ OUT_OF_BOUNDS = {
         *("algorithm.positive_lm_coefficient", "actor.moe_aux_loss", "actor.optimizer.learning_rate"),
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),
-        *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.retries", "rollout.sglang.max_restarts"),
-        *("rollout.check_weights_every",),
+        *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.sglang.retries", "rollout.sglang.max_restarts"),
+        *("rollout.check_weights_every", "actor.precision.first_layers", "actor.precision.last_layers"),
+        *("checkpoint.keep_every", "limits.grace_seconds"),
     ),
     "between 0 and 1": ("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic"),
 }
 
 
-UPPER_ONLY = {"limits.silent_seconds", "algorithm.dual_clip"}
-
-
-def test_every_bound_of_a_setting_is_tested_below() -> None:
-    """A role's settings once, for actor and critic have them in common."""
-    tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys} | UPPER_ONLY
-    tested |= {key.replace("critic.", "actor.", 1) for key in tested}
-    bounded = {key for key, setting in SCHEMA.items() if setting.bounds is not None}
-    assert bounded - tested == {key for key in bounded - tested if key.replace("critic.", "actor.", 1) in tested}
-    assert tested & set(SCHEMA) - bounded == set()
+def test_every_bound_of_a_setting_is_tested() -> None:
+    """Those that both roles have, with one of them."""
+    tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys} | {"limits.silent_seconds", "algorithm.dual_clip"}
+    tested |= {k.replace("critic.", "actor.") for k in tested} | {key.replace("actor.", "critic.") for key in tested}
+    assert {key for key, setting in SCHEMA.items() if setting.bounds is not None} <= tested
 
 
 @pytest.mark.parametrize(("bound", "key"), [(bound, key) for bound, keys in OUT_OF_BOUNDS.items() for key in keys])
@@ -317,6 +372,7 @@ def test_lower_bounds(recipe_file: Path, bound: str, key: str) -> None:
         ("actor.optimizer.beta1=1", "below 1"),  # Adam divides by 1 - beta
         ("critic.optimizer.beta2=1", "below 1"),
         ("algorithm.dual_clip=1", "above 1, or null"),
+        ("limits.silent_seconds=1.5", "at least 2, or 0"),
         (f"seed={2**63}", "below 2**63"),
     ],
 )
@@ -342,8 +398,6 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["rollout.dynamic_sampling=true", "rollout.samples_per_prompt=1"],
             ["rollout.dynamic_sampling", "rollout.samples_per_prompt", "2 or more"],
         ),
-        (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel above 1", "rollout.engine=sglang"]),
-        (["rollout.placement=separate"], ["rollout.placement=separate", "rollout.engine=sglang"]),
         (
             ["rollout.partial=true", "rollout.max_version_lag=1"],
             ["rollout.partial", "rollout.over_sampling", "above 1"],
@@ -386,9 +440,14 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rollout.engine=sglang", "rollout.tensor_parallel=2", "rollout.placement=separate", "rollout.servers=2"],
+        [
+            "rollout.engine=sglang",
+            "rollout.sglang.tensor_parallel=2",
+            "rollout.sglang.placement=separate",
+            "rollout.sglang.servers=2",
+        ],
         ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
-        ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.request_seconds=30"],
+        ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.sglang.request_seconds=30"],
         ["algorithm.importance=truncate", "algorithm.importance_cap=1"],
         ["algorithm.old_logprobs=rollout", "rollout.max_logprob_difference=0.05", "rollout.check_weights_every=0"],
     ],

@@ -584,8 +584,9 @@ def test_an_engine_that_is_there(
 ) -> None:
     read(wide, SGLANG, with_sglang)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    read(wide, SGLANG, with_sglang, "rollout.tensor_parallel=2")
-    read(wide, SGLANG, with_sglang, "rollout.tensor_parallel=2", "rollout.placement=separate", "rollout.servers=4")
+    read(wide, SGLANG, with_sglang, "rollout.sglang.tensor_parallel=2")
+    settings = ("tensor_parallel=2", "placement=separate", "servers=4")
+    read(wide, SGLANG, with_sglang, *(f"rollout.sglang.{setting}" for setting in settings))
 
 
 def test_the_embedded_engine_needs_no_sglang(read: Callable[..., Inputs]) -> None:
@@ -595,12 +596,12 @@ def test_the_embedded_engine_needs_no_sglang(read: Callable[..., Inputs]) -> Non
 @pytest.mark.parametrize(
     ("processes", "overrides", "words"),
     [
-        (1, "rollout.tensor_parallel=2", ["parallelism of 2", "the 1 ranks that host engines"]),
-        (3, "rollout.tensor_parallel=2", ["parallelism of 2", "the 3 ranks that host engines"]),
-        (3, "rollout.tensor_parallel=3", ["parallelism of 3 does not divide", "4 attention heads"]),
-        (1, "rollout.placement=separate rollout.tensor_parallel=3", ["parallelism of 3", "4 attention heads"]),
-        (4, "rollout.placement=separate rollout.servers=3", ["rollout.servers=3 must divide the 4 processes"]),
-        (2, "rollout.placement=separate rollout.servers=4", ["rollout.servers=4 must divide the 2 processes"]),
+        (1, "tensor_parallel=2", ["parallelism of 2", "the 1 ranks that host engines"]),
+        (3, "tensor_parallel=2", ["parallelism of 2", "the 3 ranks that host engines"]),
+        (3, "tensor_parallel=3", ["parallelism of 3 does not divide", "4 attention heads"]),
+        (1, "placement=separate tensor_parallel=3", ["parallelism of 3", "4 attention heads"]),
+        (4, "placement=separate servers=3", ["rollout.sglang.servers=3 must divide the 4 processes"]),
+        (2, "placement=separate servers=4", ["rollout.sglang.servers=4 must divide the 2 processes"]),
     ],
 )
 def test_rollout_layouts_that_processes_or_model_cannot_take(
@@ -613,5 +614,6 @@ def test_rollout_layouts_that_processes_or_model_cannot_take(
     words: list[str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    text = refusal(LayoutError, wide, SGLANG, with_sglang, *overrides.split())
+    settings = [f"rollout.sglang.{setting}" for setting in overrides.split()]
+    text = refusal(LayoutError, wide, SGLANG, with_sglang, *settings)
     assert all(word in text for word in words), text

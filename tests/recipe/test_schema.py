@@ -34,7 +34,7 @@ def test_every_setting_is_documented(setting: Setting) -> None:
 
 @pytest.mark.parametrize("setting", LEAVES, ids=named)
 def test_null_is_explained_where_it_is_allowed(setting: Setting) -> None:
-    if type(None) in get_args(setting.type) and setting.key != "critic.reward_model":
+    if type(None) in get_args(setting.type):
         assert "null" in setting.doc
 
 

@@ -214,7 +214,11 @@ class FakeProcess:
         return "Segmentation fault"
 
 
-SETTINGS = RolloutConfig(retries=2, sglang=SGLangConfig(concurrency=4, stall_seconds=30.0))
+SETTINGS = RolloutConfig(sglang=SGLangConfig(concurrency=4, stall_seconds=30.0, retries=2))
+
+
+def with_limit(seconds: float) -> RolloutConfig:
+    return replace(SETTINGS, sglang=replace(SETTINGS.sglang, request_seconds=seconds))
 
 
 class Outcome:
@@ -342,7 +346,7 @@ def test_a_response_is_cut_when_its_time_is_over() -> None:
         await server.until_aborted(body)
         return answer([7, 8], "abort")
 
-    outcome = ask(write, 3, replace(SETTINGS, request_seconds=0.2))
+    outcome = ask(write, 3, with_limit(0.2))
     assert outcome.failure is None and not outcome.counts
     assert outcome.delivered[1].token_ids.tolist() == [7, 8]
     assert [outcome.delivered[n].finish_reason for n in range(3)] == ["stop", "length", "stop"]
@@ -354,7 +358,7 @@ def test_a_response_that_ends_as_its_time_is_over_is_whole() -> None:
         await server.until_aborted(body)
         return await at_once(server, body, before)
 
-    outcome = ask(write, 1, replace(SETTINGS, request_seconds=0.05))
+    outcome = ask(write, 1, with_limit(0.05))
     assert outcome.delivered[0].finish_reason == "stop"
 
 
@@ -365,7 +369,7 @@ def test_a_response_that_had_not_begun_when_its_time_was_over_is_asked_again() -
         await server.until_aborted(body)
         return answer([], "abort")
 
-    outcome = ask(write, 1, replace(SETTINGS, request_seconds=0.5))
+    outcome = ask(write, 1, with_limit(0.5))
     assert outcome.delivered[0].finish_reason == "stop" and outcome.counts["rollout/retries"] == 1
 
 
@@ -373,7 +377,7 @@ def test_a_request_whose_abort_does_nothing_is_a_failure() -> None:
     async def write(server: FakeServer, body: dict, before: int) -> object:
         await asyncio.Event().wait()
 
-    settings = replace(SETTINGS, retries=1, request_seconds=0.05, sglang=SGLangConfig(stall_seconds=0.5))
+    settings = RolloutConfig(sglang=SGLangConfig(retries=1, request_seconds=0.05, stall_seconds=0.5))
     outcome = ask(write, 1, settings)
     assert "did not end" in outcome.failure and outcome.counts["rollout/retries"] == 1
 
@@ -412,7 +416,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
         server.healthy.clear()
         await asyncio.Event().wait()
 
-    outcome = ask(write, 6, replace(SETTINGS, sglang=SGLangConfig(concurrency=4, stall_seconds=0.4)))
+    outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=4, stall_seconds=0.4)))
     assert "no sign of life for 0.4 s" in outcome.failure
     assert set(outcome.delivered) <= {0} and not outcome.counts
 
@@ -424,7 +428,7 @@ def test_a_server_that_is_slow_but_alive_is_not_given_up() -> None:
         await asyncio.sleep(1.5)
         return await at_once(server, body, before)
 
-    outcome = ask(write, 1, replace(SETTINGS, sglang=SGLangConfig(stall_seconds=0.5)))
+    outcome = ask(write, 1, RolloutConfig(sglang=SGLangConfig(retries=2, stall_seconds=0.5)))
     assert outcome.failure is None and len(outcome.delivered) == 1
 
 
@@ -436,7 +440,7 @@ def test_a_server_that_answers_requests_only_is_not_given_up() -> None:
         await asyncio.sleep(0.3)
         return await at_once(server, body, before)
 
-    outcome = ask(write, 6, replace(SETTINGS, sglang=SGLangConfig(concurrency=1, stall_seconds=1.0)))
+    outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=1, stall_seconds=1.0)))
     assert outcome.failure is None and len(outcome.delivered) == 6
 
 
@@ -451,7 +455,7 @@ def test_a_server_that_ends_is_noticed_at_once() -> None:
             await asyncio.sleep(0)
         process.running = False
 
-    outcome = ask(write, 2, replace(SETTINGS, sglang=SGLangConfig(stall_seconds=10 * LIMIT_S)), meanwhile=end)
+    outcome = ask(write, 2, RolloutConfig(sglang=SGLangConfig(retries=2, stall_seconds=10 * LIMIT_S)), meanwhile=end)
     assert outcome.failure == "the server ended:\nSegmentation fault" and not outcome.delivered
 
 

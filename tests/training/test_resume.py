@@ -202,7 +202,12 @@ DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
         SHARDED,
         ("algorithm.advantage=group", "model.dtype=bfloat16"),
         ("rollout.dynamic_sampling=true", "limits.sampled_tokens=500"),
-        ("rollout.partial=true", "rollout.over_sampling=1.7", "rollout.max_version_lag=2", "rollout.batch_size=4"),
+        (
+            "rollout.partial=true",
+            "rollout.over_sampling=1.7",
+            "rollout.max_version_lag=2",
+            "rollout.transformers.batch_size=4",
+        ),
     ],
     ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",
 )

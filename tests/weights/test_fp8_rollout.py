@@ -107,13 +107,13 @@ def test_whole_tensors_are_the_fp8_checkpoint(folders):
 
 
 def test_servers_are_told_of_the_exports_format_and_of_the_caches(folders, tmp_path):
-    from megatron_vapo.config import RolloutConfig
+    from megatron_vapo.config import RolloutConfig, SGLangConfig
     from megatron_vapo.rollout.sglang.launch import server_settings
 
     bf16, quantised = folders
     rest = (bf16, torch.bfloat16, torch.device("cpu"), tmp_path / "log")
     plain = server_settings(RolloutConfig(), *rest).arguments
-    told = server_settings(RolloutConfig(quantization="fp8", kv_cache="fp8"), *rest).arguments
+    told = server_settings(RolloutConfig(quantization="fp8", sglang=SGLangConfig(kv_cache="fp8")), *rest).arguments
     changes = json.loads(told["json-model-override-args"])
     exported = json.loads((quantised / "config.json").read_text())
     assert changes == {"quantization_config": exported["quantization_config"]}

@@ -62,10 +62,11 @@ class SGLangEngine:
         log_folder: Path,
     ) -> None:
         self._settings, self._end_ids, self._device = settings, tuple(end_ids), device
-        self._colocated = settings.placement == "colocated"
-        self._way: Way = settings.sglang.update if self._colocated else "distributed"
+        servers = settings.sglang
+        self._colocated = servers.placement == "colocated"
+        self._way: Way = servers.update if self._colocated else "distributed"
         size = dist.get_world_size()
-        hosts = settings.tensor_parallel if self._colocated else size // settings.servers
+        hosts = servers.tensor_parallel if self._colocated else size // servers.servers
         self._number, self._host = divmod(dist.get_rank(), hosts)
         self._leads = self._host == 0
         self._leaders = list(range(0, size, hosts))
@@ -88,14 +89,15 @@ class SGLangEngine:
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """See `RolloutEngine.takes`."""
         if self._way == "direct":
-            return sglang_shards(architecture, self._settings.tensor_parallel, list(range(dist.get_world_size())))
+            size = self._settings.sglang.tensor_parallel
+            return sglang_shards(architecture, size, list(range(dist.get_world_size())))
         return whole_model(architecture, self._leaders)
 
     def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
         """See `RolloutEngine.checks`: the server's own parameters, whatever way they were loaded."""
         if self._way == "direct":
             return [self.takes(architecture)]
-        size = self._settings.tensor_parallel
+        size = self._settings.sglang.tensor_parallel
         return [
             [RolloutShard(tuple(sglang_parameters(architecture, r, size)), tuple(self._leaders))] for r in range(size)
         ]
@@ -113,7 +115,7 @@ class SGLangEngine:
             self._updater = WeightUpdater(
                 self._way,
                 self._host,
-                self._settings.tensor_parallel,
+                self._settings.sglang.tensor_parallel,
                 self._device,
                 self._settings.sglang.stall_seconds,
                 group_name=f"weights-{self._starts}",
@@ -136,7 +138,7 @@ class SGLangEngine:
 
     def digests(self) -> list[Mapping[str, str]]:
         """See `RolloutEngine.digests`; SGLang's checksums on GPU are of another kind, and are not compared."""
-        count = 1 if self._way == "direct" else self._settings.tensor_parallel
+        count = 1 if self._way == "direct" else self._settings.sglang.tensor_parallel
         answer = None
         if self._device.type == "cpu":
             if self._leads:
@@ -258,7 +260,7 @@ class SGLangEngine:
     def _share_failure(self) -> None:
         """Make the failure that one host met all hosts'."""
         if self._hosts is not None:
-            failures: list[str | None] = [None] * self._settings.tensor_parallel
+            failures: list[str | None] = [None] * self._settings.sglang.tensor_parallel
             dist.all_gather_object(failures, self.failure, group=self._hosts)
             self.failure = next((failure for failure in failures if failure is not None), None)
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import RolloutConfig
+from megatron_vapo.config import RolloutConfig, SGLangConfig
 from megatron_vapo.rollout.sglang.server import ServerSettings
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.fp8 import quantization_config
@@ -30,7 +30,7 @@ def server_settings(
         "skip-tokenizer-init": True,
         "skip-server-warmup": True,
         "dtype": str(dtype).removeprefix("torch."),
-        "tp-size": settings.tensor_parallel,
+        "tp-size": own.tensor_parallel,
     }
     environment = {"HF_HUB_OFFLINE": "1"}
     if device.type == "cpu":
@@ -44,17 +44,17 @@ def server_settings(
             "max-total-tokens": CPU_CACHE_TOKENS,
         }
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-        if settings.tensor_parallel > 1:
-            environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores(settings.tensor_parallel)
+        if own.tensor_parallel > 1:
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores(own.tensor_parallel)
     else:
-        arguments |= {"base-gpu-id": _first_device(settings, device), "mem-fraction-static": own.memory_fraction}
-        if settings.placement == "colocated":
+        arguments |= {"base-gpu-id": _first_device(own, device), "mem-fraction-static": own.memory_fraction}
+        if own.placement == "colocated":
             arguments["enable-memory-saver"] = True
     if settings.quantization == "fp8":
         # The folder's own configuration says nothing of FP8; with this SGLang makes the layers of an FP8 checkpoint.
         changes = {"quantization_config": quantization_config(read_architecture(model_path))}
         arguments["json-model-override-args"] = json.dumps(changes)
-    if settings.kv_cache == "fp8":
+    if own.kv_cache == "fp8":
         arguments["kv-cache-dtype"] = "fp8_e4m3"
     if own.max_cache_tokens:
         arguments["max-total-tokens"] = own.max_cache_tokens
@@ -69,9 +69,9 @@ def _cores(ranks: int) -> str:
     return "|".join(str(cores[rank % len(cores)]) for rank in range(ranks))
 
 
-def _first_device(settings: RolloutConfig, device: torch.device) -> int:
+def _first_device(own: SGLangConfig, device: torch.device) -> int:
     """Return the first device: colocated, the leader's own; separate, after those of the node's training processes."""
-    if settings.placement == "colocated":
+    if own.placement == "colocated":
         return device.index
-    hosts = dist.get_world_size() // settings.servers
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + device.index // hosts * settings.tensor_parallel
+    hosts = dist.get_world_size() // own.servers
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + device.index // hosts * own.tensor_parallel

@@ -85,7 +85,7 @@ class RequestPool:
         Raises:
             ServerFailure: it failed `retries` times more.
         """
-        for left in range(self._settings.retries, -1, -1):
+        for left in range(self._settings.sglang.retries, -1, -1):
             if self.stopping:
                 return _nothing(self._version)
             rid = f"{self._version}-{next(_numbers)}"
@@ -114,7 +114,7 @@ class RequestPool:
 
     async def _in_time(self, server: Connection, asked: asyncio.Task[Response], rid: str) -> tuple[Response, bool]:
         """The response, and whether it was cut because its time was over."""
-        done, _ = await asyncio.wait({asked}, timeout=self._settings.request_seconds)
+        done, _ = await asyncio.wait({asked}, timeout=self._settings.sglang.request_seconds)
         if done:
             return asked.result(), False
         await server.abort(rid)

@@ -27,7 +27,7 @@ class UpdateGroup:
 
     def __init__(self, name: str, size: int, device: torch.device, seconds: float) -> None:
         if not torch.__version__.startswith(_CHECKED):
-            raise RuntimeError(f"rollout.placement=separate was tried with torch {_CHECKED} only")
+            raise RuntimeError(f"rollout.sglang.placement=separate was tried with torch {_CHECKED} only")
         self.name, self.size = name, size
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._timeout = timedelta(seconds=seconds)
