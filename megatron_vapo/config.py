@@ -1,4 +1,4 @@
-"""Every setting once: its type, default, bounds, meaning, and whether it may change when a run is resumed.
+"""The home of every setting: its type, default, bounds, meaning, and whether it may change when a run is resumed.
 
 A recipe is a YAML file that chooses values for these dataclasses (`megatron_vapo.recipe.load` reads it with OmegaConf).
 Types and values of one setting are checked by what stands here; what several settings forbid each other is
@@ -69,7 +69,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW; the learning rate warms up linearly, then stays constant, and advances with every optimizer step."""
+    """The optimizer, AdamW. Its learning rate warms up linearly, then stays constant; it advances with every update."""
 
     learning_rate: float = setting(1e-6, "Learning rate after the warm-up.", AT_LEAST_0)
     warmup_steps: int = setting(0, "Optimizer steps (not rollout steps) until the full learning rate.", AT_LEAST_0)
@@ -88,7 +88,7 @@ but what is no multiple of 128 travels between tensor-parallel ranks in 16 bits 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """Numbers that a role's linear layers compute with. Embeddings, norms, router and head keep `model.dtype`;
+    """The numbers that a role's linear layers compute with. Embeddings, norms, router and head keep `model.dtype`;
     log-probs and losses are float32 always."""
 
     linear: Literal["model", "fp8"] = setting(
@@ -133,7 +133,7 @@ class OffloadConfig:
 
 @dataclass(frozen=True)
 class RoleConfig:
-    """What actor and critic each choose for themselves: parallel layout, batching, optimizer.
+    """The settings that actor and critic each have: parallel layout, batching, precision, optimizer.
 
     The layout may change on resume: it says how a step is computed, not what. Results agree but for the order in which
     numbers are added.
@@ -192,8 +192,8 @@ class RoleConfig:
 
     @property
     def packing_multiples(self) -> tuple[int, int]:
-        """Two numbers that layout and precision ask of micro-batches: each sequence is padded to a multiple of the
-        first, and the sequences of a micro-batch together to a multiple of both numbers' product."""
+        """The two numbers that layout and precision ask of micro-batches: each sequence is padded to a multiple of
+        the first, and the sequences of a micro-batch together to a multiple of both numbers' product."""
         # Context parallelism gives each rank two chunks of every sequence, sequence parallelism a part of those.
         chunks = 2 if self.context_parallel > 1 else 1
         parts = self.tensor_parallel if self.sequence_parallel else 1
@@ -231,7 +231,7 @@ class CriticConfig(RoleConfig):
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """VAPO's mathematics. PPO, VC-PPO, GRPO and DAPO are other values of the same settings."""
+    """The mathematics, by default VAPO's. PPO, VC-PPO, GRPO and DAPO are other values of the same settings."""
 
     advantage: Literal["gae", "group"] = setting(
         "gae",
@@ -296,7 +296,7 @@ class AlgorithmConfig:
 
 @dataclass(frozen=True)
 class ValuePretrainingConfig:
-    """Training of the critic on rollouts of the fixed initial policy, before VAPO itself (VC-PPO)."""
+    """The training of the critic on rollouts of the fixed initial policy, before VAPO itself (VC-PPO)."""
 
     enabled: bool = setting(True, "Whether the critic is pretrained.")
     checkpoint: str | None = setting(
@@ -316,7 +316,7 @@ class ValuePretrainingConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn; log-probs are always those of log_softmax(logits / temperature), before top-p."""
+    """The way tokens are drawn; log-probs are always those of log_softmax(logits / temperature), before top-p."""
 
     temperature: float = setting(1.0, "Divides the logits.", ABOVE_0)
     top_p: float = setting(1.0, "Probability of the likeliest tokens, of which one is drawn.", SHARE)
@@ -378,7 +378,7 @@ class SGLangConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Responses that a step trains on, and the engine that writes them."""
+    """The responses that a step trains on, and the engine that writes them."""
 
     engine: Literal["transformers", "sglang"] = setting(
         "transformers", "transformers: embedded, for small models on one machine. sglang: servers beside the trainer."
@@ -455,7 +455,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompt sets: JSONL, Parquet in DAPO-Math's schema, or a Hugging Face datasets folder."""
+    """The prompt set: JSONL, Parquet in DAPO-Math's schema, or a Hugging Face datasets folder."""
 
     train: str = setting(MISSING, "Prompt set that steps draw from.")
     template: Literal["none", "math"] = setting(
@@ -467,7 +467,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OverlongConfig:
-    """Soft penalty on responses that come close to the length limit (DAPO)."""
+    """The soft penalty on responses that come close to the length limit (DAPO)."""
 
     cache_tokens: int = setting(
         0, "Tokens before the limit over which the penalty grows to 1; 0 turns it off.", AT_LEAST_0
@@ -495,7 +495,7 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out accuracy: avg@k, the mean pass rate over k samples a problem."""
+    """The held-out accuracy: avg@k, the mean pass rate over k samples a problem."""
 
     data: str | None = setting(None, "Prompt set; null turns evaluation off.")
     problems: int | None = setting(None, "The first n problems only; null takes all.", AT_LEAST_1)
@@ -513,7 +513,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints in RUN/checkpoints; the newest is resumed by itself."""
+    """The checkpoints in RUN/checkpoints; the newest is resumed by itself."""
 
     every: int = setting(
         20,
@@ -541,7 +541,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """When a run ends before its last step."""
+    """The limits that end a run before its last step."""
 
     sampled_tokens: int | None = setting(
         None,
@@ -570,7 +570,7 @@ class LimitsConfig:
 
 @dataclass(frozen=True)
 class ObserveConfig:
-    """What the run writes besides its checkpoints."""
+    """The things that a run writes besides its checkpoints."""
 
     tensorboard: bool = setting(True, "Write metrics for TensorBoard to RUN/tensorboard.")
     wandb_project: str | None = setting(
@@ -581,7 +581,7 @@ class ObserveConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. The paper's values are the defaults where it states them (docs/method.md)."""
+    """The settings of one run. The paper's values are the defaults where it states them (docs/method.md)."""
 
     name: str = setting(MISSING, "The run's name, in its folder, curves and logs.", resume=True)
     run_dir: str = setting(
@@ -642,7 +642,7 @@ class Recipe:
 
     @property
     def responses_per_step(self) -> int:
-        """Responses that a step trains on."""
+        """The number of responses that a step trains on."""
         return self.rollout.prompts_per_step * self.rollout.samples_per_prompt
 
     def ends_at(self, steps: int, sampled_tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""Parallel layouts that a model or a number of processes cannot take, refused with the key to change."""
+"""Refuse parallel layouts that a model or a number of processes cannot take, with the key to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that choose values for `megatron_vapo.config`.
+"""The reading of recipes: YAML files that choose values for `megatron_vapo.config`.
 
 A recipe may build on others through `base: FILE` (a path relative to the recipe, or a list, later ones winning), and
 name an algorithm: `algorithm: grpo`, or `algorithm: {preset: grpo, clip_high: 0.25}` to change some of it. The settings

@@ -1,4 +1,4 @@
-"""FP8 that a recipe, a model or a machine cannot have, refused with the reason.
+"""Refuse FP8 that a recipe, a model or a machine cannot have, with the reason.
 
 The numbers are Transformer Engine's and Megatron Core's own: `check_recipe_support` (devices), `get_fp8_recipe`
 (versions), `assert_dim_for_fp8_exec`, `get_align_size_for_quantization` and `is_quantizable` (sizes).
@@ -93,7 +93,7 @@ def check_precision(name: str, role: RoleConfig, architecture: Architecture) -> 
 
 
 def _sizes(role: RoleConfig, a: Architecture) -> list[tuple[str, int]]:
-    """Inputs and outputs of linear layers on one rank."""
+    """Return inputs and outputs of linear layers on one rank, with names for messages."""
     tp = role.tensor_parallel
     sizes = [
         ("a hidden size", a.hidden),
@@ -120,7 +120,7 @@ def check_machine(name: str, precision: PrecisionConfig, machine: Machine) -> No
 
 
 def fp8_refusal(recipe: str, machine: Machine) -> str | None:
-    """What an FP8 recipe needs and this machine has not; None where it has all."""
+    """Return what an FP8 recipe needs and this machine has not; None where it has all."""
     if machine.capability is None:
         return "a CUDA device, and there is none"
     least = _CAPABILITIES[recipe]

@@ -1,4 +1,4 @@
-"""Everything that can be read and checked before a process group or a model exists: seconds, not GPU hours."""
+"""Read and check everything that needs neither process group nor model: seconds, not GPU hours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run starts from, read and checked."""
+    """The things that a run starts from, read and checked."""
 
     architecture: Architecture
     critic_architecture: Architecture | None
@@ -51,7 +51,7 @@ _CPU_FFN_MULTIPLE = 32
 
 
 def world_size() -> int:
-    """Processes that the launcher says there are."""
+    """Return the number of processes that the launcher set."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -82,7 +82,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
 
 
 def read_evaluation_inputs(recipe: Recipe) -> Inputs:
-    """What evaluation needs of `read_inputs`: no training data, no critic, no parallel layout."""
+    """Read what evaluation needs of `read_inputs`: no training data, no critic, no parallel layout."""
     check_megatron()
     architecture = checked_architecture(recipe.model.path)
     if architecture.classifier:
@@ -103,7 +103,7 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
 
 
 def checked_architecture(folder: str) -> Architecture:
-    """Architecture of a folder whose weights are complete and of the right shapes."""
+    """Return the architecture of a folder whose weights are complete and of the right shapes."""
     architecture = read_architecture(folder)
     HFFolder(folder).check(hf_shapes(architecture))
     return architecture
@@ -158,7 +158,7 @@ def end_tokens(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
 def load_prompts(
     recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[Prompt]:
-    """Prompts of a file, rendered and tokenised as the recipe says; none for no path."""
+    """Return the prompts of a file, rendered and tokenised as the recipe says; none for no path."""
     if path is None:
         return []
     template = MATH_TEMPLATE if recipe.data.template == "math" else None
@@ -167,7 +167,7 @@ def load_prompts(
 
 
 def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
-    """SGLang must be where the recipe says, and able to cut the model as it says."""
+    """Refuse an SGLang that is not where the recipe says, or cannot cut the model as it says."""
     if recipe.rollout.engine != "sglang":
         return
     settings, world = recipe.rollout.sglang, world_size()

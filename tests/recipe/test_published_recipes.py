@@ -96,6 +96,21 @@ def test_dapo_is_grpo_with_its_four_changes() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "name", "batch"),
+    [
+        ("grpo", "tiny_grpo", []),
+        ("vapo", "tiny", []),
+        ("ppo", "tiny_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
+        ("vc_ppo", "tiny_vc_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
+        ("dapo", "tiny_dapo", ["rollout.dynamic_sampling_rounds=4", "reward.overlong.cache_tokens=40"]),
+    ],
+)
+def test_an_algorithm_on_the_command_line_is_the_published_recipe(algorithm: str, name: str, batch: list[str]) -> None:
+    chosen = load_recipe(RECIPES / "tiny.yaml", [f"algorithm={algorithm}", f"name={name}", *batch])
+    assert chosen == read(name)
+
+
 def test_folders_of_the_site_reach_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, folder in (("VAPO_MODELS", "/models"), ("VAPO_DATA", "/data"), ("VAPO_RUNS", "/runs")):
         monkeypatch.setenv(name, folder)
