@@ -33,6 +33,7 @@ from megatron_vapo.weights.fp8 import dequantise, is_quantised, quantise
 cpu_backend.install()  # before the first import of Megatron
 
 from megatron_vapo.models.roles import Actor
+from megatron_vapo.models.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -65,10 +66,9 @@ def run(variant: str, seed: int, base: Path, folder: Path, steps: int) -> list[d
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def make_actor(recipe: str | None, weights: Path) -> Actor:
+def make_trainer(recipe: str | None, weights: Path) -> Trainer:
     """With a learning rate of 0."""
     from megatron_vapo.models.layout import ParallelLayout, init_world
-    from megatron_vapo.models.parameters import load_hf
     from megatron_vapo.weights.architecture import read_architecture
 
     init_world()
@@ -76,12 +76,12 @@ def make_actor(recipe: str | None, weights: Path) -> Actor:
     if recipe is not None:
         fp8 = PrecisionConfig(linear="fp8", emulate=True, recipe=recipe, format=RECIPES[recipe])
         role = replace(role, precision=fp8)
-    actor = Actor(role, read_architecture(weights), torch.float32, ParallelLayout(role, 0))
-    load_hf(actor, weights)
-    return actor
+    trainer = Trainer(Actor(role, read_architecture(weights), torch.float32, ParallelLayout(role, 0)))
+    trainer.load_hf(weights)
+    return trainer
 
 
-def update(actor: Actor, rollouts: Path, signed: bool = True) -> None:
+def update(trainer: Trainer, rollouts: Path, signed: bool = True) -> None:
     """An update that changes no weight, on the rollouts' first 64 responses.
 
     Args:
@@ -93,17 +93,17 @@ def update(actor: Actor, rollouts: Path, signed: bool = True) -> None:
     batch = Experience.load(rollouts).select(torch.arange(64))
     centred = batch.outcomes - batch.outcomes.mean()
     advantages = batch.per_token(centred if signed else torch.ones_like(centred))
-    for _ in range(4 if actor.role.precision.recipe == "delayed" else 1):  # its scales come from updates before
-        logprobs, entropy = actor.forward(batch)
+    for _ in range(4 if trainer.model.role.precision.recipe == "delayed" else 1):  # its scales come from updates before
+        logprobs, entropy = trainer.model.forward(batch)
         batch = replace(batch, logprobs=logprobs, entropy=entropy, advantages=advantages)
-        actor.update(batch, policy_objective(batch, AlgorithmConfig(positive_lm_coefficient=0.0)))
+        trainer.update(batch, policy_objective(batch, AlgorithmConfig(positive_lm_coefficient=0.0)))
 
 
 def gradients(recipe: str | None, weights: Path, rollouts: Path, signed: bool) -> dict[str, Tensor]:
     """The gradient of each parameter."""
-    actor = make_actor(recipe, weights)
-    update(actor, rollouts, signed)
-    return {name: p.main_grad.double().clone() for name, p in actor.modules[0].named_parameters()}
+    trainer = make_trainer(recipe, weights)
+    update(trainer, rollouts, signed)
+    return {name: p.main_grad.double().clone() for name, p in trainer.model.modules[0].named_parameters()}
 
 
 def logprob_differences(weights: Path, rollouts: Path) -> dict[str, tuple[float, float]]:
@@ -111,14 +111,14 @@ def logprob_differences(weights: Path, rollouts: Path) -> dict[str, tuple[float,
     from megatron_vapo.data.experience import Experience
 
     batch = Experience.load(rollouts)
-    (exact, _) = make_actor(None, weights).forward(batch)
+    (exact, _) = make_trainer(None, weights).model.forward(batch)
     found = {}
     for recipe in RECIPES:
-        actor = make_actor(recipe, weights)
-        update(actor, rollouts)
-        found[f"FP8 training, {recipe}"] = actor.forward(batch)[0]
+        trainer = make_trainer(recipe, weights)
+        update(trainer, rollouts)
+        found[f"FP8 training, {recipe}"] = trainer.model.forward(batch)[0]
     with tempfile.TemporaryDirectory() as folder:
-        found["FP8 rollout"] = make_actor(None, _rounded(weights, Path(folder) / "rounded")).forward(batch)[0]
+        found["FP8 rollout"] = make_trainer(None, _rounded(weights, Path(folder) / "rounded")).model.forward(batch)[0]
     differences = {name: (logprobs - exact).abs() for name, logprobs in found.items()}
     return {name: (float(d.mean()), float(d.max())) for name, d in differences.items()}
 

@@ -16,9 +16,9 @@ from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import ActorConfig, OffloadConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.layout import ParallelLayout, init_world
-from megatron_vapo.models.offload import KINDS, SAVED, storages_of
-from megatron_vapo.models.parameters import load_hf
+from megatron_vapo.models.offload import KINDS, SAVED
 from megatron_vapo.models.roles import Actor
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.recipe.precision import fp8_refusal
 from megatron_vapo.runtime.kernels import detect_machine
@@ -56,21 +56,21 @@ def _against_float32(work: Workplace, precision: PrecisionConfig, logprob_limit:
 
 def _seen(work: Workplace, batch: Experience, precision: PrecisionConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log-probs [T], and the gradient of their mean [parameters]."""
-    actor = _actor(work, ActorConfig(micro_batch_tokens=1024, precision=precision), dtype)
-    assert precision.linear == "model" or actor.config.fp8, "the model was built without FP8"
-    logprobs, _ = actor.forward(batch)
-    actor.update(batch, _mean(len(logprobs)))
-    gradient = torch.cat([p.main_grad.double().flatten() for p in actor.modules[0].parameters()])
-    actor.layout.close()
+    trainer = _trainer(work, ActorConfig(micro_batch_tokens=1024, precision=precision), dtype)
+    assert precision.linear == "model" or trainer.model.config.fp8, "the model was built without FP8"
+    logprobs, _ = trainer.model.forward(batch)
+    trainer.update(batch, _mean(len(logprobs)))
+    gradient = torch.cat([p.main_grad.double().flatten() for p in trainer.model.modules[0].parameters()])
+    trainer.model.layout.close()
     return logprobs, gradient
 
 
-def _actor(work: Workplace, role: ActorConfig, dtype: torch.dtype) -> Actor:
+def _trainer(work: Workplace, role: ActorConfig, dtype: torch.dtype) -> Trainer:
     init_world()
     folder = make_model(work.folder / "medium", MEDIUM)
-    actor = Actor(role, read_architecture(folder), dtype, ParallelLayout(role, seed=0))
-    load_hf(actor, folder)
-    return actor
+    trainer = Trainer(Actor(role, read_architecture(folder), dtype, ParallelLayout(role, seed=0)))
+    trainer.load_hf(folder)
+    return trainer
 
 
 def _mean(tokens: int) -> Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Tensor]]]:
@@ -143,27 +143,27 @@ def offload_round_trip(work: Workplace) -> Numbers:
     """Everything of a model leaves the device and comes back, bit for bit, and trains on."""
     everything = OffloadConfig(parameters=True, gradients=True, main_parameters=True, optimizer=True)
     role = ActorConfig(micro_batch_tokens=1024, offload=everything, distributed_optimizer=True)
-    actor = _actor(work, role, torch.bfloat16)
+    trainer = _trainer(work, role, torch.bfloat16)
     batch = responses(MEDIUM, count=4, prompt=16, shortest=48, longest=240)
-    actor.update(batch, _mean(int(batch.cu_seqlens[-1])))
-    before, sizes = _content(actor), actor.offloader.resident()
+    trainer.update(batch, _mean(int(batch.cu_seqlens[-1])))
+    before, sizes = _content(trainer), trainer.model.offloader.resident()
     allocated = torch.cuda.memory_allocated()
-    seconds = [_timed(lambda: actor.offloader.keep())]
+    seconds = [_timed(lambda: trainer.model.offloader.keep())]
     released = allocated - torch.cuda.memory_allocated()
-    assert not any(actor.offloader.resident().values()), "something stayed"
+    assert not any(trainer.model.offloader.resident().values()), "something stayed"
     assert not torch.cuda.is_available() or released >= 0.99 * sum(sizes.values()), f"only {released} bytes were freed"
-    seconds.append(_timed(lambda: actor.offloader.ready(*KINDS)))
-    assert actor.offloader.resident() == sizes, "another size came back"
-    assert all(torch.equal(a, b) for a, b in zip(_content(actor), before)), "other numbers came back"
-    actor.update(batch, _mean(int(batch.cu_seqlens[-1])))
-    actor.layout.close()
+    seconds.append(_timed(lambda: trainer.model.offloader.ready(*KINDS)))
+    assert trainer.model.offloader.resident() == sizes, "another size came back"
+    assert all(torch.equal(a, b) for a, b in zip(_content(trainer), before)), "other numbers came back"
+    trainer.update(batch, _mean(int(batch.cu_seqlens[-1])))
+    trainer.model.layout.close()
     copied = sum(sizes[kind] for kind in SAVED) / 1e9
     return {"GB": copied, "GB/s out, first time": copied / seconds[0], "GB/s in": copied / seconds[1]}
 
 
-def _content(actor: Actor) -> list[Tensor]:
-    found = storages_of(actor.chunks, actor.optimizer)
-    at = actor.device
+def _content(trainer: Trainer) -> list[Tensor]:
+    found = trainer.model.offloader.storages()
+    at = trainer.model.device
     return [torch.empty(0, dtype=torch.uint8, device=at).set_(s).clone() for kind in SAVED for s in found[kind]]
 
 

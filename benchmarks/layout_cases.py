@@ -145,8 +145,9 @@ delayed scaling; the scales of delayed scaling nowhere."""
 def take_updates(case: Case, folder: Path) -> dict:
     """Forward both models over the batch, update each `UPDATES` times; what came out, parameters included."""
     from megatron_vapo.models.layout import ParallelLayout
-    from megatron_vapo.models.parameters import hf_tensors, load_hf
+    from megatron_vapo.models.parameters import hf_tensors
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.training import objectives
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import torch_dtype
@@ -155,14 +156,14 @@ def take_updates(case: Case, folder: Path) -> dict:
     actor_path, critic_path = folder / case.family, folder / f"{case.family} critic"
     role = case.actor_config()
     dtype = torch_dtype(case.dtype)
-    actor = Actor(role, read_architecture(actor_path), dtype, ParallelLayout(role, 0))
+    actor = Trainer(Actor(role, read_architecture(actor_path), dtype, ParallelLayout(role, 0)))
     role = case.critic_config()
-    critic = Critic(role, read_architecture(critic_path), dtype, ParallelLayout(role, 0))
-    load_hf(actor, actor_path)
-    load_hf(critic, critic_path)
+    critic = Trainer(Critic(role, read_architecture(critic_path), dtype, ParallelLayout(role, 0)))
+    actor.load_hf(actor_path)
+    critic.load_hf(critic_path)
 
-    (values,) = critic.forward(batch)
-    logprobs, entropy = actor.forward(batch)
+    (values,) = critic.model.forward(batch)
+    logprobs, entropy = actor.model.forward(batch)
     critic_steps = [critic.update(batch, objectives.value_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
     actor_steps = [actor.update(batch, objectives.policy_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
     return {
@@ -171,11 +172,13 @@ def take_updates(case: Case, folder: Path) -> dict:
         "actor": actor_steps,
         "parameters": {
             f"{name} {key}": tensor.to(torch.float32, copy=True)
-            for name, model in (("actor", actor), ("critic", critic))
-            for key, tensor in hf_tensors(model)
+            for name, trainer in (("actor", actor), ("critic", critic))
+            for key, tensor in hf_tensors(trainer.model)
         },
         "delayed scales": {
-            name: state["scale"] for name, state in actor.modules[0].state_dict().items() if isinstance(state, dict)
+            name: state["scale"]
+            for name, state in actor.model.modules[0].state_dict().items()
+            if isinstance(state, dict)
         },
     }
 

@@ -40,8 +40,9 @@ from megatron_vapo.weights.architecture import read_architecture
 cpu_backend.install()  # before the first import of Megatron
 
 from megatron_vapo.models.layout import ParallelLayout, init_world
-from megatron_vapo.models.parameters import hf_tensors, load_hf
+from megatron_vapo.models.parameters import hf_tensors
 from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.models.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "artifacts" / "tiny"
@@ -66,11 +67,11 @@ class Ours:
         self.recipe = recipe
         architecture = read_architecture(folder)
         layout = ParallelLayout(recipe.actor, recipe.seed)
-        self.actor = Actor(recipe.actor, architecture, torch.float32, layout)
-        self.critic = Critic(recipe.critic, architecture.as_critic(), torch.float32, layout)
-        self.critic.set_head(random=False, seed=recipe.seed)
-        for model in (self.actor, self.critic):
-            load_hf(model, folder)
+        critic = Critic(recipe.critic, architecture.as_critic(), torch.float32, layout)
+        critic.set_head(random=False, seed=recipe.seed)
+        self.actor, self.critic = Trainer(Actor(recipe.actor, architecture, torch.float32, layout)), Trainer(critic)
+        for trainer in (self.actor, self.critic):
+            trainer.load_hf(folder)
         batch_size = recipe.rollout.transformers.batch_size
         self.engine = TransformersEngine(folder, [END], PAD, batch_size, torch.float32, torch.device("cpu"))
         self.sync_weights()
@@ -94,7 +95,7 @@ class Ours:
         return [self.actor.update(part, objectives.policy_objective(part, algorithm))["loss"] for part in parts]
 
     def sync_weights(self) -> None:
-        self.engine.load_weights(hf_tensors(self.actor), version=0)
+        self.engine.load_weights(hf_tensors(self.actor.model), version=0)
 
 
 @dataclass
@@ -142,10 +143,10 @@ def train(ours: Ours, plain: PlainLoop, batch: Experience, name: str, repeat: in
         return watch.turn_about(f"{phase}, {name}", our_call, plain_call, tokens)
 
     (values,), plain_values = time_both(
-        "value forward", lambda: ours.critic.forward(batch), lambda: plain.values(padded)
+        "value forward", lambda: ours.critic.model.forward(batch), lambda: plain.values(padded)
     )
     (logprobs, entropy), (padded, plain_entropy) = time_both(
-        "log-prob forward", lambda: ours.actor.forward(batch), lambda: plain.logprobs(padded)
+        "log-prob forward", lambda: ours.actor.model.forward(batch), lambda: plain.logprobs(padded)
     )
     batch = replace(batch, values=values, logprobs=logprobs, entropy=entropy)
     value_losses, plain_value_losses = time_both(

@@ -33,8 +33,8 @@ from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
-from megatron_vapo.models.checkpointing import Save, load_trainable
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.checkpointing import Save, load_trainer
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first_rank
 from megatron_vapo.runtime.manifest import Entry, damage, describe, read_manifest, seal, sync
 
@@ -46,7 +46,7 @@ class Checkpoints:
 
     Args:
         folder: RUN/checkpoints.
-        models: by role.
+        trainers: by role.
         recipe: the run's recipe as YAML, kept with each checkpoint.
         note: shows one line to the user.
     """
@@ -55,11 +55,11 @@ class Checkpoints:
         self,
         folder: Path,
         settings: CheckpointConfig,
-        models: dict[str, Trainable],
+        trainers: dict[str, Trainer],
         recipe: str,
         note: Callable[[str], None],
     ) -> None:
-        self.folder, self._settings, self._models, self._recipe = folder, settings, models, recipe
+        self.folder, self._settings, self._trainers, self._recipe = folder, settings, trainers, recipe
         self._note = note
         self._pending: _Pending | None = None
         on_first_rank(lambda: _tidy(folder))
@@ -88,7 +88,7 @@ class Checkpoints:
         except OSError as error:
             self._failed(part, first_line(error))
             return
-        saves = [Save(model, part / role) for role, model in self._models.items()]
+        saves = [Save(trainer, part / role) for role, trainer in self._trainers.items()]
         self._pending = _Pending(part, final, state, saves)
         if self._settings.async_save:
             self._pending.thread.start()
@@ -158,7 +158,7 @@ class Checkpoints:
         """On the first rank: the folder with all that is small."""
         self._check_space()
         shutil.rmtree(part, ignore_errors=True)
-        for role in self._models:
+        for role in self._trainers:
             (part / role).mkdir(parents=True)
         state = asdict(snapshot.state) | {"prompt_order": snapshot.position.order}
         (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -200,8 +200,8 @@ class Checkpoints:
         self._note(f"WARNING: {text}")
 
     def _load(self, checkpoint: Path) -> Snapshot:
-        for role, model in self._models.items():
-            load_trainable(model, checkpoint / role)
+        for role, trainer in self._trainers.items():
+            load_trainer(trainer, checkpoint / role)
         unfinished, generators = torch.load(checkpoint / "sampling.pt", weights_only=True).values()
         on_first_rank(lambda: _point_latest(checkpoint))
         self._note(f"resumed from {checkpoint}")

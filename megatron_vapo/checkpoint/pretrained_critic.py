@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.checkpointing import load_parameters, load_trainer, save_trainer
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import barrier
 
 
-def save_pretrained_critic(critic: Trainable, folder: Path) -> None:
+def save_pretrained_critic(critic: Trainer, folder: Path) -> None:
     """Write the critic, in place of one that is there; all ranks together."""
     part = folder.with_name(f"{folder.name}.part")
     if dist.get_rank() == 0:
@@ -20,12 +20,16 @@ def save_pretrained_critic(critic: Trainable, folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
-    save_trainable(critic, part)
+    save_trainer(critic, part)
     if dist.get_rank() == 0:
         part.rename(folder)
     barrier()
 
 
-def load_pretrained_critic(critic: Trainable, folder: Path, with_optimizer: bool) -> None:
+def load_pretrained_critic(critic: Trainer, folder: Path, with_optimizer: bool) -> None:
     """Read what `save_pretrained_critic` wrote, under whatever layout; all ranks together."""
-    load_trainable(critic, folder, with_optimizer)
+    if with_optimizer:
+        load_trainer(critic, folder)
+    else:
+        load_parameters(critic.model, folder)
+        critic.reset_optimizer()

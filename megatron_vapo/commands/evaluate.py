@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vapo.commands.train import first_process
 from megatron_vapo.config import PrecisionConfig, Recipe
@@ -17,6 +18,11 @@ from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
 from megatron_vapo.weights.hf_folder import HFFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_vapo.rollout import RolloutEngine
 
 
 def evaluate_checkpoint(
@@ -61,51 +67,60 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     from megatron_vapo.rewards.scorer import RewardScorer
     from megatron_vapo.sampling.evaluation import evaluate
     from megatron_vapo.sampling.sampler import Sampler
-    from megatron_vapo.training.build import build_engine, engine_form
-    from megatron_vapo.training.weight_sync import load_everywhere
-    from megatron_vapo.weights.fp8 import whole_tensors
+    from megatron_vapo.training.build import build_engine
 
     init_world()
-    if not is_hf:
+    if is_hf:
+        # A folder's tensors are whole; SGLang takes such in flattened buckets.
+        recipe = with_overrides(recipe, ["rollout.sglang.update=flattened_bucket"])
+    else:
         refuse_damaged(checkpoint)
-    # Whole tensors come from a file or a checkpoint, not from the actor's shards.
-    recipe = with_overrides(recipe, ["rollout.sglang.update=flattened_bucket"])
     settings, reward = recipe.evaluation, recipe.reward
     with (
         tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,
         RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds) as scorer,
         closing(build_engine(recipe, inputs, torch.device(torch.cuda.current_device()), Path(logs))) as engine,
     ):
-
-        def tensors() -> Iterable:
-            stored = _folder_tensors(checkpoint) if is_hf else _actor_tensors(recipe, inputs, checkpoint)
-            return whole_tensors(engine_form(recipe), stored)
-
-        def load_weights() -> None:
-            load_everywhere(engine, tensors, version=0)
-
+        load_weights = (_folder_loader if is_hf else _checkpoint_loader)(recipe, inputs, engine, checkpoint)
         load_weights()
         sampler = Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
         return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
 
 
-def _folder_tensors(folder: Path) -> Iterable:
+def _folder_loader(recipe: Recipe, _: Inputs, engine: RolloutEngine, folder: Path) -> Callable[[], None]:
+    """Return what gives the engine a Hugging Face folder's tensors, read anew each time."""
+    from megatron_vapo.training.build import engine_form
+    from megatron_vapo.training.weight_sync import load_everywhere
+    from megatron_vapo.weights.fp8 import whole_tensors
+
     source = HFFolder(folder)
-    return ((name, source.read(name)) for name in sorted(source.names))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        return whole_tensors(engine_form(recipe), ((name, source.read(name)) for name in sorted(source.names)))
+
+    return lambda: load_everywhere(engine, tensors, version=0)
 
 
-def _actor_tensors(recipe: Recipe, inputs: Inputs, checkpoint: Path) -> Iterable:
-    from megatron_vapo.models.checkpointing import load_trainable
+def _checkpoint_loader(recipe: Recipe, inputs: Inputs, engine: RolloutEngine, checkpoint: Path) -> Callable[[], None]:
+    """Return what gives the engine a run's actor, of which each rank holds its part and no more."""
+    from megatron_vapo.models.checkpointing import load_parameters
     from megatron_vapo.models.layout import ParallelLayout
-    from megatron_vapo.models.parameters import hf_tensors
     from megatron_vapo.models.roles import Actor
+    from megatron_vapo.training.build import build_weight_sync
     from megatron_vapo.weights.hf_folder import torch_dtype
 
     layout = ParallelLayout(recipe.actor, recipe.seed)
     role = replace(recipe.actor, precision=PrecisionConfig())  # nothing is computed
     actor = Actor(role, inputs.architecture, torch_dtype(recipe.model.dtype), layout)
-    load_trainable(actor, checkpoint / "actor", with_optimizer=False)
-    return hf_tensors(actor)
+    load_parameters(actor, checkpoint / "actor")
+    actor.offloader.keep()
+    sync = build_weight_sync(recipe, actor, engine)
+
+    def load() -> None:
+        sync(version=0)
+        actor.offloader.keep()
+
+    return load
 
 
 def _recipe_of(checkpoint: Path, is_hf: bool) -> str:

@@ -4,6 +4,7 @@ layout and another number of processes."""
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.megatron_versions import load_checkpoint, save_request
 from megatron_vapo.models.offload import SAVED
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.parallel_model import ParallelModel
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
 from megatron_vapo.weights.torch_dist import TorchDistReader
 
@@ -33,11 +35,12 @@ class Save:
     the run and write into its folder.
     """
 
-    def __init__(self, model: Trainable, folder: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        model = trainer.model
         filesystem_async._results_queue = queue.Queue()  # else Megatron starts the server process
         self.error: Exception | None = None
         with model.offloader.borrowed(*SAVED), model.layout.active():
-            content = {"role": model.name} | sharded_parameters(model) | _optimizer(model, loading=False)
+            content = {"role": model.name} | sharded_parameters(model) | _optimizer(trainer, loading=False)
             self._request = save_request(content, folder)
             self._buckets = [_copied(bucket) for bucket in self._staged()]
 
@@ -72,13 +75,13 @@ class Save:
         return self._request.preload_fn() if self._request.preload_fn else []
 
 
-def save_trainable(model: Trainable, folder: Path) -> None:
+def save_trainer(trainer: Trainer, folder: Path) -> None:
     """Write the role into an empty folder and wait for it; all ranks together.
 
     Raises:
         MachineError: it could not be written.
     """
-    save = Save(model, folder)
+    save = Save(trainer, folder)
     save.write()
     for rank, error in enumerate(gather_objects(save.error)):
         if error is not None:
@@ -94,56 +97,60 @@ def _copied(bucket: tuple) -> tuple:
     return path, name, (objects, tensors)
 
 
-def load_trainable(model: Trainable, folder: Path, with_optimizer: bool = True) -> None:
-    """Read what `save_trainable` wrote, under whatever layout; all ranks together.
-
-    Args:
-        with_optimizer: also take optimizer states and schedule; else start with fresh ones.
+def load_trainer(trainer: Trainer, folder: Path) -> None:
+    """Read what `save_trainer` wrote, under whatever layout; all ranks together.
 
     Raises:
         CheckpointError: no such checkpoint, or one of another model.
     """
+    with trainer.model.offloader.borrowed(*SAVED), trainer.model.layout.active():
+        # Asking an optimizer for its state to load fills it with dummy values, so only where they are overwritten.
+        state = _load(trainer.model, folder, lambda: _optimizer(trainer, loading=True))
+        settings = [_settings(group) for group in trainer.optimizer.param_groups]
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        for group, of_recipe in zip(trainer.optimizer.param_groups, settings, strict=True):
+            group.update(of_recipe)
+        trainer.scheduler.load_state_dict(state["scheduler"])
+
+
+def load_parameters(model: ParallelModel, folder: Path) -> None:
+    """Read the parameters alone of what `save_trainer` wrote; all ranks together. A trainer then starts anew by
+    `reset_optimizer`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one of another model.
+    """
+    with model.offloader.borrowed("parameters"), model.layout.active():
+        _load(model, folder, dict)
+
+
+def _load(model: ParallelModel, folder: Path, others: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Load parameters in place, and return all that was read, what `others` asks for included."""
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
     # Megatron unpickles its descriptions and objects without limits; a folder may come from anyone.
     on_first_rank(lambda: TorchDistReader(folder).check_objects())
-    with model.offloader.borrowed(*SAVED):
-        _read_into(model, folder, with_optimizer)
-        if not with_optimizer:
-            model.reset_optimizer()
+    present = _readable_objects(model, folder)
+    wanted = {name: readable(part, present) for name, part in sharded_parameters(model).items()} | others()
+    try:
+        state = load_checkpoint(wanted, folder)
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {_reason(error)}") from error
+    role = state.get("role", model.name)  # converted checkpoints have no role
+    if role != model.name:
+        raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.name}")
+    for i, module in enumerate(model.modules):
+        load_module(module, state[f"model{i}"])
+    return state
 
 
-def _read_into(model: Trainable, folder: Path, with_optimizer: bool) -> None:
-    with model.layout.active():
-        present = _readable_objects(model, folder)
-        wanted = {name: readable(part, present) for name, part in sharded_parameters(model).items()}
-        # Asking an optimizer for its state to load fills it with dummy values, so only where they are overwritten.
-        if with_optimizer:
-            wanted |= _optimizer(model, loading=True)
-        try:
-            state = load_checkpoint(wanted, folder)
-        except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {_reason(error)}") from error
-        role = state.get("role", model.name)  # converted checkpoints do not say
-        if role != model.name:
-            raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.name}")
-        for i, module in enumerate(model.modules):
-            load_module(module, state[f"model{i}"])
-        if with_optimizer:
-            recipe = [_settings(group) for group in model.optimizer.param_groups]
-            model.optimizer.load_state_dict(state["optimizer"])
-            for group, settings in zip(model.optimizer.param_groups, recipe, strict=True):
-                group.update(settings)
-            model.scheduler.load_state_dict(state["scheduler"])
-
-
-def sharded_parameters(model: Trainable) -> dict[str, Any]:
+def sharded_parameters(model: ParallelModel) -> dict[str, Any]:
     """Return Megatron's description of a model's parameters, for loading them alone."""
     chunks = enumerate(model.modules)
     return {f"model{i}": module.sharded_state_dict(metadata=_metadata()) for i, module in chunks}
 
 
-def _readable_objects(model: Trainable, folder: Path) -> set[str]:
+def _readable_objects(model: ParallelModel, folder: Path) -> set[str]:
     """Keys of what is no tensor. Transformer Engine's extra state holds a pickle, which it loads without limits: the
     largest values of past steps, for delayed scaling alone, which are gathered anew within a step."""
     return set() if model.config.transformer_impl == "transformer_engine" else TorchDistReader(folder).objects
@@ -172,12 +179,12 @@ def _reason(error: Exception | CheckpointException) -> str:
     return first_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 
-def _optimizer(model: Trainable, loading: bool) -> dict[str, Any]:
-    parameters = sharded_parameters(model)
+def _optimizer(trainer: Trainer, loading: bool) -> dict[str, Any]:
+    parameters = sharded_parameters(trainer.model)
     weights = parameters["model0"] if len(parameters) == 1 else parameters
     return {
-        "optimizer": model.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_metadata()),
-        "scheduler": model.scheduler.state_dict(),
+        "optimizer": trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_metadata()),
+        "scheduler": trainer.scheduler.state_dict(),
     }
 
 

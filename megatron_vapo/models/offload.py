@@ -15,7 +15,7 @@ same code runs: the host's copy is another buffer, and streams do nothing (`cpu_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -58,16 +58,19 @@ class Offloader:
     """Moves one role's memory between device and host.
 
     Args:
-        storages: finds the role's storages; asked anew each time, for loading a checkpoint may replace some.
         settings: the kinds that move; all others stay on the device, whatever is asked.
     """
 
-    def __init__(self, storages: Callable[[], Storages], settings: OffloadConfig) -> None:
-        self._storages = storages
+    def __init__(self, settings: OffloadConfig) -> None:
+        self._find: dict[Kind, Callable[[], Iterable[Tensor]]] = {}
         self.moves = tuple(kind for kind in KINDS if getattr(settings, kind))
         self._away: dict[Kind, list[_Away]] = {}
         self._host: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
         self._arrivals: dict[Kind, torch.cuda.Event] = {}
+
+    def add(self, kind: Kind, find: Callable[[], Iterable[Tensor]]) -> None:
+        """Move a kind of memory too. It is found anew each time, for loading a checkpoint may replace some of it."""
+        self._find[kind] = find
 
     def keep(self, kinds: tuple[Kind, ...] = ()) -> None:
         """These on the device, all others on the host; copies may still be under way (`ready` waits)."""
@@ -79,7 +82,7 @@ class Offloader:
         leaving = [kind for kind in kinds if kind in self.moves and kind not in self._away]
         if not leaving:
             return
-        found = self._storages()
+        found = self.storages()
         self._out.wait_stream(torch.cuda.current_stream())
         self._out.wait_stream(self._in)
         for kind in leaving:
@@ -122,7 +125,17 @@ class Offloader:
 
     def resident(self) -> dict[Kind, int]:
         """Bytes on the device, as the storages themselves say."""
-        return {kind: sum(storage.nbytes() for storage in of_kind) for kind, of_kind in self._storages().items()}
+        return {kind: sum(storage.nbytes() for storage in of_kind) for kind, of_kind in self.storages().items()}
+
+    def storages(self) -> Storages:
+        """Find all storages by kind, each once: float32 parameters are the optimizer's main parameters too."""
+        found: Storages = {kind: [] for kind in KINDS}
+        taken: set[int] = set()
+        for kind in (kind for kind in KINDS if kind in self._find):
+            storages = {storage._cdata: storage for storage in (t.untyped_storage() for t in self._find[kind]())}
+            found[kind] = [storage for key, storage in storages.items() if key not in taken]
+            taken |= storages.keys()
+        return found
 
     @cached_property
     def _out(self) -> torch.cuda.Stream:
@@ -181,33 +194,35 @@ def _cut(chunks: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
     return parts
 
 
-def storages_of(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> Storages:
-    """A role's storages by kind, each once: with float32 parameters the optimizer has no main ones of its own."""
-    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    inner = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
-    tensors: dict[Kind, list[Tensor]] = {
-        "parameters": [tensor for chunk in chunks for parameter in chunk.parameters() for tensor in _held(parameter)],
-        "gradients": [buffer.grad_data for buffer in buffers],
-        "main_parameters": [tensor for one in inner for group in one.param_groups for tensor in group["params"]],
-        "optimizer": [
-            value
-            for one in inner
-            for state in one.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor) and value.dim()
-        ],
-    }
-    found: Storages = {}
-    taken: set[int] = set()
-    for kind in KINDS:
-        storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors[kind])}
-        found[kind] = [storage for key, storage in storages.items() if key not in taken]
-        taken |= storages.keys()
-    return found
+def parameter_memory(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
+    """Yield the tensors that hold a model's parameters."""
+    for module in modules:
+        for parameter in module.parameters():
+            if is_float8tensor(parameter):
+                # Never moved; their numbers are held once, or twice: transposed too.
+                yield from (tensor for tensor in parameter.get_data_tensors() if tensor is not None)
+            else:
+                yield parameter.data
 
 
-def _held(parameter: torch.nn.Parameter) -> list[Tensor]:
-    """FP8 parameters, which are never moved, hold their numbers once, or twice: transposed too."""
-    if is_float8tensor(parameter):
-        return [tensor for tensor in parameter.get_data_tensors() if tensor is not None]
-    return [parameter.data]
+def gradient_memory(chunks: Iterable[DistributedDataParallel]) -> Iterator[Tensor]:
+    """Yield the buffers that gradients are summed in."""
+    for chunk in chunks:
+        yield from (buffer.grad_data for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers))
+
+
+def main_parameter_memory(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Yield the tensors that the optimizer updates: float32 copies, or float32 parameters themselves."""
+    for inner in _inner(optimizer):
+        yield from (tensor for group in inner.param_groups for tensor in group["params"])
+
+
+def optimizer_memory(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
+    """Yield the moments."""
+    for state in (state for inner in _inner(optimizer) for state in inner.state.values()):
+        yield from (value for value in state.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """PyTorch's optimizers, those of this rank's dense and expert parameters."""
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]

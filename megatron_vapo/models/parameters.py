@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,18 +12,26 @@ from megatron.core import parallel_state
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.runtime.collectives import gather_objects
+from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
 from megatron_vapo.weights.entry import Entry, expert_number
 from megatron_vapo.weights.hf_folder import HFFolder
-from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, table_name, unshard
+from megatron_vapo.weights.reshard import DEFAULT_BUCKET_BYTES, RankPlan, make_plan
+from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, table_name
 from megatron_vapo.weights.training_layout import TrainingRank
+from megatron_vapo.weights.transfer import stream
+from megatron_vapo.weights.transport import TorchTransport
 
 
-def load_hf(model: Trainable, folder: str | Path) -> None:
+def load_hf(model: ParallelModel, folder: str | Path) -> dict[torch.nn.Parameter, Tensor]:
     """Copy this rank's part of every tensor of a Hugging Face folder into the model, one tensor at a time.
 
-    The folder may lack the critic's head (a language model becomes a critic): the head then stays as it is.
+    The folder may lack the critic's head (a language model becomes a critic): the head then stays as it is. A model
+    that is trained loads by `Trainer.load_hf`.
+
+    Returns:
+        Of FP8 parameters the numbers before they were rounded.
 
     Raises:
         CheckpointError: missing, extra, damaged or misshapen tensors.
@@ -47,41 +55,39 @@ def load_hf(model: Trainable, folder: str | Path) -> None:
                     parameter.copy_(local.to(parameter.device, model.config.params_dtype))
                     if is_float8tensor(parameter):
                         exact[parameter] = local
-    model.reload_parameters(exact)
+    return exact
 
 
-def hf_tensors(model: Trainable) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of the model, whole, one after another, on every rank (all ranks must iterate).
+def hf_tensors(
+    model: ParallelModel, ranks: Sequence[int] = (0,), bucket_bytes: int = DEFAULT_BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's Hugging Face tensors, whole, in no particular order, on the given ranks; nothing on others.
 
-    Raises nothing; peak extra memory is one Megatron parameter in whole.
+    All ranks must iterate to the end. Each number that a rank lacks travels to it once. What needs no assembly is the
+    parameter itself, not a copy.
+
+    Args:
+        bucket_bytes: most that a rank sends, and most that it receives, at a time.
     """
-    model.offloader.ready("parameters")
-    with model.layout.active():
-        held = _held_parameters(model)
-        owners = _owners(held)
-        groups = [_tensor_parallel_group(entry) for entry in entries(model.architecture)]
-    shapes = hf_shapes(model.architecture)
-    for entry, group in zip(entries(model.architecture), groups):
-        tensors = _gather_tensor_parallel(model, entry, held, group)
-        if tensors is None:
-            dtype, device = model.config.params_dtype, model.device
-            tensors = {n: torch.empty(shapes[n], dtype=dtype, device=device) for n in entry.hf}
-        if dist.get_world_size() > 1:
-            for name in entry.hf:
-                tensors[name] = tensors[name].contiguous()
-                dist.broadcast(tensors[name], src=owners[entry.megatron])
-        yield from tensors.items()
+    plan = reshard_plan(model, whole_model(model.architecture, list(ranks)), bucket_bytes)
+    yield from stream(plan, held_tensors(model), TorchTransport())
 
 
-def held_tensors(model: Trainable) -> dict[str, Tensor]:
-    """This rank's parameters by name: what a weight sync moves (`weights.transfer`)."""
+def reshard_plan(model: ParallelModel, wanted: list[RolloutShard], bucket_bytes: int) -> RankPlan:
+    """Plan this rank's part in giving all ranks what they want of the model; all ranks must call it."""
+    ranks, itemsize = gather_training_ranks(model), model.config.params_dtype.itemsize
+    return make_plan(model.architecture, ranks, wanted, itemsize, bucket_bytes).of(dist.get_rank())
+
+
+def held_tensors(model: ParallelModel) -> dict[str, Tensor]:
+    """Return this rank's parameters by name: the source of a reshard (`weights.transfer`)."""
     model.offloader.ready("parameters")
     with model.layout.active():
         return {name: _numbers(parameters[0]) for name, parameters in _held_parameters(model).items()}
 
 
-def gather_training_ranks(model: Trainable) -> list[TrainingRank]:
-    """What each rank of the world holds; all ranks must call it."""
+def gather_training_ranks(model: ParallelModel) -> list[TrainingRank]:
+    """Return what each rank of the world holds; all ranks must call it."""
     with model.layout.active():
         experts = parallel_state.get_expert_tensor_parallel_group()
         names = frozenset(_held_parameters(model))
@@ -94,7 +100,7 @@ def _numbers(parameter: torch.nn.Parameter) -> Tensor:
     return dequantize_fp8_tensor(parameter).detach() if is_float8tensor(parameter) else parameter.data
 
 
-def _held_parameters(model: Trainable) -> dict[str, list[torch.nn.Parameter]]:
+def _held_parameters(model: ParallelModel) -> dict[str, list[torch.nn.Parameter]]:
     """Parameters on this rank by Megatron name with global layer and expert numbers (tied copies share a name)."""
     held: dict[str, list[torch.nn.Parameter]] = {}
     for module in model.modules:
@@ -103,7 +109,7 @@ def _held_parameters(model: Trainable) -> dict[str, list[torch.nn.Parameter]]:
     return held
 
 
-def _global_name(model: Trainable, module: torch.nn.Module, name: str) -> str:
+def _global_name(model: ParallelModel, module: torch.nn.Module, name: str) -> str:
     if name == "output_layer.weight" and model.architecture.tied_embeddings:
         return "embedding.word_embeddings.weight"
     name = table_name(name)
@@ -119,33 +125,8 @@ def _global_name(model: Trainable, module: torch.nn.Module, name: str) -> str:
     return name
 
 
-def _tensor_parallel_group(entry: Entry) -> dist.ProcessGroup:
-    """Experts are cut by their own tensor parallelism."""
-    if expert_number(entry.megatron) is not None:
-        return parallel_state.get_expert_tensor_parallel_group()
-    return parallel_state.get_tensor_model_parallel_group()
-
-
-def _local_shard(model: Trainable, entry: Entry, tensors: list[Tensor]) -> Tensor:
-    group = _tensor_parallel_group(entry)
+def _local_shard(model: ParallelModel, entry: Entry, tensors: list[Tensor]) -> Tensor:
+    """Cut what this rank holds of an entry; experts are cut by their own tensor parallelism."""
+    expert = expert_number(entry.megatron) is not None
+    group = parallel_state.get_expert_tensor_parallel_group() if expert else model.layout.tp_group
     return shard(entry, tensors, model.architecture, group.rank(), group.size())
-
-
-def _gather_tensor_parallel(
-    model: Trainable, entry: Entry, held: dict[str, list[torch.nn.Parameter]], group: dist.ProcessGroup
-) -> dict[str, Tensor] | None:
-    """The entry's Hugging Face tensors, on the ranks that hold a shard of it; None elsewhere."""
-    if entry.megatron not in held:
-        return None
-    parameter = _numbers(held[entry.megatron][0])
-    if group.size() == 1 or entry.layout.dim is None:
-        return unshard(entry, [parameter], model.architecture)
-    shards = [torch.empty_like(parameter) for _ in range(group.size())]
-    dist.all_gather(shards, parameter.contiguous(), group=group)
-    return unshard(entry, shards, model.architecture)
-
-
-def _owners(held: dict[str, list[torch.nn.Parameter]]) -> dict[str, int]:
-    """For each parameter the lowest rank of the world that holds a part of it."""
-    names = gather_objects(sorted(held))
-    return {name: rank for rank in reversed(range(len(names))) for name in names[rank]}

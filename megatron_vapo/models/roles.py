@@ -19,12 +19,12 @@ from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import ActorConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.weights.architecture import Architecture
 
 
-class Actor(Trainable):
+class Actor(ParallelModel):
     """The policy. Its outputs are log-prob and entropy of each response token at the sampling temperature."""
 
     def __init__(
@@ -77,7 +77,7 @@ class HiddenStatesOutput(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
-class Critic(Trainable):
+class Critic(ParallelModel):
     """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
     sampling temperature."""
 

@@ -33,12 +33,12 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_vapo.config import PrecisionConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
-from megatron_vapo.models import roles, trainable, vocab_parallel
+from megatron_vapo.models import parallel_model, roles, vocab_parallel
 from megatron_vapo.models.attention import PackedSequences, pack_sequences
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import data_parallel
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.runtime.kernels import Backend
 from megatron_vapo.weights.architecture import Architecture
@@ -201,7 +201,7 @@ def parameter_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name (with global numbers) and shape of every parameter that a rank of the smallest world holds."""
     with pretended_rank(role, rank=rank) as layout, _META:
-        model = _rehearsing(kind)(role, architecture, dtype, layout)
+        model = kind(role, architecture, dtype, layout)
         return {name: tuple(tensor.shape) for name, tensor in held_tensors(model).items()}
 
 
@@ -224,7 +224,7 @@ def pretended_rank(role: RoleConfig, stage: int = 0, rank: int | None = None) ->
         for owner, name, stand_in in (
             (sys, "excepthook", sys.excepthook),  # a world would name its rank in tracebacks
             (torch.cuda, "current_device", lambda: _META),
-            (trainable, "transformer_config", _balanced),
+            (parallel_model, "transformer_config", _balanced),
             (p2p_communication, "_batched_p2p_ops", lambda **_: []),
             (p2p_communication, "_p2p_ops", lambda **_: {}),
             (torch.nn.functional, "scaled_dot_product_attention", _attend),
@@ -293,14 +293,15 @@ def _on_meta(value: Any) -> Any:
     return value
 
 
-def _rehearsing(kind: type[Actor] | type[Critic]) -> type[Trainable]:
+def _rehearsing(kind: type[Actor] | type[Critic]) -> Callable[..., Any]:
     """The role without optimizer, whose states are a matter of arithmetic, and without what ends a step."""
 
     class Rehearsing(kind):
         after_forward = staticmethod(lambda: None)
 
-        def reset_optimizer(self) -> None:
-            self.config.finalize_model_grads_func = lambda *_, **__: None
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.chunks = data_parallel(self)
             # Lengths would be told to the next stage before each message; here all are the same.
             self.config.variable_seq_lengths = False
 

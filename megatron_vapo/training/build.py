@@ -10,9 +10,9 @@ import torch
 from megatron_vapo.checkpoint.checkpoints import Checkpoints
 from megatron_vapo.config import Recipe
 from megatron_vapo.models.layout import ParallelLayout, layout_sizes
-from megatron_vapo.models.parameters import load_hf
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.recipe.load import to_yaml
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards.scorer import RewardScorer
@@ -25,24 +25,27 @@ from megatron_vapo.weights.fp8 import Form, in_blocks, in_full, rounded_in_block
 from megatron_vapo.weights.hf_folder import torch_dtype
 
 
-def build_models(recipe: Recipe, inputs: Inputs) -> dict[str, Trainable]:
-    """Build the actor, and the critic where the algorithm has one, loaded from their Hugging Face folders."""
+def build_trainers(recipe: Recipe, inputs: Inputs) -> dict[str, Trainer]:
+    """Build the actor's trainer, and the critic's where the algorithm has one, from their Hugging Face folders."""
     dtype = torch_dtype(recipe.model.dtype)
     temperature = recipe.rollout.sampling.temperature
     layout = ParallelLayout(recipe.actor, recipe.seed)
     actor = Actor(recipe.actor, inputs.architecture, dtype, layout, temperature)
-    load_hf(actor, recipe.model.path)
-    actor.offloader.keep()
-    models: dict[str, Trainable] = {"actor": actor}
+    trainers = {"actor": _loaded(actor, recipe.model.path)}
     if inputs.critic_architecture is not None:
         if layout_sizes(recipe.critic) != layout_sizes(recipe.actor):
             layout = ParallelLayout(recipe.critic, recipe.seed)
         critic = Critic(recipe.critic, inputs.critic_architecture, dtype, layout)
         critic.set_head(recipe.critic.init == "fresh_head", recipe.seed)
-        load_hf(critic, recipe.critic.reward_model or recipe.model.path)
-        critic.offloader.keep()
-        models["critic"] = critic
-    return models
+        trainers["critic"] = _loaded(critic, recipe.critic.reward_model or recipe.model.path)
+    return trainers
+
+
+def _loaded(model: ParallelModel, folder: str) -> Trainer:
+    trainer = Trainer(model)
+    trainer.load_hf(folder)
+    model.offloader.keep()  # before the next one takes the device's memory
+    return trainer
 
 
 def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folder: Path) -> RolloutEngine:
@@ -78,9 +81,9 @@ def build_sampler(
     return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue)
 
 
-def build_checkpoints(recipe: Recipe, models: dict[str, Trainable], note: Callable[[str], None]) -> Checkpoints:
+def build_checkpoints(recipe: Recipe, trainers: dict[str, Trainer], note: Callable[[str], None]) -> Checkpoints:
     """Open RUN/checkpoints; `note` shows one line to the user."""
-    return Checkpoints(Path(recipe.run_dir, "checkpoints"), recipe.checkpoint, models, to_yaml(recipe), note)
+    return Checkpoints(Path(recipe.run_dir, "checkpoints"), recipe.checkpoint, trainers, to_yaml(recipe), note)
 
 
 def backend_choices(recipe: Recipe) -> Iterator[str]:

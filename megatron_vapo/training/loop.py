@@ -55,11 +55,12 @@ def pretrain_critic(run: Run) -> None:
     if pretrains:
         with run.display.bar("value pretraining", settings.max_steps, run.state.pretraining_steps):
             _pretraining_steps(run)
-        save_pretrained_critic(run.critic, run.folder / "critic_pretrained")
+        save_pretrained_critic(run.trainers["critic"], run.folder / "critic_pretrained")
         if settings.reset_optimizer:
-            run.critic.reset_optimizer()
+            run.trainers["critic"].reset_optimizer()
     elif run.recipe.uses_critic and settings.checkpoint:
-        load_pretrained_critic(run.critic, Path(settings.checkpoint), with_optimizer=not settings.reset_optimizer)
+        critic = run.trainers["critic"]
+        load_pretrained_critic(critic, Path(settings.checkpoint), with_optimizer=not settings.reset_optimizer)
     run.end_pretraining()
     if pretrains:
         run.save()

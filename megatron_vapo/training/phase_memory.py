@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_vapo.models.offload import KINDS, NEEDED
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.runtime.phases import Phase
 
 
@@ -19,7 +19,7 @@ class PhaseMemory:
         models: by role.
     """
 
-    def __init__(self, models: Mapping[str, Trainable]) -> None:
+    def __init__(self, models: Mapping[str, ParallelModel]) -> None:
         self._models = models
         self._phase: Phase | None = None
         self._most: dict[str, int] = {}

@@ -49,16 +49,17 @@ class Run:
         self.timer = PhaseTimer()
         for choice in build.backend_choices(recipe):
             display.note(choice)
-        self.models = build.build_models(recipe, inputs)
-        self._layouts = list({id(model.layout): model.layout for model in self.models.values()}.values())
-        self._memory, self._updates = PhaseMemory(self.models), MinibatchUpdates(recipe)
+        self.trainers = build.build_trainers(recipe, inputs)
+        models = {role: trainer.model for role, trainer in self.trainers.items()}
+        self._layouts = list({id(model.layout): model.layout for model in models.values()}.values())
+        self._memory, self._updates = PhaseMemory(models), MinibatchUpdates(recipe)
         self.engine = build.build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
         self._sync = build.build_weight_sync(recipe, self.actor, self.engine)
         self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, interrupt.overdue)
         self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
         interrupt.on_overdue = self.engine.abort
         self._rollouts = Rollouts(recipe, inputs.prompts, self.sampler, self._layouts, self._sleep)
-        self.checkpoints = build.build_checkpoints(recipe, self.models, display.note)
+        self.checkpoints = build.build_checkpoints(recipe, self.trainers, display.note)
         self.snapshot = self._restore()
         self._records = Records(recipe, self.state) if self.first_rank else None
         self.sync_weights()
@@ -67,12 +68,12 @@ class Run:
     @property
     def actor(self) -> Actor:
         """Return the policy that is trained."""
-        return self.models["actor"]
+        return self.trainers["actor"].model
 
     @property
     def critic(self) -> Critic:
         """Return the critic; only where `recipe.uses_critic`."""
-        return self.models["critic"]
+        return self.trainers["critic"].model
 
     @property
     def state(self) -> RunState:
@@ -115,12 +116,12 @@ class Run:
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Train the critic towards the value targets; return means of its metrics over minibatches."""
         with self._phase(Phase.CRITIC_UPDATE):
-            return self._updates(self.critic, objectives.value_objective, batch, epochs, step)
+            return self._updates(self.trainers["critic"], objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
         """Train the policy; return means of its metrics over minibatches."""
         with self._phase(Phase.ACTOR_UPDATE):
-            return self._updates(self.actor, objectives.policy_objective, batch, self.recipe.epochs, step)
+            return self._updates(self.trainers["actor"], objectives.policy_objective, batch, self.recipe.epochs, step)
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""

@@ -11,7 +11,7 @@ from megatron_vapo.algorithm.types import Loss
 from megatron_vapo.config import AlgorithmConfig, Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.sampling.seeds import seeds
 
 Objective = Callable[[Experience, AlgorithmConfig], Loss]
@@ -26,18 +26,18 @@ class MinibatchUpdates:
         self._skipped: Counter[str] = Counter()
 
     def __call__(
-        self, model: Trainable, objective: Objective, batch: Experience, epochs: int, step: int
+        self, trainer: Trainer, objective: Objective, batch: Experience, epochs: int, step: int
     ) -> dict[str, float]:
         """Update a role on each minibatch, and return the means of its metrics over them.
 
         Raises:
             TrainingError: `max_skipped_updates` in a row were skipped.
         """
-        updates = []
+        updates, name = [], trainer.model.name
         for minibatch in self._minibatches(batch, epochs, step):
-            update = model.update(minibatch, objective(minibatch, self._recipe.resolved_algorithm))
-            self._count_skipped(model.name, bool(update["skipped"]))
-            updates.append({f"{model.name}/{key}": value for key, value in update.items()})
+            update = trainer.update(minibatch, objective(minibatch, self._recipe.resolved_algorithm))
+            self._count_skipped(name, bool(update["skipped"]))
+            updates.append({f"{name}/{key}": value for key, value in update.items()})
         return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
 
     def _minibatches(self, batch: Experience, epochs: int, step: int) -> Iterator[Experience]:

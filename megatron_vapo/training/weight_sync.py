@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.errors import RolloutError, TrainingError, few
-from megatron_vapo.models.parameters import gather_training_ranks, held_tensors
+from megatron_vapo.models.parameters import held_tensors, reshard_plan
 from megatron_vapo.models.roles import Actor
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, raise_everywhere
 from megatron_vapo.weights.checksum import digest, verify
-from megatron_vapo.weights.engine_layout import RolloutShard
 from megatron_vapo.weights.fp8 import Form
-from megatron_vapo.weights.reshard import RankPlan, make_plan
+from megatron_vapo.weights.reshard import RankPlan
 from megatron_vapo.weights.transfer import stream
 from megatron_vapo.weights.transport import TorchTransport
 
@@ -62,13 +60,9 @@ class WeightSync:
     def __init__(self, actor: Actor, engine: RolloutEngine, check_every: int, bucket_bytes: int, form: Form) -> None:
         self._actor, self._engine, self._check_every, self._form = actor, engine, check_every, form
         self._transport = TorchTransport()
-        ranks, itemsize = gather_training_ranks(actor), actor.config.params_dtype.itemsize
-
-        def planned(wanted: list[RolloutShard]) -> RankPlan:
-            return make_plan(actor.architecture, ranks, wanted, itemsize, bucket_bytes).of(dist.get_rank())
-
-        self._plan = planned(engine.takes(actor.architecture))
-        self._checks = [planned(wanted) for wanted in engine.checks(actor.architecture)] if check_every else []
+        self._plan = reshard_plan(actor, engine.takes(actor.architecture), bucket_bytes)
+        checked = engine.checks(actor.architecture) if check_every else []
+        self._checks = [reshard_plan(actor, wanted, bucket_bytes) for wanted in checked]
 
     def __call__(self, version: int) -> None:
         """Bring all engines to the actor's present weights. All ranks together.

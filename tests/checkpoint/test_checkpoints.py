@@ -23,21 +23,22 @@ from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import ActorConfig, CheckpointConfig, CriticConfig
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError, MachineError
-from megatron_vapo.models.checkpointing import load_trainable
+from megatron_vapo.models.checkpointing import load_trainer
 from megatron_vapo.models.generators import read_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.weights.architecture import read_architecture
 
 
 @pytest.fixture(scope="module")
-def models(world: None, make_checkpoint: Callable[..., Path]) -> dict[str, Trainable]:
+def trainers(world: None, make_checkpoint: Callable[..., Path]) -> dict[str, Trainer]:
     architecture = read_architecture(make_checkpoint("qwen2"))
     layout = ParallelLayout(ActorConfig(), seed=0)
     critic = Critic(CriticConfig(), architecture, torch.float32, layout)
     critic.set_head(True, seed=0)
-    return {"actor": Actor(ActorConfig(), architecture, torch.float32, layout), "critic": critic}
+    actor = Actor(ActorConfig(), architecture, torch.float32, layout)
+    return {"actor": Trainer(actor), "critic": Trainer(critic)}
 
 
 @pytest.fixture
@@ -46,11 +47,11 @@ def notes() -> list[str]:
 
 
 @pytest.fixture
-def opened(tmp_path: Path, models: dict[str, Trainable], notes: list[str]) -> Callable[..., Checkpoints]:
+def opened(tmp_path: Path, trainers: dict[str, Trainer], notes: list[str]) -> Callable[..., Checkpoints]:
     """`opened(**settings)`: the checkpoints of one run, in tmp_path."""
 
     def open_(**settings: object) -> Checkpoints:
-        return Checkpoints(tmp_path, CheckpointConfig(**settings), models, "name: test\n", notes.append)
+        return Checkpoints(tmp_path, CheckpointConfig(**settings), trainers, "name: test\n", notes.append)
 
     return open_
 
@@ -60,15 +61,15 @@ def snapshot(steps: int = 0, **changes: object) -> Snapshot:
     return Snapshot(state, SamplingPosition({"n": 3, "seed": 0}, [{"index": 3}]), {"of": "rank 0"})
 
 
-def fill(models: dict[str, Trainable], number: float) -> None:
-    for model in models.values():
-        for parameter in model.modules[0].parameters():
+def fill(trainers: dict[str, Trainer], number: float) -> None:
+    for trainer in trainers.values():
+        for parameter in trainer.model.modules[0].parameters():
             parameter.data.fill_(number)
-        model.reload_parameters()
+        trainer.reload_parameters()
 
 
-def value(models: dict[str, Trainable]) -> set[float]:
-    return {float(x) for m in models.values() for p in m.modules[0].parameters() for x in (p.min(), p.max())}
+def value(trainers: dict[str, Trainer]) -> set[float]:
+    return {float(x) for t in trainers.values() for p in t.model.modules[0].parameters() for x in (p.min(), p.max())}
 
 
 def save(opened: Checkpoints, steps: int, **changes: object) -> None:
@@ -82,13 +83,13 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("async_save", [True, False])
 def test_what_is_saved_comes_back(
-    opened: Callable[..., Checkpoints], models: dict[str, Trainable], tmp_path: Path, async_save: bool
+    opened: Callable[..., Checkpoints], trainers: dict[str, Trainer], tmp_path: Path, async_save: bool
 ) -> None:
-    fill(models, 1.0)
+    fill(trainers, 1.0)
     save(opened(async_save=async_save), 3, sampled_tokens=7)
-    fill(models, 2.0)
+    fill(trainers, 2.0)
     assert opened().load() == snapshot(3, sampled_tokens=7)
-    assert value(models) == {1.0}
+    assert value(trainers) == {1.0}
     assert names(tmp_path) == ["latest", "step_000003"]
     assert (tmp_path / "latest" / "recipe.yaml").read_text() == "name: test\n"
     manifest = json.loads((tmp_path / "latest" / "manifest.json").read_text())["files"]
@@ -97,23 +98,23 @@ def test_what_is_saved_comes_back(
 
 
 def test_training_that_goes_on_does_not_change_what_is_being_saved(
-    opened: Callable[..., Checkpoints], models: dict[str, Trainable], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Checkpoints], trainers: dict[str, Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer is held until the models have changed; until it is done, the checkpoint has no name."""
     go_on = threading.Event()
     write = checkpoint_module.Save.write
     monkeypatch.setattr(checkpoint_module.Save, "write", lambda self: go_on.wait() and write(self))
     folder = opened(async_save=True)
-    fill(models, 1.0)
+    fill(trainers, 1.0)
     folder.save(snapshot(1))
-    fill(models, 2.0)
+    fill(trainers, 2.0)
     assert folder.settle(wait=False) is None and folder.pending
     assert names(tmp_path) == ["step_000001.part"]
     go_on.set()
     assert folder.settle(wait=True) == snapshot(1).state
     assert not folder.pending and folder.settle(wait=True) is None
     folder.load()
-    assert value(models) == {1.0}
+    assert value(trainers) == {1.0}
 
 
 def test_saving_starts_no_process(opened: Callable[..., Checkpoints]) -> None:
@@ -176,11 +177,11 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "deleted"])
 def test_damage_is_named_and_the_one_before_is_used_only_if_asked(
-    opened: Callable[..., Checkpoints], models: dict[str, Trainable], tmp_path: Path, notes: list[str], harm: Callable
+    opened: Callable[..., Checkpoints], trainers: dict[str, Trainer], tmp_path: Path, notes: list[str], harm: Callable
 ) -> None:
-    fill(models, 1.0)
+    fill(trainers, 1.0)
     save(opened(), 1)
-    fill(models, 2.0)
+    fill(trainers, 2.0)
     save(opened(), 2)
     shutil.copytree(tmp_path / "step_000002", tmp_path / "good")
     for kind in kinds(tmp_path / "good"):
@@ -189,7 +190,7 @@ def test_damage_is_named_and_the_one_before_is_used_only_if_asked(
             opened().load()
         assert str(tmp_path / "step_000002" / kind) in str(caught.value)
         assert opened(resume_older=True).load().state.steps == 1
-        assert value(models) == {1.0}
+        assert value(trainers) == {1.0}
         assert kind in notes[-2] and "WARNING" in notes[-2]
         assert os.readlink(tmp_path / "latest") == "step_000001"
         assert names(tmp_path) == ["good", "latest", "step_000001", "step_000002.damaged"]
@@ -281,10 +282,10 @@ def test_a_disk_without_room_is_seen_before_writing(
 # Generators.
 
 
-def test_global_generators_go_on_where_they_were(models: dict[str, Trainable], tmp_path: Path) -> None:
+def test_global_generators_go_on_where_they_were(trainers: dict[str, Trainer], tmp_path: Path) -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-    layout = models["actor"].layout
+    layout = trainers["actor"].model.layout
 
     def draws() -> list[object]:
         with layout.active(), get_cuda_rng_tracker().fork():
@@ -313,7 +314,7 @@ class Payload:
 
 @pytest.mark.parametrize("place", ["descriptions", "object", "common"])
 def test_a_checkpoint_that_would_run_code_is_refused(
-    opened: Callable[..., Checkpoints], models: dict[str, Trainable], tmp_path: Path, place: str
+    opened: Callable[..., Checkpoints], trainers: dict[str, Trainer], tmp_path: Path, place: str
 ) -> None:
     save(opened(), 1)
     folder, made = tmp_path / "step_000001" / "actor", tmp_path / "made"
@@ -330,5 +331,5 @@ def test_a_checkpoint_that_would_run_code_is_refused(
         )
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=str(folder)):
-        load_trainable(models["actor"], folder)
+        load_trainer(trainers["actor"], folder)
     assert not made.exists()

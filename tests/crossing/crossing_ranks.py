@@ -41,27 +41,26 @@ def main() -> None:
 
 def crossed(verb: str, kind: str, folder: Path, world: int) -> dict[str, object]:
     """Train and save, or load; then train on."""
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-    from megatron_vapo.models.parameters import load_hf
+    from megatron_vapo.models.checkpointing import load_trainer, save_trainer
 
-    model = build(kind, folder, world)
+    trainer = build(kind, folder, world)
     batch = Experience(**torch.load(folder / "batch.pt", weights_only=True))
     checkpoint = folder / f"saved {kind}"
     if verb == "save":
-        load_hf(model, folder / kind)
+        trainer.load_hf(folder / kind)
         for _ in range(UPDATES):
-            step(model, batch)
+            step(trainer, batch)
         if dist.get_rank() == 0:
             checkpoint.mkdir()
         dist.barrier()
-        save_trainable(model, checkpoint)
+        save_trainer(trainer, checkpoint)
     else:
-        load_trainable(model, checkpoint)
-    at_checkpoint = weights(model)
+        load_trainer(trainer, checkpoint)
+    at_checkpoint = weights(trainer.model)
     return {
         "at checkpoint": at_checkpoint,
-        "steps": [step(model, batch) for _ in range(UPDATES)],
-        "after": weights(model),
+        "steps": [step(trainer, batch) for _ in range(UPDATES)],
+        "after": weights(trainer.model),
     }
 
 
@@ -69,19 +68,21 @@ def build(kind: str, folder: Path, world: int):
     """Two processes are TP2 with sequence parallelism; the actor always has the distributed optimizer."""
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.weights.architecture import read_architecture
 
     layout = {"tensor_parallel": world, "sequence_parallel": world > 1}
     shared = {"micro_batch_tokens": 64, "optimizer": OPTIMIZER, "distributed_optimizer": kind == "actor"}
     role = (ActorConfig if kind == "actor" else CriticConfig)(**layout, **shared)
     architecture = read_architecture(folder / kind)
-    return (Actor if kind == "actor" else Critic)(role, architecture, torch.float32, ParallelLayout(role, seed=0))
+    model = Actor if kind == "actor" else Critic
+    return Trainer(model(role, architecture, torch.float32, ParallelLayout(role, seed=0)))
 
 
-def step(model, batch: Experience) -> dict[str, float]:
+def step(trainer, batch: Experience) -> dict[str, float]:
     """One update on a loss that all response tokens share."""
     tokens = batch.response_lengths.sum()
-    return model.update(batch, lambda outputs, _: _share(outputs[0], tokens))
+    return trainer.update(batch, lambda outputs, _: _share(outputs[0], tokens))
 
 
 def _share(output: Tensor, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -47,3 +47,19 @@ def make_critic(layout) -> Callable[..., object]:
         return critic
 
     return make
+
+
+@pytest.fixture(scope="session")
+def train_actor(make_actor) -> Callable[..., object]:
+    """`train_actor(...)` -> Trainer of what `make_actor(...)` makes."""
+    from megatron_vapo.models.trainer import Trainer
+
+    return lambda *arguments, **named: Trainer(make_actor(*arguments, **named))
+
+
+@pytest.fixture(scope="session")
+def train_critic(make_critic) -> Callable[..., object]:
+    """`train_critic(...)` -> Trainer of what `make_critic(...)` makes."""
+    from megatron_vapo.models.trainer import Trainer
+
+    return lambda *arguments, **named: Trainer(make_critic(*arguments, **named))

@@ -54,23 +54,23 @@ def main() -> None:
 
 
 def compare(folder: Path, layout: dict[str, object], batch: Experience) -> None:
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-    from megatron_vapo.models.parameters import gather_training_ranks, load_hf
+    from megatron_vapo.models.checkpointing import load_trainer, save_trainer
+    from megatron_vapo.models.parameters import gather_training_ranks
 
     local, fused = build(folder, layout, LOCAL), build(folder, layout, FUSED)
     # Two kinds indeed.
-    names = [name for module in fused.modules for name, _ in module.named_parameters()]
+    names = [name for module in fused.model.modules for name, _ in module.named_parameters()]
     assert any("linear_qkv.layer_norm_weight" in name for name in names), names
-    assert (fused.architecture.experts is not None) == any("linear_fc1.weight1" in name for name in names)
+    assert (fused.model.architecture.experts is not None) == any("linear_fc1.weight1" in name for name in names)
 
-    for model in (local, fused):
-        load_hf(model, folder / "hf")
-    assert gather_training_ranks(local) == gather_training_ranks(fused)
-    assert_same_checkpoint(places(local), places(fused))
-    assert_same_parameters(local, fused)
-    assert_near(local.forward(batch), fused.forward(batch))
+    for trainer in (local, fused):
+        trainer.load_hf(folder / "hf")
+    assert gather_training_ranks(local.model) == gather_training_ranks(fused.model)
+    assert_same_checkpoint(places(local.model), places(fused.model))
+    assert_same_parameters(local.model, fused.model)
+    assert_near(local.model.forward(batch), fused.model.forward(batch))
 
-    norms = [model.update(batch, loss)["grad_norm"] for model in (local, fused)]
+    norms = [trainer.update(batch, loss)["grad_norm"] for trainer in (local, fused)]
     assert abs(norms[0] - norms[1]) < 1e-4 * norms[0] and norms[0] > 0, norms
     for saved, other in ((local, FUSED), (fused, LOCAL)):
         crossed = build(folder, layout, other)
@@ -78,13 +78,13 @@ def compare(folder: Path, layout: dict[str, object], batch: Experience) -> None:
         if dist.get_rank() == 0:
             target.mkdir()
         dist.barrier()
-        save_trainable(saved, target)
-        load_trainable(crossed, target)
-        assert_same_parameters(saved, crossed)
+        save_trainer(saved, target)
+        load_trainer(crossed, target)
+        assert_same_parameters(saved.model, crossed.model)
         # Moments, main parameters and schedule crossed too: the next update is the same.
         saved.update(batch, loss)
         crossed.update(batch, loss)
-        assert_near(values(saved), values(crossed))
+        assert_near(values(saved.model), values(crossed.model))
 
 
 def assert_fp8_covers_layers_alone(folder: Path, layout: dict[str, object], batch: Experience) -> None:
@@ -97,7 +97,7 @@ def assert_fp8_covers_layers_alone(folder: Path, layout: dict[str, object], batc
 
     for recipe, multiple, first, last in (("blockwise", 128, 1, 1), ("tensorwise", 16, 0, 2), ("delayed", 16, 0, 0)):
         precision = PrecisionConfig("fp8", recipe, "hybrid", first_layers=first, last_layers=last)
-        model = build(folder, layout, FUSED, precision)
+        model = build(folder, layout, FUSED, precision).model
         (module,) = model.modules
         outside: list[bool] = []
         for part in (module.embedding, module.output_layer):
@@ -116,12 +116,14 @@ def assert_fp8_covers_layers_alone(folder: Path, layout: dict[str, object], batc
 
 
 def build(folder: Path, layout: dict[str, object], backend: Backend, precision: PrecisionConfig = FULL) -> Any:
-    from megatron_vapo.models import trainable
+    """Build a trainer."""
+    from megatron_vapo.models import parallel_model
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.weights.architecture import read_architecture
 
-    trainable.machine_backend = lambda *_: backend
+    parallel_model.machine_backend = lambda *_: backend
     optimizer = OptimizerConfig(learning_rate=1e-2)
     role = ActorConfig(**layout, micro_batch_tokens=32, precision=precision, optimizer=optimizer)
     if layout not in LAYOUTS:
@@ -129,7 +131,7 @@ def build(folder: Path, layout: dict[str, object], backend: Backend, precision: 
         GROUPS.append(ParallelLayout(role, seed=0))
     architecture = read_architecture(folder / "hf")
     kind = Critic if architecture.classifier else Actor
-    return kind(role, architecture, torch.float32, GROUPS[LAYOUTS.index(layout)])
+    return Trainer(kind(role, architecture, torch.float32, GROUPS[LAYOUTS.index(layout)]))
 
 
 LAYOUTS: list[dict[str, object]] = []

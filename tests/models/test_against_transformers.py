@@ -98,20 +98,20 @@ def test_values(make_checkpoint, make_model, make_critic, make_experience, famil
 
 
 @pytest.mark.parametrize("logprobs", ["whole", "chunked"])
-def test_gradients(make_checkpoint, make_model, make_actor, batch, family, logprobs, tmp_path):
+def test_gradients(make_checkpoint, make_model, train_actor, batch, family, logprobs, tmp_path):
     """Of a random sum over log-probs and entropies, for every tensor of the checkpoint."""
     folder = make_checkpoint(family[0], **family[1])
     weights = torch.randn(2, sum(RESPONSES), generator=torch.Generator().manual_seed(1))
-    actor = make_actor(folder, replace(ROLE, logprobs=logprobs))
+    trainer = train_actor(folder, replace(ROLE, logprobs=logprobs))
 
     def loss(outputs: tuple[Tensor, ...], token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         share = (weights[:, token_index] * torch.stack(outputs)).sum()
         return share, {"loss": share}
 
-    statistics = actor.update(batch, loss)
-    for parameter in actor.modules[0].parameters():
+    statistics = trainer.update(batch, loss)
+    for parameter in trainer.model.modules[0].parameters():
         parameter.data.copy_(parameter.main_grad)
-    ours = dict(hf_tensors(actor))
+    ours = dict(hf_tensors(trainer.model))
 
     model = make_model(family[0], **family[1])
     expected_loss = (weights * torch.stack(policy_by_transformers(model, batch, 1.0))).sum()

@@ -147,25 +147,25 @@ def state(model) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recompute_changes_nothing(make_actor, folder, batch, recipe):
+def test_recompute_changes_nothing(train_actor, folder, batch, recipe):
     """A layer that runs forward twice rounds to the same numbers: also while delayed scales move between steps."""
     results = []
     for recompute in ("none", "full"):
-        actor = make_actor(folder, replace(fp8_role(recipe), recompute=recompute))
+        actor = train_actor(folder, replace(fp8_role(recipe), recompute=recompute))
         updates = [actor.update(batch, outputs_sum) for _ in range(3)]
-        results.append((updates, state(actor), actor.forward(batch)))
+        results.append((updates, state(actor.model), actor.model.forward(batch)))
     (updates, plain, outputs), (again, recomputed, other) = results
     assert updates == again and plain.keys() == recomputed.keys()
     torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(outputs, other))
 
 
-def test_delayed_scales_move_with_updates_only_and_are_those_of_the_largest_numbers(make_actor, folder, batch):
-    actor = make_actor(folder, fp8_role("delayed"))
-    layer = actor.modules[0].decoder.layers[0].mlp.linear_fc1
+def test_delayed_scales_move_with_updates_only_and_are_those_of_the_largest_numbers(train_actor, folder, batch):
+    actor = train_actor(folder, fp8_role("delayed"))
+    layer = actor.model.modules[0].decoder.layers[0].mlp.linear_fc1
     seen: list[Tensor] = []
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().abs().max()))
-    actor.forward(batch)
+    actor.model.forward(batch)
     assert layer.rounding.delayed.scale.tolist() == [1.0, 1.0, 1.0] and not layer.rounding.delayed.history.any()
     seen.clear()
     weight = layer.weight.detach().abs().max()
@@ -176,35 +176,35 @@ def test_delayed_scales_move_with_updates_only_and_are_those_of_the_largest_numb
     assert float(layer.rounding.delayed.scale[2]) != 1.0
 
 
-def test_delayed_scales_are_in_checkpoints(make_actor, folder, batch, tmp_path):
+def test_delayed_scales_are_in_checkpoints(train_actor, folder, batch, tmp_path):
     """Two updates, then the third: the same bits where a checkpoint lies between."""
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+    from megatron_vapo.models.checkpointing import load_trainer, save_trainer
 
     (tmp_path / "actor").mkdir()
-    actor = make_actor(folder, fp8_role("delayed"))
+    actor = train_actor(folder, fp8_role("delayed"))
     for _ in range(2):
         actor.update(batch, outputs_sum)
-    save_trainable(actor, tmp_path / "actor")
-    resumed = make_actor(folder, fp8_role("delayed"))
-    load_trainable(resumed, tmp_path / "actor")
-    torch.testing.assert_close(state(resumed), state(actor), rtol=0, atol=0)
+    save_trainer(actor, tmp_path / "actor")
+    resumed = train_actor(folder, fp8_role("delayed"))
+    load_trainer(resumed, tmp_path / "actor")
+    torch.testing.assert_close(state(resumed.model), state(actor.model), rtol=0, atol=0)
     assert resumed.update(batch, outputs_sum) == actor.update(batch, outputs_sum)
-    torch.testing.assert_close(state(resumed), state(actor), rtol=0, atol=0)
+    torch.testing.assert_close(state(resumed.model), state(actor.model), rtol=0, atol=0)
 
 
-def test_checkpoints_cross_between_recipes(make_actor, folder, batch, tmp_path):
+def test_checkpoints_cross_between_recipes(train_actor, folder, batch, tmp_path):
     """State of delayed scaling is no part of the model: others leave it, and it begins anew where there is none."""
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+    from megatron_vapo.models.checkpointing import load_trainer, save_trainer
 
     roles = {"delayed": fp8_role("delayed"), "plain": ActorConfig(micro_batch_tokens=64)}
     for name, role in roles.items():
         (tmp_path / name).mkdir()
-        actor = make_actor(folder, role)
+        actor = train_actor(folder, role)
         actor.update(batch, outputs_sum)
-        save_trainable(actor, tmp_path / name)
-    plain = make_actor(folder, roles["plain"])
-    load_trainable(plain, tmp_path / "delayed")
-    delayed = make_actor(folder, roles["delayed"])
-    load_trainable(delayed, tmp_path / "plain")
-    layer = delayed.modules[0].decoder.layers[0].mlp.linear_fc1
+        save_trainer(actor, tmp_path / name)
+    plain = train_actor(folder, roles["plain"])
+    load_trainer(plain, tmp_path / "delayed")
+    delayed = train_actor(folder, roles["delayed"])
+    load_trainer(delayed, tmp_path / "plain")
+    layer = delayed.model.modules[0].decoder.layers[0].mlp.linear_fc1
     assert layer.rounding.delayed.scale.tolist() == [1.0, 1.0, 1.0]

@@ -16,10 +16,10 @@ from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import ActorConfig, OffloadConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models import offload
-from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+from megatron_vapo.models.checkpointing import load_trainer, save_trainer
 from megatron_vapo.models.offload import KINDS, SAVED
 from megatron_vapo.models.parameters import hf_tensors
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.weights.checksum import digest
 
 ROLES = {
@@ -47,9 +47,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "CHUNK", 1000)
 
 
-def make(make_actor, folder: Path, name: str, settings: OffloadConfig = ALL) -> Trainable:
+def make(train_actor, folder: Path, name: str, settings: OffloadConfig = ALL) -> Trainer:
     dtype, changes = ROLES[name]
-    return make_actor(folder, ActorConfig(micro_batch_tokens=40, offload=settings, **changes), dtype)
+    return train_actor(folder, ActorConfig(micro_batch_tokens=40, offload=settings, **changes), dtype)
 
 
 def summed(outputs: Outputs, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,107 +57,107 @@ def summed(outputs: Outputs, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"loss": loss.detach()}
 
 
-def update(model: Trainable, batch: Experience, loss: Loss = summed) -> list[float]:
-    return list(model.update(batch, loss).values())
+def update(trainer: Trainer, batch: Experience, loss: Loss = summed) -> list[float]:
+    return list(trainer.update(batch, loss).values())
 
 
-def content(model: Trainable) -> dict[str, list[bytes]]:
+def content(trainer: Trainer) -> dict[str, list[bytes]]:
     """Bytes of all storages but the gradients'."""
-    found = offload.storages_of(model.chunks, model.optimizer)
+    found = trainer.model.offloader.storages()
     return {kind: [bytes(storage.tolist()) for storage in found[kind]] for kind in SAVED}
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_what_is_away_is_released_and_comes_back_bit_for_bit(make_actor, folder: Path, batch, name: str) -> None:
-    model = make(make_actor, folder, name)
-    update(model, batch)
-    before, sizes = content(model), model.offloader.resident()
+def test_what_is_away_is_released_and_comes_back_bit_for_bit(train_actor, folder: Path, batch, name: str) -> None:
+    trainer = make(train_actor, folder, name)
+    update(trainer, batch)
+    before, sizes = content(trainer), trainer.model.offloader.resident()
     assert {kind for kind in KINDS if sizes[kind]} == set(KINDS) - (
         {"main_parameters"} if name.startswith("float32") else set()
     )
-    parameter = next(model.modules[0].parameters())
-    model.offloader.keep()
-    assert set(model.offloader.resident().values()) == {0}
+    parameter = next(trainer.model.modules[0].parameters())
+    trainer.model.offloader.keep()
+    assert set(trainer.model.offloader.resident().values()) == {0}
     assert parameter.untyped_storage().nbytes() == parameter.main_grad.untyped_storage().nbytes() == 0
-    model.offloader.ready(*KINDS)
-    assert model.offloader.resident() == sizes
-    assert content(model) == before
+    trainer.model.offloader.ready(*KINDS)
+    assert trainer.model.offloader.resident() == sizes
+    assert content(trainer) == before
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_sizes_are_those_of_the_numbers(make_actor, folder: Path, name: str) -> None:
+def test_sizes_are_those_of_the_numbers(train_actor, folder: Path, name: str) -> None:
     """By hand; Megatron's buffers are padded where the distributed optimizer cuts them."""
-    model = make(make_actor, folder, name)
-    numbers = sum(p.numel() for p in model.modules[0].parameters())
-    itemsize = model.config.params_dtype.itemsize
+    trainer = make(train_actor, folder, name)
+    numbers = sum(p.numel() for p in trainer.model.modules[0].parameters())
+    itemsize = trainer.model.config.params_dtype.itemsize
     expected = {"parameters": itemsize, "gradients": 4, "main_parameters": 4 * (itemsize == 2), "optimizer": 8}
-    for kind, size in model.offloader.resident().items():
-        if model.role.distributed_optimizer and kind in ("parameters", "gradients"):
+    for kind, size in trainer.model.offloader.resident().items():
+        if trainer.model.role.distributed_optimizer and kind in ("parameters", "gradients"):
             assert numbers * expected[kind] <= size <= numbers * expected[kind] * 1.05
         else:
             assert size == numbers * expected[kind]
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_training_in_between_is_the_same(make_actor, folder: Path, batch, name: str) -> None:
-    moved, stays = make(make_actor, folder, name), make(make_actor, folder, name, OffloadConfig())
+def test_training_in_between_is_the_same(train_actor, folder: Path, batch, name: str) -> None:
+    moved, stays = make(train_actor, folder, name), make(train_actor, folder, name, OffloadConfig())
     for _ in range(3):
-        moved.offloader.keep()
-        stays.offloader.keep()
-        assert torch.equal(*(model.forward(batch)[0] for model in (moved, stays)))
-        moved.offloader.keep(("parameters",))
+        moved.model.offloader.keep()
+        stays.model.offloader.keep()
+        assert torch.equal(*(trainer.model.forward(batch)[0] for trainer in (moved, stays)))
+        moved.model.offloader.keep(("parameters",))
         assert update(moved, batch) == update(stays, batch)
     assert content(moved) == content(stays)
-    moved.offloader.keep()
-    tensors = dict(hf_tensors(moved))  # they come back by themselves
-    assert [digest(tensor) for tensor in tensors.values()] == [digest(tensor) for _, tensor in hf_tensors(stays)]
-    moved.offloader.keep()  # nobody who has looked at them keeps them here
-    assert set(moved.offloader.resident().values()) == {0}
+    moved.model.offloader.keep()
+    tensors = dict(hf_tensors(moved.model))  # they come back by themselves
+    assert [digest(tensor) for tensor in tensors.values()] == [digest(tensor) for _, tensor in hf_tensors(stays.model)]
+    moved.model.offloader.keep()  # nobody who has looked at them keeps them here
+    assert set(moved.model.offloader.resident().values()) == {0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_is_asked_moves(make_actor, folder: Path, batch, kind: str) -> None:
-    model = make(make_actor, folder, "bfloat16, distributed optimizer", replace(OffloadConfig(), **{kind: True}))
-    model.offloader.keep()
-    assert [name for name, size in model.offloader.resident().items() if size == 0] == [kind]
-    update(model, batch)
-    assert all(model.offloader.resident().values())
+def test_only_what_is_asked_moves(train_actor, folder: Path, batch, kind: str) -> None:
+    trainer = make(train_actor, folder, "bfloat16, distributed optimizer", replace(OffloadConfig(), **{kind: True}))
+    trainer.model.offloader.keep()
+    assert [name for name, size in trainer.model.offloader.resident().items() if size == 0] == [kind]
+    update(trainer, batch)
+    assert all(trainer.model.offloader.resident().values())
 
 
 @pytest.mark.parametrize("name", ROLES)
-def test_a_checkpoint_borrows_what_it_writes(make_actor, folder: Path, batch, tmp_path: Path, name: str) -> None:
-    model, other = make(make_actor, folder, name), make(make_actor, folder, name)
-    update(model, batch)
-    before = content(model)
-    for role in (model, other):
-        role.offloader.keep()
+def test_a_checkpoint_borrows_what_it_writes(train_actor, folder: Path, batch, tmp_path: Path, name: str) -> None:
+    trainer, other = make(train_actor, folder, name), make(train_actor, folder, name)
+    update(trainer, batch)
+    before = content(trainer)
+    for role in (trainer, other):
+        role.model.offloader.keep()
     (tmp_path / "saved").mkdir()
-    save_trainable(model, tmp_path / "saved")
-    load_trainable(other, tmp_path / "saved")
-    assert {size for role in (model, other) for size in role.offloader.resident().values()} == {0}
-    for role in (model, other):
-        role.offloader.ready(*KINDS)
-    assert content(other) == content(model) == before
-    assert update(other, batch) == update(model, batch)
+    save_trainer(trainer, tmp_path / "saved")
+    load_trainer(other, tmp_path / "saved")
+    assert {size for role in (trainer, other) for size in role.model.offloader.resident().values()} == {0}
+    for role in (trainer, other):
+        role.model.offloader.ready(*KINDS)
+    assert content(other) == content(trainer) == before
+    assert update(other, batch) == update(trainer, batch)
 
 
-def test_a_fresh_optimizer_while_all_is_away(make_actor, folder: Path, batch) -> None:
-    moved, stays = (make(make_actor, folder, "bfloat16", settings) for settings in (ALL, OffloadConfig()))
-    for model in (moved, stays):
-        update(model, batch)
-        model.offloader.keep()
-        model.reset_optimizer()
-        model.offloader.keep()
+def test_a_fresh_optimizer_while_all_is_away(train_actor, folder: Path, batch) -> None:
+    moved, stays = (make(train_actor, folder, "bfloat16", settings) for settings in (ALL, OffloadConfig()))
+    for trainer in (moved, stays):
+        update(trainer, batch)
+        trainer.model.offloader.keep()
+        trainer.reset_optimizer()
+        trainer.model.offloader.keep()
     assert update(moved, batch) == update(stays, batch)
     assert content(moved) == content(stays)
 
 
-def test_fp8_parameters_count_as_what_they_hold(make_actor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make(make_actor, folder, "float32", OffloadConfig())
-    first, *rest = model.modules[0].parameters()
+def test_fp8_parameters_count_as_what_they_hold(train_actor, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make(train_actor, folder, "float32", OffloadConfig())
+    first, *rest = trainer.model.modules[0].parameters()
     first.get_data_tensors = lambda: (torch.empty(first.shape, dtype=torch.uint8), None)
     monkeypatch.setattr(offload, "is_float8tensor", lambda parameter: parameter is first)
-    assert model.offloader.resident()["parameters"] == first.numel() + 4 * sum(p.numel() for p in rest)
+    assert trainer.model.offloader.resident()["parameters"] == first.numel() + 4 * sum(p.numel() for p in rest)
 
 
 @given(st.lists(st.integers(0, 5000), max_size=20), st.lists(st.integers(0, 5000), max_size=20))

@@ -15,10 +15,9 @@ from megatron_vapo.config import ActorConfig, OptimizerConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import pack
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.models import trainable
-from megatron_vapo.models.checkpointing import load_trainable, save_trainable
-from megatron_vapo.models.parameters import load_hf
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models import parallel_model
+from megatron_vapo.models.checkpointing import load_parameters, load_trainer, save_trainer
+from megatron_vapo.models.trainer import Trainer
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, clip_grad=1.0)
 KINDS = {
@@ -58,11 +57,11 @@ def weighted(batch: Experience, factor: float = 1.0, seed: int = 0) -> Loss:
     return loss
 
 
-def parameters(model: Trainable) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.modules[0].named_parameters()}
+def parameters(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.modules[0].named_parameters()}
 
 
-def states(model: Trainable) -> list[Tensor]:
+def states(trainer: Trainer) -> list[Tensor]:
     """Every tensor of the optimizer: moments, and main parameters where it keeps them."""
 
     def tensors(part: object) -> list[Tensor]:
@@ -71,32 +70,32 @@ def states(model: Trainable) -> list[Tensor]:
         children = part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else []
         return [tensor for child in children for tensor in tensors(child)]
 
-    inner = [optimizer.optimizer for optimizer in model.optimizer.chained_optimizers]
+    inner = [optimizer.optimizer for optimizer in trainer.optimizer.chained_optimizers]
     return [t for o in inner for t in tensors(list(o.state.values())) + tensors([g["params"] for g in o.param_groups])]
 
 
-def assert_same(ours: Trainable, other: Trainable) -> None:
+def assert_same(ours: Trainer, other: Trainer) -> None:
     """To the bit: parameters, optimizer, schedule."""
     torch.testing.assert_close(parameters(ours), parameters(other), rtol=0, atol=0)
     torch.testing.assert_close(states(ours), states(other), rtol=0, atol=0)
     assert ours.scheduler.state_dict() == other.scheduler.state_dict()
 
 
-def test_the_learning_rate_warms_up_by_optimizer_steps(make_actor, folder, batch):
-    actor = make_actor(folder, role())
+def test_the_learning_rate_warms_up_by_optimizer_steps(train_actor, folder, batch):
+    actor = train_actor(folder, role())
     rates = [actor.update(batch, weighted(batch))["learning_rate"] for _ in range(6)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
-def test_without_warm_up_the_first_step_has_the_full_rate(make_actor, folder, batch):
-    actor = make_actor(folder, role(optimizer={"warmup_steps": 0}))
+def test_without_warm_up_the_first_step_has_the_full_rate(train_actor, folder, batch):
+    actor = train_actor(folder, role(optimizer={"warmup_steps": 0}))
     assert actor.update(batch, weighted(batch))["learning_rate"] == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3_moe"])
-def test_only_matrices_decay(make_actor, make_checkpoint, batch, family):
+def test_only_matrices_decay(train_actor, make_checkpoint, batch, family):
     """A gradient of zero leaves weight decay alone: p -= rate * decay * p."""
-    actor = make_actor(make_checkpoint(family), role(optimizer={"warmup_steps": 0}))
+    actor = train_actor(make_checkpoint(family), role(optimizer={"warmup_steps": 0}))
     before = parameters(actor)
     assert actor.update(batch, weighted(batch, factor=0.0))["grad_norm"] == 0
     for name, after in parameters(actor).items():
@@ -106,21 +105,21 @@ def test_only_matrices_decay(make_actor, make_checkpoint, batch, family):
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5, 1e6])
-def test_clipping_by_the_global_norm(make_actor, folder, batch, clip):
+def test_clipping_by_the_global_norm(train_actor, folder, batch, clip):
     """0 turns it off, and a bound above the norm changes nothing."""
-    actor = make_actor(folder, role(optimizer={"clip_grad": clip}))
+    actor = train_actor(folder, role(optimizer={"clip_grad": clip}))
     norm = actor.update(batch, weighted(batch))["grad_norm"]
-    used = math.hypot(*(float(p.main_grad.norm()) for p in actor.modules[0].parameters()))
+    used = math.hypot(*(float(p.main_grad.norm()) for p in actor.model.modules[0].parameters()))
     assert norm > 1
     assert used == pytest.approx(0.5 if clip == 0.5 else norm, rel=1e-4)
 
 
-def test_the_bound_reaches_the_update(make_critic, critic_folder, batch):
+def test_the_bound_reaches_the_update(train_critic, critic_folder, batch):
     """With epsilon far above the gradient, Adam's first step is rate * gradient / epsilon."""
     optimizer = {"learning_rate": 100.0, "warmup_steps": 0, "epsilon": 1e4, "weight_decay": 0.0}
     moves = []
     for clip in (0.0, 0.5):
-        critic = make_critic(critic_folder, role(RoleConfig, optimizer | {"clip_grad": clip}))
+        critic = train_critic(critic_folder, role(RoleConfig, optimizer | {"clip_grad": clip}))
         before = parameters(critic)
         norm = critic.update(batch, weighted(batch))["grad_norm"]
         after = parameters(critic)
@@ -138,12 +137,12 @@ BAD_LOSSES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", BAD_LOSSES)
-def test_a_step_that_is_not_finite_never_happened(make_actor, folder, batch, bad, kind):
+def test_a_step_that_is_not_finite_never_happened(train_actor, folder, batch, bad, kind):
     """Parameters, optimizer and schedule stay, and training goes on as if without it."""
     dtype, changes = KINDS[kind]
-    actor, undisturbed = (make_actor(folder, role(**changes), dtype) for _ in range(2))
-    for model in (actor, undisturbed):
-        assert model.update(batch, weighted(batch))["skipped"] == 0
+    actor, undisturbed = (train_actor(folder, role(**changes), dtype) for _ in range(2))
+    for trainer in (actor, undisturbed):
+        assert trainer.update(batch, weighted(batch))["skipped"] == 0
 
     def spoiled(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         share, _ = weighted(batch)(outputs, token_index)
@@ -153,19 +152,19 @@ def test_a_step_that_is_not_finite_never_happened(make_actor, folder, batch, bad
 
     assert actor.update(batch, spoiled)["skipped"] == 1
     assert_same(actor, undisturbed)
-    for model in (actor, undisturbed):
-        model.update(batch, weighted(batch, seed=1))
+    for trainer in (actor, undisturbed):
+        trainer.update(batch, weighted(batch, seed=1))
     assert_same(actor, undisturbed)
 
 
-def test_bfloat16_updates_below_its_precision_add_up(make_critic, critic_folder, batch):
+def test_bfloat16_updates_below_its_precision_add_up(train_critic, critic_folder, batch):
     """The head's gradient keeps its sign mostly, so Adam moves it by about the rate each time; one such step is an
     eighth of the distance between neighbouring bfloat16 numbers at 0.25 and would be lost without float32 main
     parameters."""
     rate, steps = 2**-12, 32
     optimizer = {"learning_rate": rate, "warmup_steps": 0, "weight_decay": 0.0}
-    critic = make_critic(critic_folder, role(RoleConfig, optimizer), torch.bfloat16)
-    head = critic.modules[0].output_layer.weight
+    critic = train_critic(critic_folder, role(RoleConfig, optimizer), torch.bfloat16)
+    head = critic.model.modules[0].output_layer.weight
     head.data.fill_(0.25)
     critic.reload_parameters()
     for _ in range(steps):
@@ -180,90 +179,91 @@ def test_bfloat16_updates_below_its_precision_add_up(make_critic, critic_folder,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_restores_everything(make_actor, folder, batch, kind, tmp_path):
+def test_a_checkpoint_restores_everything(train_actor, folder, batch, kind, tmp_path):
     dtype, changes = KINDS[kind]
-    trained, restored = (make_actor(folder, role(**changes), dtype) for _ in range(2))
+    trained, restored = (train_actor(folder, role(**changes), dtype) for _ in range(2))
     for _ in range(2):
         trained.update(batch, weighted(batch))
-    save_trainable(trained, tmp_path)
-    load_trainable(restored, tmp_path)
+    save_trainer(trained, tmp_path)
+    load_trainer(restored, tmp_path)
     assert_same(restored, trained)
-    results = [model.update(batch, weighted(batch, seed=1)) for model in (restored, trained)]
+    results = [trainer.update(batch, weighted(batch, seed=1)) for trainer in (restored, trained)]
     assert results[0] == results[1]
     assert_same(restored, trained)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_without_its_optimizer_starts_fresh(make_actor, folder, batch, kind, tmp_path):
+def test_a_checkpoint_without_its_optimizer_starts_fresh(train_actor, folder, batch, kind, tmp_path):
     """As if its parameters came from a Hugging Face folder; a used optimizer must not leak into the new start."""
     dtype, changes = KINDS[kind]
-    trained, restored, expected = (make_actor(folder, role(**changes), dtype) for _ in range(3))
+    trained, restored, expected = (train_actor(folder, role(**changes), dtype) for _ in range(3))
     trained.update(batch, weighted(batch))
-    save_trainable(trained, tmp_path)
-    load_trainable(restored, tmp_path, with_optimizer=False)
-    for ours, theirs in zip(expected.modules[0].parameters(), trained.modules[0].parameters(), strict=True):
+    save_trainer(trained, tmp_path)
+    load_parameters(restored.model, tmp_path)
+    restored.reset_optimizer()
+    for ours, theirs in zip(expected.model.modules[0].parameters(), trained.model.modules[0].parameters(), strict=True):
         ours.data.copy_(theirs)
     expected.reload_parameters()
     assert_same(restored, expected)
-    rates = [model.update(batch, weighted(batch, seed=1))["learning_rate"] for model in (restored, expected)]
+    rates = [trainer.update(batch, weighted(batch, seed=1))["learning_rate"] for trainer in (restored, expected)]
     assert rates == pytest.approx([2.5e-4, 2.5e-4])
     assert_same(restored, expected)
 
 
-def test_reset_optimizer_keeps_parameters_only(make_actor, folder, batch):
-    trained, fresh = (make_actor(folder, role()) for _ in range(2))
+def test_reset_optimizer_keeps_parameters_only(train_actor, folder, batch):
+    trained, fresh = (train_actor(folder, role()) for _ in range(2))
     trained.update(batch, weighted(batch))
     kept = parameters(trained)
     trained.reset_optimizer()
-    for ours, theirs in zip(fresh.modules[0].parameters(), trained.modules[0].parameters(), strict=True):
+    for ours, theirs in zip(fresh.model.modules[0].parameters(), trained.model.modules[0].parameters(), strict=True):
         ours.data.copy_(theirs)
     fresh.reload_parameters()
     assert_same(trained, fresh)
     torch.testing.assert_close(parameters(trained), kept, rtol=0, atol=0)
-    for model in (trained, fresh):
-        model.update(batch, weighted(batch, seed=1))
+    for trainer in (trained, fresh):
+        trainer.update(batch, weighted(batch, seed=1))
     assert_same(trained, fresh)
 
 
-def test_a_missing_or_foreign_checkpoint_is_refused(make_actor, make_checkpoint, folder, tmp_path):
-    actor = make_actor(folder, role())
+def test_a_missing_or_foreign_checkpoint_is_refused(train_actor, make_checkpoint, folder, tmp_path):
+    actor = train_actor(folder, role())
     with pytest.raises(CheckpointError, match="no checkpoint of the actor"):
-        load_trainable(actor, tmp_path / "absent")
-    save_trainable(actor, tmp_path)
-    other = make_actor(make_checkpoint("qwen3"), role())
+        load_trainer(actor, tmp_path / "absent")
+    save_trainer(actor, tmp_path)
+    other = train_actor(make_checkpoint("qwen3"), role())
     with pytest.raises(CheckpointError, match="not a checkpoint of this actor"):
-        load_trainable(other, tmp_path)
+        load_trainer(other, tmp_path)
 
 
-def test_forward_changes_nothing(make_actor, folder, batch):
+def test_forward_changes_nothing(train_actor, folder, batch):
     """Neither random state nor parameters, and twice gives the same to the bit."""
-    actor, untouched = (make_actor(folder, role()) for _ in range(2))
+    actor, untouched = (train_actor(folder, role()) for _ in range(2))
     random_state = torch.get_rng_state()
-    first, second = actor.forward(batch), actor.forward(batch)
+    first, second = actor.model.forward(batch), actor.model.forward(batch)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert_same(actor, untouched)
 
 
-def test_loading_weights_reaches_the_main_parameters(make_actor, make_checkpoint, folder, batch):
+def test_loading_weights_reaches_the_main_parameters(train_actor, make_checkpoint, folder, batch):
     """Else the first update would bring the old weights back."""
-    actor = make_actor(folder, role(), torch.bfloat16)
+    actor = train_actor(folder, role(), torch.bfloat16)
     other_folder = make_checkpoint("qwen2", seed=1)
-    load_hf(actor, other_folder)
-    expected = make_actor(other_folder, role(), torch.bfloat16)
-    for model in (actor, expected):
-        model.update(batch, weighted(batch))
+    actor.load_hf(other_folder)
+    expected = train_actor(other_folder, role(), torch.bfloat16)
+    for trainer in (actor, expected):
+        trainer.update(batch, weighted(batch))
     assert_same(actor, expected)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
 @pytest.mark.parametrize("multiple", [16, 128])
 def test_padding_to_what_fp8_needs_changes_nothing(
-    make_actor, make_checkpoint, make_experience, monkeypatch, family, multiple
+    train_actor, make_checkpoint, make_experience, monkeypatch, family, multiple
 ):
     """The computation is in float32 both times; only the packing is that of FP8."""
     folder, batch = make_checkpoint(family), make_experience([3, 1, 5, 2], [6, 30, 9, 17])
-    plain, padded = make_actor(folder, role()), make_actor(folder, role())
+    plain, padded = train_actor(folder, role()), train_actor(folder, role())
     lengths = []
 
     def pack_to_multiple(*arguments: object) -> object:
@@ -271,10 +271,10 @@ def test_padding_to_what_fp8_needs_changes_nothing(
         lengths.append(len(micro.tokens))
         return micro
 
-    expected = plain.forward(batch)
+    expected = plain.model.forward(batch)
     monkeypatch.setattr(RoleConfig, "packing_multiples", property(lambda _: (1, multiple)))
-    monkeypatch.setattr(trainable, "pack", pack_to_multiple)
-    for mine, other in zip(expected, padded.forward(batch), strict=True):
+    monkeypatch.setattr(parallel_model, "pack", pack_to_multiple)
+    for mine, other in zip(expected, padded.model.forward(batch), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     theirs = padded.update(batch, weighted(batch))
     assert lengths and all(length % multiple == 0 for length in lengths)

@@ -114,21 +114,22 @@ def measure(case: Case, trace: Path) -> dict[str, float]:
 
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
 
     role, architecture = case.build()
     layout = ParallelLayout(role, seed=0)
     batch = full_batch(layout.dp_size * role.pipeline_parallel * (2 if role.virtual_pipeline else 1))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kind = Critic if role.__class__ is CriticConfig else Actor
-        model = kind(role, architecture, getattr(torch, case.dtype), layout)
+        trainer = Trainer(kind(role, architecture, getattr(torch, case.dtype), layout))
         with record_function("the update"):
-            model.update(batch, mean_of_outputs)
+            trainer.update(batch, mean_of_outputs)
     profiler.export_chrome_trace(str(trace))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model.update(batch, mean_of_outputs)
+        trainer.update(batch, mean_of_outputs)
     counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     layout.close()
-    del model, batch
+    del trainer, batch
     gc.collect()  # else it would be freed, and counted, in the next case
     return {
         "peak": peak_of_update(json.loads(trace.read_text())["traceEvents"]),

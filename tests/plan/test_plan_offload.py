@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron_vapo.config import ActorConfig, CriticConfig, ModelConfig, OffloadConfig, Recipe
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.models.trainable import Trainable
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
@@ -42,10 +43,11 @@ def measured(recipe: Recipe) -> dict[str, dict[str, int]]:
     init_world()
     layout = ParallelLayout(recipe.actor, seed=0)
     dtype = getattr(torch, recipe.model.dtype)
-    models: dict[str, Trainable] = {
-        "actor": Actor(recipe.actor, SHAPES[0], dtype, layout),
-        "critic": Critic(recipe.critic, SHAPES[1], dtype, layout),
+    trainers = {
+        "actor": Trainer(Actor(recipe.actor, SHAPES[0], dtype, layout)),
+        "critic": Trainer(Critic(recipe.critic, SHAPES[1], dtype, layout)),
     }
+    models = {role: trainer.model for role, trainer in trainers.items()}
     memory, found = PhaseMemory(models), {}
     for phase in NEEDED:
         with memory(phase):
@@ -55,7 +57,7 @@ def measured(recipe: Recipe) -> dict[str, dict[str, int]]:
     return found
 
 
-def _resident(models: dict[str, Trainable]) -> Iterator[tuple[str, int]]:
+def _resident(models: dict[str, ParallelModel]) -> Iterator[tuple[str, int]]:
     for role, model in models.items():
         for kind, size in model.offloader.resident().items():
             yield f"{role} {kind.replace('_', ' ')}", size

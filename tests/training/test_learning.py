@@ -11,8 +11,9 @@ import torch
 from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.layout import ParallelLayout
-from megatron_vapo.models.parameters import hf_tensors, load_hf
+from megatron_vapo.models.parameters import hf_tensors
 from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.training.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
@@ -22,7 +23,7 @@ PROMPT, END = (5, 9, 12), 1
 RESPONSES, TOKENS = 48, 4
 
 
-class Trainer:
+class Learner:
     """Actor, critic with a head of zeros, and an engine, on one prompt whose right answers begin with one symbol."""
 
     def __init__(self, folder: Path, algorithm: AlgorithmConfig) -> None:
@@ -31,19 +32,20 @@ class Trainer:
         optimizer = OptimizerConfig(learning_rate=5e-3, weight_decay=0.0)
         role = ActorConfig(micro_batch_tokens=128, optimizer=optimizer)
         layout = ParallelLayout(role, seed=0)
-        self.actor = Actor(role, architecture, torch.float32, layout)
-        load_hf(self.actor, folder)
+        self.actor = Trainer(Actor(role, architecture, torch.float32, layout))
+        self.actor.load_hf(folder)
         role = CriticConfig(micro_batch_tokens=128, optimizer=optimizer)
-        self.critic = Critic(role, replace(architecture, classifier=True), torch.float32, layout)
-        self.critic.set_head(random=False, seed=0)
-        load_hf(self.critic, folder)
+        critic = Critic(role, replace(architecture, classifier=True), torch.float32, layout)
+        critic.set_head(random=False, seed=0)
+        self.critic = Trainer(critic)
+        self.critic.load_hf(folder)
         self.engine = TransformersEngine(folder, [END], 0, RESPONSES, torch.float32, torch.device("cpu"))
         self.seed = 0
         # Neither too rare to be sampled nor likely already.
         self.wanted = int((self.first_token() - 0.1).abs().argmin())
 
     def rollout(self) -> Experience:
-        self.engine.load_weights(hf_tensors(self.actor), version=self.seed)
+        self.engine.load_weights(hf_tensors(self.actor.model), version=self.seed)
         requests = [Request(PROMPT, self.seed + i) for i in range(RESPONSES)]
         self.seed += RESPONSES
         responses = in_order(self.engine.generate(requests, SamplingConfig(), TOKENS))
@@ -58,7 +60,7 @@ class Trainer:
             outcomes=outcomes,
             rewards=outcomes,
         )
-        return replace(batch, values=self.critic.forward(batch)[0])
+        return replace(batch, values=self.critic.model.forward(batch)[0])
 
     def pretrain_critic(self) -> None:
         batch = monte_carlo_returns(self.rollout(), gamma=1.0)
@@ -66,7 +68,7 @@ class Trainer:
 
     def step(self) -> None:
         batch = self.rollout()
-        logprobs, entropy = self.actor.forward(batch)
+        logprobs, entropy = self.actor.model.forward(batch)
         torch.testing.assert_close(logprobs, batch.rollout_logprobs, rtol=0, atol=1e-4)
         batch = with_advantages(replace(batch, logprobs=logprobs, entropy=entropy), self.algorithm)
         for half in torch.randperm(RESPONSES, generator=torch.Generator().manual_seed(self.seed)).chunk(2):
@@ -77,7 +79,7 @@ class Trainer:
 
     def first_token(self) -> torch.Tensor:
         """[V] probability of each symbol as the first of a response."""
-        vocab = self.actor.architecture.vocab
+        vocab = self.actor.model.architecture.vocab
         one = torch.ones(vocab)
         questions = Experience(
             tokens=torch.tensor([token for symbol in range(vocab) for token in (*PROMPT, symbol)]),
@@ -89,7 +91,7 @@ class Trainer:
             outcomes=one,
             rewards=one,
         )
-        return self.actor.forward(questions)[0].exp()
+        return self.actor.model.forward(questions)[0].exp()
 
 
 ALGORITHMS = {
@@ -102,14 +104,14 @@ ALGORITHMS = {
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_rewarded_answer_becomes_likely(world, make_checkpoint, name):
-    trainer = Trainer(make_checkpoint("qwen2"), ALGORITHMS[name])
+    learner = Learner(make_checkpoint("qwen2"), ALGORITHMS[name])
     if name != "GRPO":
         for _ in range(5):
-            trainer.pretrain_critic()
-    before = trainer.first_token()
+            learner.pretrain_critic()
+    before = learner.first_token()
     for _ in range(8):
-        trainer.step()
-    after = trainer.first_token()
+        learner.step()
+    after = learner.first_token()
     assert before.sum() == pytest.approx(1, abs=1e-4)
-    assert before[trainer.wanted] < 0.3
-    assert after[trainer.wanted] > before[trainer.wanted] + 0.5
+    assert before[learner.wanted] < 0.3
+    assert after[learner.wanted] > before[learner.wanted] + 0.5

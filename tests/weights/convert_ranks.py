@@ -44,27 +44,29 @@ def main() -> None:
 
 
 def load_and_save(folder: Path, layout: dict[str, object], batch: Experience) -> None:
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+    from megatron_vapo.models.checkpointing import load_parameters, save_trainer
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.parameters import hf_tensors
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import HFFolder
 
     architecture = read_architecture(folder / "hf")
     role = ActorConfig(**layout, micro_batch_tokens=64, optimizer=OptimizerConfig(learning_rate=0.0))
     kind = Critic if architecture.classifier else Actor
-    model = kind(role, architecture, torch.float32, ParallelLayout(role, seed=0))
-    load_trainable(model, folder / "megatron", with_optimizer=False)
+    trainer = Trainer(kind(role, architecture, torch.float32, ParallelLayout(role, seed=0)))
+    load_parameters(trainer.model, folder / "megatron")
+    trainer.reset_optimizer()
     source = HFFolder(folder / "hf")
-    for name, tensor in hf_tensors(model):
+    for name, tensor in hf_tensors(trainer.model):
         assert torch.equal(tensor, source.read(name)), (folder.name, name)
     # Fills the optimizer states, which the saved checkpoint then holds too.
-    model.update(batch, lambda outputs, index: (outputs[0].sum(), {"loss": outputs[0].sum()}))
+    trainer.update(batch, lambda outputs, index: (outputs[0].sum(), {"loss": outputs[0].sum()}))
     if dist.get_rank() == 0:
         (folder / "saved").mkdir()
     dist.barrier()
-    save_trainable(model, folder / "saved")
+    save_trainer(trainer, folder / "saved")
 
 
 if __name__ == "__main__":

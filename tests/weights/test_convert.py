@@ -92,21 +92,22 @@ def test_round_trip_is_bitwise_and_keeps_every_file(folder, tmp_path):
 
 def test_megatron_loads_it_and_what_megatron_saves_converts_back(folder, tmp_path, world):
     from megatron_vapo.config import ActorConfig, RoleConfig
-    from megatron_vapo.models.checkpointing import load_trainable, save_trainable
+    from megatron_vapo.models.checkpointing import load_parameters, save_trainer
     from megatron_vapo.models.layout import ParallelLayout
     from megatron_vapo.models.parameters import hf_tensors
     from megatron_vapo.models.roles import Actor, Critic
+    from megatron_vapo.models.trainer import Trainer
 
     architecture = read_architecture(folder)
     kind, role = (Critic, RoleConfig()) if architecture.classifier else (Actor, ActorConfig())
     model = kind(role, architecture, torch.float32, ParallelLayout(role, seed=0))
     hf_to_megatron(folder, tmp_path / "megatron", quiet)
-    load_trainable(model, tmp_path / "megatron", with_optimizer=False)
+    load_parameters(model, tmp_path / "megatron")
     source = HFFolder(folder)
     assert all(torch.equal(tensor, source.read(name)) for name, tensor in hf_tensors(model))
 
     (tmp_path / "saved").mkdir()
-    save_trainable(model, tmp_path / "saved")
+    save_trainer(Trainer(model), tmp_path / "saved")
     ours, theirs = TorchDistReader(tmp_path / "megatron"), TorchDistReader(tmp_path / "saved")
     held = {key: shape for key, shape in theirs.shapes.items() if not key.startswith("optimizer")}
     assert ours.shapes == stacked_shapes(architecture) == held
