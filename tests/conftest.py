@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -195,3 +198,23 @@ def sglang_python() -> str:
     if not python.exists():
         pytest.skip(f"no SGLang environment at {python}: make sglang-cpu")
     return str(python)
+
+
+@pytest.fixture
+def run_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_tool("prepare_data.py", *arguments)` runs a script of tools/ in this process, which has imported all."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(REPOSITORY / "tools" / name), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(command, code, *capsys.readouterr())
+
+    return run

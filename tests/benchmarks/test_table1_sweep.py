@@ -111,6 +111,7 @@ def test_a_complete_run_is_skipped_and_kept_small(swept: Callable[..., MadeUp], 
     assert kept == {"metrics.jsonl", "recipe.yaml", "evaluation", "origin.json"}
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_nothing_and_is_tried_again(swept: Callable[..., MadeUp], tmp_path: Path) -> None:
     swept([VAPO, DAPO, PPO], 2, failing="seed_000/dapo", fails=("seed 0 dapo",))
     assert len(read_results(tmp_path, ["dapo"], [0, 1])["dapo"]) == 1

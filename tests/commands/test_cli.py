@@ -114,6 +114,7 @@ def records(run: Path, kind: str) -> list[dict[str, float]]:
 # Words and exit codes.
 
 
+@pytest.mark.slow
 def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -> None:
     text = finish(start("--help"))
     usage = text.partition("\n\n")[0]
@@ -179,6 +180,7 @@ def test_mistakes_have_one_line_and_the_exit_code_of_their_kind(
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "__pycache__" not in p.parts} == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_builds_and_writes_nothing(folder: Path) -> None:
     code = (
         "import sys; from megatron_vapo.cli import main; "
@@ -203,6 +205,7 @@ def trained(folder: Path, start: Callable[..., subprocess.Popen[str]]) -> tuple[
     return folder / "run", output
 
 
+@pytest.mark.slow
 def test_the_last_line_is_the_accuracy_before_and_after(trained: tuple[Path, str]) -> None:
     run, output = trained
     summary = json.loads((run / "summary.json").read_text())
@@ -213,6 +216,7 @@ def test_the_last_line_is_the_accuracy_before_and_after(trained: tuple[Path, str
     assert 0 < before < 1
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_record(trained: tuple[Path, str]) -> None:
     run, _ = trained
     assert [record["step"] for record in records(run, "evaluate")] == [0, 1, 2]
@@ -232,6 +236,7 @@ def test_a_run_leaves_its_record(trained: tuple[Path, str]) -> None:
     assert settings["steps"] == 2 and settings["algorithm"]["alpha"] == 0.05  # resolved, defaults included
 
 
+@pytest.mark.slow
 def test_the_export_is_a_plain_hugging_face_model(trained: tuple[Path, str], base: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,6 +254,7 @@ def test_the_export_is_a_plain_hugging_face_model(trained: tuple[Path, str], bas
     assert tokenizer.decode(tokenizer("^1a+2=|")["input_ids"]) == "^1a+2=|"
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_again(trained: tuple[Path, str], command: Callable[..., Answer]) -> None:
     run, output = trained
     before = (run / "metrics.jsonl").read_bytes()
@@ -260,6 +266,7 @@ def test_a_finished_run_says_so_again(trained: tuple[Path, str], command: Callab
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_export_and_checkpoint_evaluate_alike(trained: tuple[Path, str], command: Callable[..., Answer]) -> None:
     run, _ = trained
     export, checkpoint = (command("evaluate", run / part) for part in ("export", "checkpoints/step_000002"))
@@ -271,6 +278,7 @@ def test_export_and_checkpoint_evaluate_alike(trained: tuple[Path, str], command
     assert more.output.startswith("avg@5") and "(7 problems" in more.output
 
 
+@pytest.mark.slow
 def test_a_second_run_starts_from_the_pretrained_critic(
     trained: tuple[Path, str], command: Callable[..., Answer], folder: Path
 ) -> None:
@@ -289,6 +297,7 @@ def test_a_second_run_starts_from_the_pretrained_critic(
     assert any(not torch.equal(trained_further[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("critic", "words"),
     [
@@ -323,6 +332,7 @@ def test_a_pretrained_critic_of_another_kind(
     assert line.startswith(f"megatron-vapo: {tmp_path / 'critic'}") and words in line
 
 
+@pytest.mark.slow
 def test_a_restart_trains_anew(trained: tuple[Path, str], command: Callable[..., Answer], folder: Path) -> None:
     arguments = ("train", "recipe.yaml", "run_dir=again", "steps=1", "evaluation.data=null")
     assert command(*arguments).code == 0
@@ -344,6 +354,7 @@ def test_value_pretraining_alone(command: Callable[..., Answer], folder: Path) -
     assert all(torch.equal(again[name], pretrained[name]) for name in pretrained)
 
 
+@pytest.mark.slow
 def test_curves_of_several_runs(trained: tuple[Path, str], command: Callable[..., Answer], folder: Path) -> None:
     answer = command("report", "run", "run", "--out", "both.png")
     assert (answer.code, answer.output) == (0, "both.png\n")
@@ -399,6 +410,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
     assert re.fullmatch(r"accuracy 0\.\d{4} -> 0\.\d{4}", output.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_secrets_stay_in_the_environment(
     trained: tuple[Path, str],
     start: Callable[..., subprocess.Popen[str]],

@@ -291,6 +291,7 @@ good_rows = st.fixed_dictionaries({"prompt": st.text(min_size=1, max_size=3), "a
 json_lines = (good_rows | json_rows | json_values).map(lambda row: json.dumps(row).encode())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(
     content=st.binary(max_size=200) | st.lists(json_lines | st.binary(max_size=20), max_size=5).map(b"\n".join),

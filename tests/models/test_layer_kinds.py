@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_vapo.weights.table import table_name
@@ -15,6 +16,7 @@ from tests.ranks import run_ranks
 SCRIPT = Path(__file__).with_name("layer_kind_ranks.py")
 
 
+@pytest.mark.slow
 def test_both_kinds_of_layers_are_one_model(make_model, make_experience, tmp_path):
     for i, (name, (family, _)) in enumerate(CASES.items()):
         model = make_model(family, "critic" in name, seed=i, tie_word_embeddings="tied" in name)

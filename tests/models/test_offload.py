@@ -124,6 +124,7 @@ def test_only_what_is_asked_moves(train_actor, folder: Path, batch, kind: str) -
     assert all(trainer.model.offloader.resident().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_a_checkpoint_borrows_what_it_writes(train_actor, folder: Path, batch, tmp_path: Path, name: str) -> None:
     trainer, other = make(train_actor, folder, name), make(train_actor, folder, name)

@@ -20,9 +20,12 @@ from tests.ranks import run_ranks
 SCRIPT = Path(triton_ranks.__file__)
 WORLD = 2
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed: CPU builds of torch do not bring it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="triton is absent, which CPU builds of torch do not bring"
+    ),
+]
 
 
 every_case = pytest.mark.parametrize("name", triton_ranks.CASES)

@@ -83,6 +83,7 @@ def test_bfloat16_is_rounded_only_where_it_enters_and_leaves(outputs):
     torch.testing.assert_close(gradients, expected_gradients, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 @both
 def test_finite_differences(outputs):
     """Float64 in and out, but computed in float32: hence wide steps and a wide tolerance."""

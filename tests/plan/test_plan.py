@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vapo.cli import main
 from megatron_vapo.config import ActorConfig, Recipe
 from megatron_vapo.errors import LayoutError, RecipeError
 from megatron_vapo.plan.command import assumptions_of, read_architectures
@@ -76,6 +77,7 @@ def _architecture_of(model) -> Architecture:
         return read_architecture(folder)
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_fits_16_nodes_of_h100(recipe, architectures) -> None:
     models = roles_of(recipe, *architectures)
     paper = cluster(16)
@@ -123,6 +125,7 @@ def test_fewer_gpus_do_not_fit_and_the_fewest_nodes_do(recipe, architectures) ->
     assert not any(fits(recipe, architectures, cluster(nodes)) for nodes in range(1, least))
 
 
+@pytest.mark.slow
 def test_the_smallest_change_makes_it_fit(recipe, architectures) -> None:
     greedy = load_recipe(
         REPOSITORY / "recipes" / "vapo_32b.yaml",
@@ -210,6 +213,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     shape = "model.path=recipes/shapes/Qwen2.5-7B"
     picture = tmp_path / "plan.png"
@@ -221,9 +225,10 @@ def test_the_command(tmp_path: Path) -> None:
     assert sum(found["phases"][0]["parts"].values()) <= found["budget"]
 
 
-def test_the_command_answers_mistakes_in_one_line() -> None:
-    missing = plan("recipes/vapo_32b.yaml", "model.path=nowhere")
-    assert missing.returncode == 4 and "no config.json there" in missing.stderr
-    shape = "model.path=recipes/shapes/Qwen2.5-32B"
-    layout = plan("recipes/vapo_32b.yaml", shape, "--nodes", "1")
-    assert layout.returncode == 5 and "does not divide the 8 processes" in layout.stderr
+def test_the_command_answers_mistakes_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(REPOSITORY / "recipes" / "vapo_32b.yaml")
+    assert main(["plan", recipe, "model.path=nowhere"]) == 4
+    assert "no config.json there" in capsys.readouterr().err
+    shape = REPOSITORY / "recipes" / "shapes" / "Qwen2.5-32B"
+    assert main(["plan", recipe, f"model.path={shape}", "--nodes", "1"]) == 5
+    assert "does not divide the 8 processes" in capsys.readouterr().err

@@ -93,6 +93,7 @@ def micro_batches(role: RoleConfig) -> int:
     return role.pipeline_parallel * (2 if role.virtual_pipeline else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plan_ranks.CASES)
 def test_two_short_models_tell_a_deep_one(name: str) -> None:
     case = plan_ranks.CASES[name]

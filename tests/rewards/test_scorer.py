@@ -102,6 +102,7 @@ def test_a_reward_that_ends_its_process(
     assert f"exit code {code}" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", ["hang", "spin"])
 def test_a_reward_that_hangs_is_killed_and_replaced(
     unruly: Reward, caplog: pytest.LogCaptureFixture, response: str
@@ -116,6 +117,7 @@ def test_a_reward_that_hangs_is_killed_and_replaced(
     assert "the reward took more than 2 s" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_expression_that_sympy_never_finishes() -> None:
     """What a time limit is for: the real library, on an answer that a policy could write."""
     responses = ["Answer: 34", "Answer: $9^{9^9}$", "Answer: 68/2"]

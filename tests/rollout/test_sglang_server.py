@@ -256,6 +256,7 @@ signal.pause()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "stopped"), [(signal.SIGKILL, False), (signal.SIGKILL, True), (signal.SIGTERM, False)])
 def test_nothing_outlives_its_owner(settings: ServerSettings, how: signal.Signals, stopped: bool) -> None:
     """Whatever ended the trainer, and whether the server was stopped or not."""

@@ -73,6 +73,7 @@ print(gather_objects(rank))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in the world", "apart"])
 def test_three_processes(tmp_path: Path, where: str) -> None:
     """All print the same, and go on together after an error."""

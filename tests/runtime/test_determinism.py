@@ -39,6 +39,7 @@ print(transformer_config(architecture, ActorConfig(), torch.float32, Backend()).
 """
 
 
+@pytest.mark.slow
 def test_everything_is_set_before_cuda_starts() -> None:
     command = [sys.executable, "-W", "ignore", "-c", TURNED_ON]
     done = subprocess.run(command, cwd=ROOT, env=QUIET | {"NCCL_ALGO": "Tree"}, capture_output=True, text=True)
@@ -46,6 +47,7 @@ def test_everything_is_set_before_cuda_starts() -> None:
     assert done.stdout.split() == [":4096:8", "Tree", "0", "True"]  # what is as good is left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIABLES)
 def test_an_environment_that_asks_for_something_else_is_refused(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", "deterministic=true"]

@@ -88,6 +88,7 @@ with Interrupt(LimitsConfig()):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_ends_a_process_that_hangs_in_a_collective() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", CHILD], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

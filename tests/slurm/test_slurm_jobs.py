@@ -29,7 +29,11 @@ SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_
 
 
 WHY_NOT = private_cluster.missing()
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
 
 
 @pytest.fixture(scope="module")

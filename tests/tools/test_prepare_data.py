@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vapo.data.prompts import MATH_TEMPLATE, read_prompts
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def dapo_row(problem: str, answer: str | None, index: int = 0) -> dict[str, object]:
@@ -34,12 +32,15 @@ def tokenizer(make_checkpoint: Callable[..., Path]) -> Path:
     return make_checkpoint("qwen2")
 
 
-def prepare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/prepare_data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+Prepare = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_what_is_dropped_and_why(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.fixture
+def prepare(run_tool: Callable[..., subprocess.CompletedProcess[str]]) -> Prepare:
+    return partial(run_tool, "prepare_data.py")
+
+
+def test_what_is_dropped_and_why(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
     rows = [
         dapo_row("What is 1 + 1?", "2"),
         dapo_row("What is 1 + 1?", "2", 1),
@@ -77,7 +78,7 @@ def test_what_is_dropped_and_why(tmp_path: Path, tokenizer: Path) -> None:
     ]
 
 
-def test_held_out_prompts_are_a_partition_drawn_by_seed(tmp_path: Path, tokenizer: Path) -> None:
+def test_held_out_prompts_are_a_partition_drawn_by_seed(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"prompt": f"Problem {i}", "answer": str(i)}) + "\n" for i in range(20)))
     parts = {}
@@ -96,7 +97,9 @@ def test_held_out_prompts_are_a_partition_drawn_by_seed(tmp_path: Path, tokenize
     assert refused.returncode == 2 and "--hold-out 20: must be less than the 20 prompts" in refused.stderr
 
 
-def test_the_published_aime_2024_has_30_problems(tmp_path: Path, tokenizer: Path, shared_data: Path) -> None:
+def test_the_published_aime_2024_has_30_problems(
+    prepare: Prepare, tmp_path: Path, tokenizer: Path, shared_data: Path
+) -> None:
     out = tmp_path / "data"
     result = prepare("--evaluation", shared_data / "aime-2024.parquet", "--tokenizer", tokenizer, "--out", out)
     assert "960 rows, 30 kept; dropped: 930 repeated" in result.stdout, result.stderr
@@ -104,7 +107,7 @@ def test_the_published_aime_2024_has_30_problems(tmp_path: Path, tokenizer: Path
     assert [(p.text, p.answer) for p in prepared] == [(p.text, p.answer) for p in published]
 
 
-def test_mistakes_are_answered_in_one_line(tmp_path: Path, tokenizer: Path) -> None:
+def test_mistakes_are_answered_in_one_line(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:
     missing = prepare("--train", tmp_path / "nowhere.parquet", "--tokenizer", tokenizer, "--out", tmp_path)
     assert missing.returncode == 3 and "nowhere.parquet does not exist" in missing.stderr
     folder = prepare("--train", tmp_path / "x.jsonl", "--tokenizer", tmp_path / "nowhere", "--out", tmp_path)

@@ -18,6 +18,9 @@ MAKE_BASE = [sys.executable, str(TOOLS / "make_tiny_base.py")]
 MAKE_REWARD_MODEL = [sys.executable, str(TOOLS / "make_tiny_reward_model.py")]
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
@@ -95,9 +98,9 @@ def test_problem_files_are_disjoint_and_answered_rightly(rows):
         assert row["answer"] == f"{values[-2]}{values[-1]}"
 
 
-def test_complete_base_is_left_alone_unless_forced(made):
+def test_complete_base_is_left_alone_unless_forced(made, run_tool):
     before = (made / "base" / "model.safetensors").stat().st_ino
-    assert "exists" in run(*MAKE_BASE, "--out", made)
+    assert "exists" in run_tool("make_tiny_base.py", "--out", made).stdout
     assert (made / "base" / "model.safetensors").stat().st_ino == before
 
 
@@ -152,12 +155,8 @@ def test_reward_model_scores_at_the_last_token(made, tokenizer, rows, tmp_path):
     torch.testing.assert_close(together, alone)
 
 
-def test_reward_model_names_a_missing_base(tmp_path):
-    failed = subprocess.run(
-        [*MAKE_REWARD_MODEL, str(tmp_path / "none"), str(tmp_path / "out"), "--data", "x"],
-        capture_output=True,
-        text=True,
-    )
+def test_reward_model_names_a_missing_base(tmp_path, run_tool):
+    failed = run_tool("make_tiny_reward_model.py", tmp_path / "none", tmp_path / "out", "--data", "x")
     assert failed.returncode == 4
     assert str(tmp_path / "none") in failed.stderr
     assert "Traceback" not in failed.stderr

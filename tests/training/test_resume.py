@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,19 @@ def start(
     return start
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(start: Callable[..., bool], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`uninterrupted(*overrides)` -> the folder of a run that nothing happened to; tests share it."""
+
+    @cache
+    def run(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+        assert start(folder, *overrides)
+        return folder
+
+    return run
+
+
 def records(folder: Path) -> list[dict[str, object]]:
     """Metrics without what depends on the clock."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -175,15 +189,15 @@ def assert_same_run(run: Path, expected: Path, but: str = "none") -> None:
     assert all(torch.equal(weights[name], expected_weights[name]) for name in weights)
 
 
-def test_the_run_learns_something_to_lose(start: Callable[..., bool], tmp_path: Path) -> None:
+def test_the_run_learns_something_to_lose(uninterrupted: Callable[..., Path]) -> None:
     """Without changing weights and rewards of both signs, equality would prove nothing."""
-    start(tmp_path / "run")
-    train_records = [r for r in records(tmp_path / "run") if r["kind"] == "train"]
+    run = uninterrupted()
+    train_records = [r for r in records(run) if r["kind"] == "train"]
     assert len(train_records) == 4
     assert all(0 < r["reward/accuracy"] < 1 for r in train_records)
     assert len({r["critic/explained_variance"] for r in train_records}) == 4
-    exported = load_file(tmp_path / "run" / "export" / "model.safetensors")
-    base = load_file(Path(load_recipe(tmp_path / "run" / "recipe.yaml").model.path) / "model.safetensors")
+    exported = load_file(run / "export" / "model.safetensors")
+    base = load_file(Path(load_recipe(run / "recipe.yaml").model.path) / "model.safetensors")
     assert all(not torch.equal(exported[name], base[name]) for name in base)
 
 
@@ -191,6 +205,7 @@ DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for set
 DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -211,22 +226,26 @@ DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
     ],
     ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",
 )
-def test_stopped_after_every_step(start: Callable[..., bool], tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    start(tmp_path / "whole", *overrides)
+def test_stopped_after_every_step(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
     starts = 1
     while not start(tmp_path / "pieces", *overrides, stop=("weight_sync", 2)):  # the first is that of the start
         starts += 1
     assert starts > 3
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_same_run(tmp_path / "pieces", uninterrupted(*overrides))
 
 
-def test_more_steps_for_a_run_that_had_ended(start: Callable[..., bool], tmp_path: Path) -> None:
-    start(tmp_path / "whole")
+@pytest.mark.slow
+def test_more_steps_for_a_run_that_had_ended(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
     assert start(tmp_path / "pieces", "steps=2")
     assert start(tmp_path / "pieces", "steps=4")
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_same_run(tmp_path / "pieces", uninterrupted())
 
 
+@pytest.mark.slow
 def test_a_budget_of_tokens_ends_a_run_as_its_last_step_does(start: Callable[..., bool], tmp_path: Path) -> None:
     """As many steps as the budget takes are the same run; tokens of groups that taught nothing count."""
     dynamic = "rollout.dynamic_sampling=true"
@@ -241,21 +260,21 @@ def test_a_budget_of_tokens_ends_a_run_as_its_last_step_does(start: Callable[...
     assert [r["step"] for r in records(tmp_path / "steps") if r["kind"] == "evaluate"] == [0, 2]
 
 
-def test_what_a_crash_left_beyond_the_last_checkpoint_is_done_again(start: Callable[..., bool], tmp_path: Path) -> None:
-    start(tmp_path / "whole")
+@pytest.mark.slow
+def test_what_a_crash_left_beyond_the_last_checkpoint_is_done_again(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(Crash):
         start(tmp_path / "pieces", crash=("values", 6))  # 2 steps of value pretraining, then the 4th of training
     assert [r["step"] for r in records(tmp_path / "pieces") if r["kind"] == "train"] == [1, 2, 3]
     assert start(tmp_path / "pieces")
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_same_run(tmp_path / "pieces", uninterrupted())
 
 
 @pytest.fixture(scope="module")
-def whole(start: Callable[..., bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(uninterrupted: Callable[..., Path]) -> Path:
     """A run that nothing happened to, whose reward draws from global generators."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    start(folder, LUCKY)
-    return folder
+    return uninterrupted(LUCKY)
 
 
 LUCKY = f"reward.name={__name__}:is_lucky"
@@ -263,6 +282,7 @@ TIMES = {"evaluation": (1, 2), "checkpoint": (1, 4), "weight_sync": (3,)}
 """Which entries into a phase something happens at, since the run's start; others: the first and the third."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_death_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: Path, phase: str) -> None:
     """Between rollout and updates, between the critic's and the actor's, while saving: the run is the same."""
@@ -273,6 +293,7 @@ def test_a_death_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path:
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grace", [60, 0])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stop_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: Path, phase: str, grace: float) -> None:
@@ -283,6 +304,7 @@ def test_a_stop_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: 
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_rollouts_outlive_a_death_before_training_on_them(
     start: Callable[..., bool], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
@@ -305,6 +327,7 @@ def test_rollouts_outlive_a_death_before_training_on_them(
     assert not list((tmp_path / "run").glob("kept_rollouts/*"))
 
 
+@pytest.mark.slow
 def test_counts_of_failed_rewards_go_on(start: Callable[..., bool], tmp_path: Path) -> None:
     raises = f"reward.name={__name__}:raises_sometimes"
     start(tmp_path / "whole", raises)
@@ -315,18 +338,21 @@ def test_counts_of_failed_rewards_go_on(start: Callable[..., bool], tmp_path: Pa
     assert failures == sorted(failures) and failures[0] > 0 and len(set(failures)) == len(failures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [(), SHARDED], ids=["float32", "sharded bfloat16"])
-def test_offloading_changes_nothing(start: Callable[..., bool], tmp_path: Path, precision: tuple[str, ...]) -> None:
+def test_offloading_changes_nothing(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path, precision: tuple[str, ...]
+) -> None:
     """Value pretraining, evaluation and checkpoints in between; also where it is stopped in the middle of a step."""
-    start(tmp_path / "stays", *precision)
     assert start(tmp_path / "moves", *precision, *OFFLOAD)
-    assert_same_run(tmp_path / "moves", tmp_path / "stays", but="memory/")
+    assert_same_run(tmp_path / "moves", uninterrupted(*precision), but="memory/")
     for phase in ("rollout", "critic_update"):
         assert not start(tmp_path / "stopped", *precision, *OFFLOAD, "limits.grace_seconds=0", stop=(phase, 2))
     assert start(tmp_path / "stopped", *precision, *OFFLOAD)
     assert_same_run(tmp_path / "stopped", tmp_path / "moves")
 
 
+@pytest.mark.slow
 def test_each_phase_has_on_the_device_what_it_needs(start: Callable[..., bool], tmp_path: Path) -> None:
     start(tmp_path / "stays", "steps=1", *SHARDED)
     start(tmp_path / "moves", "steps=1", *SHARDED, *OFFLOAD)
@@ -343,6 +369,7 @@ def test_each_phase_has_on_the_device_what_it_needs(start: Callable[..., bool], 
             assert moves[f"memory/{phase}/{kind}"] == (size if kind == "parameters" else 0)
 
 
+@pytest.mark.slow
 def test_an_engine_that_sleeps_is_given_weights_again(
     start: Callable[..., bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -391,6 +391,7 @@ def test_tools_convert_and_check(make_checkpoint, tmp_path, name):
     same_tensors(folder, tmp_path / "back")
 
 
+@pytest.mark.slow
 def test_tools_say_in_one_line_what_is_wrong(base, tmp_path):
     run = tool("convert_hf_to_megatron.py", tmp_path / "absent", tmp_path / "out")
     assert (run.returncode, run.stdout) == (4, "")
@@ -400,6 +401,7 @@ def test_tools_say_in_one_line_what_is_wrong(base, tmp_path):
     assert run.stderr.startswith(f"{base}: not a Megatron checkpoint") and run.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_tool_leaves_nothing_under_the_final_name(base, tmp_path):
     """Killed by the kernel's hand in the middle of writing, and started again."""
     script = (
