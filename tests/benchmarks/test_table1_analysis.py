@@ -15,6 +15,8 @@ from benchmarks.table1.results import Result, read_result, read_results
 from megatron_vapo.errors import DataError
 from megatron_vapo.recipe.load import load_recipe
 
+pytestmark = pytest.mark.slow
+
 STEP_TOKENS = 1000
 LAST = 12
 
@@ -65,7 +67,6 @@ def test_collapses(run: Callable[..., Result], accuracy: list[float], collapsed:
     assert run(accuracy, range(10, 10 * len(accuracy), 10)).collapsed == collapsed
 
 
-@pytest.mark.slow
 def test_vapo_itself_has_no_second_arm() -> None:
     assert arms.is_vapo_itself(next(arm for arm in arms.ARMS if arm.name == "alpha_0.1")) == (
         load_recipe(arms.ARMS[0].recipe).algorithm.alpha == 0.1
@@ -107,7 +108,6 @@ def numbers(sweep: Path) -> dict:
     return analysis.analyse(read_results(sweep, [arm.name for arm in arms.ARMS], list(range(6))))
 
 
-@pytest.mark.slow
 def test_orders_find_the_planted_reversal(numbers: dict) -> None:
     assert set(numbers["orders"]) == set(analysis.ORDERS)
     for name, order in numbers["orders"].items():
@@ -135,7 +135,6 @@ def test_speed_against_dapo(numbers: dict) -> None:
     assert numbers["speed"]["ppo"]["never"] == list(range(6)) and numbers["speed"]["ppo"]["share"] == 1.0
 
 
-@pytest.mark.slow
 def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
     document = tmp_path / "table1.md"
     document.write_text(f"# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")

@@ -79,6 +79,7 @@ def test_vanilla_ppo_and_vc_ppo_are_the_papers() -> None:
     assert changes == {"algorithm.decoupled_gae", "value_pretraining.enabled"} and vc_ppo.algorithm.lambda_critic == 1
 
 
+@pytest.mark.slow
 def test_the_four_that_matter_most_run_first() -> None:
     assert [arm.name for arm in arms()][:4] == ["vapo", "dapo", "grpo", "ppo"]
     with pytest.raises(RecipeError, match="no arm is called vappo; there are vapo, dapo"):

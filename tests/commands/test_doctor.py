@@ -152,6 +152,7 @@ def test_the_exit_code_tells_whether_training_can_run(monkeypatch, machine, code
     assert ("To mend: torch" in text) == (code == 1)
 
 
+@pytest.mark.slow
 def test_nothing_heavier_than_torch_is_imported():
     code = (
         "import sys, json; from megatron_vapo.commands.doctor import diagnose; diagnose();"

@@ -156,6 +156,7 @@ def compare(ours: Tensor, theirs: Tensor, model: torch.nn.Module) -> None:
     assert max(float(gradient.abs().max()) for gradient in gradients[0]) > 1e-3
 
 
+@pytest.mark.slow
 def test_it_learns(capsys):
     """The reward rises from guessing to nearly always right within half of the steps that the file shows."""
     rewards = example.train(steps=20, seed=1)

@@ -11,15 +11,15 @@ import torch
 from megatron_vapo.config import ActorConfig, RoleConfig
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def layout(world: None):
-    """Process groups of one process, which all models of these tests share."""
+    """Process groups of one process, which the models of a module share; tests/plan ends worlds, and with them groups."""
     from megatron_vapo.models.layout import ParallelLayout
 
     return ParallelLayout(RoleConfig(), seed=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_actor(layout) -> Callable[..., object]:
     """`make_actor(folder, role, dtype=torch.float32, temperature=1.0)` -> Actor with the folder's weights."""
     from megatron_vapo.models.parameters import load_hf
@@ -34,7 +34,7 @@ def make_actor(layout) -> Callable[..., object]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_critic(layout) -> Callable[..., object]:
     """`make_critic(folder, role, dtype=torch.float32)` -> Critic with the weights of a sequence classifier."""
     from megatron_vapo.models.parameters import load_hf

@@ -98,6 +98,7 @@ def test_sizes_are_those_of_the_numbers(train_actor, folder: Path, name: str) ->
             assert size == numbers * expected[kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_training_in_between_is_the_same(train_actor, folder: Path, batch, name: str) -> None:
     moved, stays = make(train_actor, folder, name), make(train_actor, folder, name, OffloadConfig())

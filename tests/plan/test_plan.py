@@ -23,6 +23,8 @@ from megatron_vapo.plan.work import reshard_bytes, rollout_seconds
 from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 QWEN_32B = REPOSITORY / "recipes" / "shapes" / "Qwen2.5-32B"
 
@@ -77,7 +79,6 @@ def _architecture_of(model) -> Architecture:
         return read_architecture(folder)
 
 
-@pytest.mark.slow
 def test_the_papers_recipe_fits_16_nodes_of_h100(recipe, architectures) -> None:
     models = roles_of(recipe, *architectures)
     paper = cluster(16)
@@ -125,7 +126,6 @@ def test_fewer_gpus_do_not_fit_and_the_fewest_nodes_do(recipe, architectures) ->
     assert not any(fits(recipe, architectures, cluster(nodes)) for nodes in range(1, least))
 
 
-@pytest.mark.slow
 def test_the_smallest_change_makes_it_fit(recipe, architectures) -> None:
     greedy = load_recipe(
         REPOSITORY / "recipes" / "vapo_32b.yaml",
@@ -213,7 +213,6 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
 
 
-@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     shape = "model.path=recipes/shapes/Qwen2.5-7B"
     picture = tmp_path / "plan.png"

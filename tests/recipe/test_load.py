@@ -475,6 +475,7 @@ VALUES = (
 OVERRIDES = st.text(max_size=20) | st.builds("{}={}".format, KEYS | st.text("ab.[]$", max_size=6), VALUES)
 
 
+@pytest.mark.slow
 @given(st.lists(OVERRIDES, max_size=3))
 def test_any_overrides_give_a_recipe_or_one_line_that_says_why_not(overrides: list[str]) -> None:
     path = REPOSITORY / "recipes" / "tiny.yaml"
@@ -486,6 +487,7 @@ def test_any_overrides_give_a_recipe_or_one_line_that_says_why_not(overrides: li
         assert isinstance(recipe, Recipe)
 
 
+@pytest.mark.slow
 @given(st.recursive(VALUES, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(KEYS, inner, max_size=3)))
 def test_any_yaml_gives_a_recipe_or_a_recipe_error(content: object) -> None:
     import tempfile
