@@ -13,7 +13,7 @@ from megatron_vapo.config import ActorConfig, RoleConfig
 
 @pytest.fixture(scope="module")
 def layout(world: None):
-    """Process groups of one process, which the models of a module share; tests/plan ends worlds, and with them groups."""
+    """Process groups of one process, which the models of a module share; tests/plan ends worlds, and so groups."""
     from megatron_vapo.models.layout import ParallelLayout
 
     return ParallelLayout(RoleConfig(), seed=0)
