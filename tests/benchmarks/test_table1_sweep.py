@@ -79,6 +79,7 @@ def swept(tmp_path: Path, write_run: Callable[..., Path]) -> Callable[..., MadeU
     return sweep
 
 
+@pytest.mark.slow
 def test_seed_by_seed_with_shared_pieces_made_once(swept: Callable[..., MadeUp]) -> None:
     assert swept([VAPO, DAPO, PPO], 3).done == [
         "0/base", "0/reward_model", "seed_000/critic",
@@ -90,6 +91,7 @@ def test_seed_by_seed_with_shared_pieces_made_once(swept: Callable[..., MadeUp])
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arms_of_a_seed_share_what_they_should(swept: Callable[..., MadeUp], tmp_path: Path) -> None:
     made = swept([VAPO, DAPO, PPO, FROM_ACTOR], 2).recipes
     vapo, dapo, ppo, from_actor = (made[f"seed_001/{name}"] for name in ("vapo", "dapo", "ppo", "critic_from_actor"))

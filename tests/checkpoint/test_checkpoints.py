@@ -175,6 +175,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "deleted"])
 def test_damage_is_named_and_the_one_before_is_used_only_if_asked(
     opened: Callable[..., Checkpoints], trainers: dict[str, Trainer], tmp_path: Path, notes: list[str], harm: Callable

@@ -69,6 +69,7 @@ def test_a_run_of_one_step_and_one_kind_is_drawn(tmp_path):
     assert ink(one_panel) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_compared_runs_have_one_colour_per_label(tmp_path):
     folders = [write_run(tmp_path / name, steps=20) for name in ("a", "b", "c")]

@@ -23,6 +23,8 @@ from megatron_vapo.recipe.load import with_overrides
 from megatron_vapo.training.phase_memory import PhaseMemory
 from tests.plan import plan_ranks
 
+pytestmark = pytest.mark.slow
+
 SHAPE = replace(plan_ranks.SHAPE, layers=2)
 SHAPES = (SHAPE, replace(SHAPE, classifier=True))
 ALL = OffloadConfig(parameters=True, gradients=True, main_parameters=True, optimizer=True)

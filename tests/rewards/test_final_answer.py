@@ -172,6 +172,7 @@ _WORDS = str.split(r"** \frac \boxed{ \text{ \sqrt \left \right \times 10^{ e5 a
 _PIECES = st.sampled_from([*"0134.,-+/=$\\{}()[]^_!%`:\n", *_WORDS])
 
 
+@pytest.mark.slow
 @settings(max_examples=2000)
 @given(st.one_of(st.lists(_PIECES, max_size=60).map("".join), st.lists(_PIECES, max_size=60).map(" ".join), st.text()))
 def test_no_text_breaks_the_reader(text: str) -> None:

@@ -108,6 +108,7 @@ save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "payload"), [("direct", direct_payload), ("flattened", flattened_payload)])
 def test_another_process_reads_what_was_written(tmp_path: Path, kind: str, payload) -> None:
     """No child of this one, as a server is none: neither memory nor open files are inherited."""
