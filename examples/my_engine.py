@@ -43,11 +43,12 @@ class UniformEngine:
         return whole_model(architecture, list(range(self.index.engines)))
 
     def checks(self, architecture: Architecture) -> list[list[RolloutShard]]:
-        """Compare no parameter: nothing is held. Such an engine needs `rollout.check_weights_every=0`."""
-        return []
+        """Compare what came out of the transfer with the actor's weights, all of it."""
+        return [self.takes(architecture)]
 
     def digests(self) -> list[Mapping[str, str]]:
-        return []
+        """Return nothing to compare with, for each element of `checks`: this engine holds no weights."""
+        return [{}]
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Go through all tensors, for other processes send theirs meanwhile, and take the version."""

@@ -91,7 +91,7 @@ def test_a_run_trains_on_it(
         return engines[-1]
 
     monkeypatch.setattr(build, "build_engine", build_engine)
-    assert main(["train", str(path), "rollout.check_weights_every=0"]) == 0
+    assert main(["train", str(path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["pretrain", "train"]
     assert all(math.isfinite(line["critic/loss"]) for line in lines)
