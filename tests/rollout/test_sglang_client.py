@@ -421,26 +421,28 @@ def test_a_server_that_hangs_is_given_up() -> None:
     assert set(outcome.delivered) <= {0} and not outcome.counts
 
 
+@pytest.mark.slow
 def test_a_server_that_is_slow_but_alive_is_not_given_up() -> None:
     """Its health is asked for again and again; several times the limit pass before the only answer."""
 
     async def write(server: FakeServer, body: dict, before: int) -> object:
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(6)
         return await at_once(server, body, before)
 
-    outcome = ask(write, 1, RolloutConfig(sglang=SGLangConfig(retries=2, stall_seconds=0.5)))
+    outcome = ask(write, 1, RolloutConfig(sglang=SGLangConfig(retries=2, stall_seconds=2.0)))
     assert outcome.failure is None and len(outcome.delivered) == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_requests_only_is_not_given_up() -> None:
     """So busy that its health waits: every response counts as a sign of life."""
 
     async def write(server: FakeServer, body: dict, before: int) -> object:
         server.healthy.clear()
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.6)
         return await at_once(server, body, before)
 
-    outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=1, stall_seconds=1.0)))
+    outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=1, stall_seconds=3.0)))
     assert outcome.failure is None and len(outcome.delivered) == 6
 
 

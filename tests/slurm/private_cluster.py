@@ -91,7 +91,7 @@ class Cluster:
             shutil.rmtree(f"/etc/netns/{node}", ignore_errors=True)
         subprocess.run(["ip", "link", "del", BRIDGE], capture_output=True)
 
-    def run(self, *command: object, timeout: float = 30, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: object, timeout: float = 120, **more: str) -> subprocess.CompletedProcess[str]:
         """A client of the cluster; `more` are environment variables."""
         return subprocess.run(
             list(map(str, command)), env=self.environment | more, capture_output=True, text=True, timeout=timeout
@@ -110,7 +110,7 @@ class Cluster:
         """As if it lost power: its daemon and all processes on it."""
         for pid in subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True).stdout.split():
             _kill(int(pid))
-        self._processes[node].wait(timeout=10)
+        self._processes[node].wait(timeout=60)
 
     def start_node(self, node: str) -> None:
         """Start a node's daemon in its namespaces."""
@@ -214,7 +214,7 @@ class Cluster:
         self._processes["munged"] = self._start(
             "munged", ["munged", "--foreground", "--force", f"--key-file={f}/munge.key", "--num-threads=2", *munge]
         )
-        _wait(lambda: (f / "munge.socket").exists(), 10, "munged")
+        _wait(lambda: (f / "munge.socket").exists(), 60, "munged")
         self._processes["slurmctld"] = self._start("slurmctld", ["slurmctld", "-D", "-f", str(f / "slurm.conf")])
         for node in self.nodes:
             self.start_node(node)
@@ -224,7 +224,7 @@ class Cluster:
             found = self.run("timeout", "5", "sinfo", "-h", "-N", "-t", "idle", "-o", "%N")
             return len(set(found.stdout.split())) == len(self.nodes)
 
-        _wait(idle, 60, "nodes")
+        _wait(idle, 200, "nodes")
 
 
 def _ip(*commands: str) -> None:

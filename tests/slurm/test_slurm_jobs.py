@@ -432,7 +432,7 @@ def test_a_container_that_cannot_work_is_refused(
     contained.site |= change
     write_site(contained)
     job = contained.submit("slurm/vapo_tiny.sh", *settings)
-    job.wait_for("FAILED", "COMPLETED", seconds=60)
+    job.wait_for("FAILED", "COMPLETED", seconds=200)
     assert job.state == "FAILED"
     assert words in "\n".join(job.log.splitlines()[:5]), job.outputs()
 
@@ -474,7 +474,7 @@ def test_a_mistake_is_in_the_first_lines_of_the_log(
 ) -> None:
     user.environment |= environment
     job = user.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={user.folder / 'run'}", *arguments)
-    job.wait_for("FAILED", "COMPLETED", seconds=60)
+    job.wait_for("FAILED", "COMPLETED", seconds=200)
     assert job.state == "FAILED"
     assert words in "\n".join(job.log.splitlines()[:5]), job.outputs()
     assert not (user.folder / "run").exists()
@@ -592,13 +592,13 @@ def test_a_recipe_that_does_not_fit_by_plan_is_not_started(recorder: Path, run_3
 
 def test_gpus_that_nobody_knows_are_refused(user: User, recorder: Path, settings: list[str]) -> None:
     job = user.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={user.folder / 'run'}", VAPO_GPU="h900")
-    job.wait_for("COMPLETED", "FAILED", seconds=60)
+    job.wait_for("COMPLETED", "FAILED", seconds=200)
     assert job.state == "FAILED" and "invalid choice: 'h900'" in job.log and not list(recorder.iterdir())
 
 
 def test_fewer_nodes_are_enough_to_change_the_scale(user: User, recorder: Path, settings: list[str]) -> None:
     job = user.submit("--nodes=1", "slurm/vapo_tiny.sh", *settings, f"run_dir={user.folder / 'run'}")
-    job.wait_for("COMPLETED", "FAILED", seconds=60)
+    job.wait_for("COMPLETED", "FAILED", seconds=200)
     assert job.state == "COMPLETED", job.outputs()
     assert [path.name.split("-")[1] for path in recorder.iterdir()] == ["0"]
     assert "--nnodes=1" in next(recorder.iterdir()).read_text()
