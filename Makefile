@@ -30,7 +30,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 1 : 2)))
 PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: setup sglang-cpu latest train test test-minutes test-fast test-latest lint layouts doctor gpu-check clean
+.PHONY: setup sglang-cpu latest train test test-minutes test-fast test-slow test-latest lint layouts doctor gpu-check clean
 
 setup: $(INSTALLED)
 
@@ -67,15 +67,18 @@ train: $(INSTALLED) $(ENGINE_INSTALLED)
 	$(BIN)/python tools/make_tiny_base.py --out artifacts/tiny
 	$(BIN)/megatron-vapo train $(RECIPE) $(ENGINE_ARGS) $(ARGS)
 
-test: test-minutes $(INSTALLED) $(SGLANG_INSTALLED)
-	SGLANG_VENV=$(SGLANG_VENV) $(BIN)/$(PYTEST) -m "not gpu"
+# The fast tier first; what it has checked is not checked again.
+test: test-minutes test-fast test-slow
 
 test-minutes:
-	@echo "make test: about 20 minutes on two cores, in $(WORKERS) processes; make test-fast: about 2"
+	@echo "make test: about 20 minutes on two cores, in $(WORKERS) processes; the first 2 are make test-fast"
 
 # No server, no second environment, nothing slow: red or green while one waits.
 test-fast: $(INSTALLED)
-	$(BIN)/$(PYTEST) -m "not gpu and not sglang and not slurm and not slow"
+	$(BIN)/$(PYTEST) -m "not gpu and not slow and not sglang and not slurm"
+
+test-slow: $(INSTALLED) $(SGLANG_INSTALLED)
+	SGLANG_VENV=$(SGLANG_VENV) $(BIN)/$(PYTEST) -m "not gpu and (slow or sglang or slurm)"
 
 # The path comes first because an environment may serve several checkouts, as CI's does.
 test-latest: $(INSTALLED) $(LATEST_INSTALLED)
