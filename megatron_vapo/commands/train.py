@@ -49,7 +49,7 @@ def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bo
     inputs = read_inputs(recipe)
     console = Console(quiet=not first_process())
     if dry_run:
-        console.print(_description(recipe, inputs), highlight=False)
+        console.print(_description(recipe, inputs), markup=False, highlight=False)
         return True
     return bool(_work(recipe, inputs, restart, console, body))
 
@@ -66,7 +66,7 @@ def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body:
     with ExitStack() as stack:
         summary = on_first_rank(lambda: _open(recipe, restart, stack, console))
         if summary is not None:
-            console.print(f"{recipe.run_dir} is finished; --restart trains anew", highlight=False)
+            console.print(f"{recipe.run_dir} is finished; --restart trains anew", markup=False, highlight=False)
         else:
             summary = _supervised(recipe, inputs, console, body)
     if summary is not None:

@@ -59,7 +59,9 @@ def read_architectures(recipe: Recipe, console: Console) -> tuple[Architecture, 
     if folder is not None and Path(folder, "config.json").is_file():
         return actor, read_architecture(folder)
     if folder is not None:
-        console.print(f"critic.reward_model={folder} is not there: a critic as large as the actor is planned\n")
+        console.print(
+            f"critic.reward_model={folder} is not there: a critic as large as the actor is planned\n", markup=False
+        )
     return actor, actor.as_critic()
 
 

@@ -136,11 +136,15 @@ def show(plan: CapacityPlan, console: Console, watts: float) -> None:
     """Print tables."""
     counts = ", ".join(f"{name} {count:,} parameters" for name, count in plan.parameters.items())
     apart = f" ({plan.gpus - plan.world} of them for engines)" if plan.gpus > plan.world else ""
-    console.print(f"{plan.recipe} on {plan.nodes} nodes, {plan.gpus} x {plan.gpu}{apart}: {counts}\n", highlight=False)
+    console.print(
+        f"{plan.recipe} on {plan.nodes} nodes, {plan.gpus} x {plan.gpu}{apart}: {counts}\n",
+        markup=False,
+        highlight=False,
+    )
     console.print(_memory_table(plan))
     console.print(_verdict(plan) + "\n", highlight=False)
     console.print(_time_table(plan))
-    console.print(_summary(plan, watts), highlight=False)
+    console.print(_summary(plan, watts), markup=False, highlight=False)
 
 
 def _memory_table(plan: CapacityPlan) -> Table:

@@ -210,10 +210,15 @@ class Sampler:
                 self._score(group.prompt, sample)
 
     def _score(self, prompt: Prompt, sample: Sample) -> None:
-        """Begin to score a finished response; one that did not end by itself is wrong."""
-        text = self._tokenizer.decode(sample.begun.token_ids, skip_special_tokens=True)
+        """Begin to score a finished response; one that did not end by itself is wrong.
+
+        The end token is no part of the text, whether or not the tokenizer counts it among its special tokens.
+        """
+        ended = sample.begun.finish_reason == "stop"
+        written = sample.begun.token_ids[:-1] if ended else sample.begun.token_ids
+        text = self._tokenizer.decode(written, skip_special_tokens=True)
         sample.scored = Scored(sample.begun, text, -1.0)
-        if sample.begun.finish_reason == "stop":
+        if ended:
             sample.score = self.scorer.begin(text, prompt.answer)
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:

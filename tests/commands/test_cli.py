@@ -184,7 +184,7 @@ def test_mistakes_have_one_line_and_the_exit_code_of_their_kind(
 def test_a_dry_run_builds_and_writes_nothing(folder: Path) -> None:
     code = (
         "import sys; from megatron_vapo.cli import main; "
-        "code = main(['train', 'recipe.yaml', '--dry-run', 'steps=7']); "
+        "code = main(['train', 'recipe.yaml', '--dry-run', 'steps=7', 'name=a[/b]']); "
         "print(code, [name for name in sys.modules if name == 'megatron' or name.startswith('megatron.')])"
     )
     before = sorted(folder.iterdir())

@@ -54,11 +54,11 @@ def logprob(seed: int, position: int, version: int) -> float:
 
 
 class FakeTokenizer:
-    """A response is right where its tokens' sum is odd."""
+    """A response is right where its tokens' sum is odd, the end token (1) included, which is no part of the text."""
 
     def decode(self, token_ids: torch.Tensor, skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return f"#{int(token_ids.sum()) % 2}"
+        assert skip_special_tokens and 1 not in token_ids
+        return f"#{(int(token_ids.sum()) + 1) % 2}"
 
 
 ALONE = EngineIndex(0, 1)
