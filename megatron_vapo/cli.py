@@ -20,6 +20,8 @@ from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, LayoutError, ProcessErro
 if TYPE_CHECKING:
     from megatron_vapo.config import Recipe
 
+_OVERRIDES = "settings that win over the recipe, such as steps=10 or algorithm=grpo (vapo, ppo, vc_ppo, dapo)"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the `megatron-vapo` command; returns its exit code."""
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("recipe", help="YAML recipe")
-        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
         sub.add_argument("--restart", action="store_true", help="delete the run in this folder and start over")
         sub.add_argument("--dry-run", action="store_true", help="check recipe, model and data, then stop")
         sub.set_defaults(command=command)
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "held-out accuracy (avg@k, pass@k) of a Hugging Face folder or a run's checkpoint"
     sub = commands.add_parser("evaluate", help=text, description=text)
     sub.add_argument("checkpoint", help="Hugging Face folder, or RUN/checkpoints/step_...")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--recipe", help="recipe with data, reward and sampling; default: that of the checkpoint's run")
     sub.add_argument("--data", help="prompt set; default: the recipe's evaluation.data")
     sub.add_argument("--samples", type=int, help="responses a problem; default: the recipe's evaluation.samples")
@@ -76,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "whether a recipe fits a cluster, what limits it, how much it moves and how long it takes"
     sub = commands.add_parser("plan", help=text, description=text)
     sub.add_argument("recipe", help="YAML recipe; of the model only config.json is read")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the recipe")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help=_OVERRIDES)
     sub.add_argument("--gpu", choices=("a100-80", "h100-80", "h200-141", "b200-192"), default="h100-80")
     sub.add_argument("--nodes", type=_at_least_one, default=16)
     sub.add_argument("--assume", action="append", default=[], metavar="name=value", help="instead of an assumption")

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.observe.files import replace_text
-from megatron_vapo.recipe.load import to_yaml
+from megatron_vapo.recipe.load import MOVED, to_yaml
 from megatron_vapo.recipe.schema import SCHEMA
 
 _RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
@@ -114,7 +114,12 @@ def _read_recipe(folder: Path) -> str | None:
 
 
 def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[str], None]) -> None:
-    """Tell of harmless changes, refuse others."""
+    """Name harmless changes, refuse others."""
+    renamed = [f"{key} is called {MOVED[key]} now" for key in changes if key in MOVED]
+    if renamed:
+        raise RecipeError(
+            f"{folder} holds a run of an earlier version: {'; '.join(renamed)}. Set run_dir, or start over: --restart"
+        )
     told = {key: f"{key} was {old}, is {new}" for key, (old, new) in changes.items()}
     harmful = [text for key, text in told.items() if not may_change(key)]
     if harmful:

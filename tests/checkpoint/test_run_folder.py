@@ -114,6 +114,14 @@ def test_a_harmful_change_is_refused_with_key_and_both_values(
     assert contents(folder) == before
 
 
+def test_a_run_of_settings_with_old_names_is_refused_with_the_new_ones(recipe_file: Path, folder: Path) -> None:
+    open_run_folder(load_recipe(recipe_file), restart=False)
+    kept = folder / "recipe.yaml"
+    kept.write_text(kept.read_text().replace("rollout:\n", "rollout:\n  batch_size: 8\n"))
+    with pytest.raises(RecipeError, match=r"rollout\.batch_size is called rollout\.transformers\.batch_size now"):
+        open_run_folder(load_recipe(recipe_file), restart=False)
+
+
 LAYOUT = {
     *("tensor_parallel", "sequence_parallel", "pipeline_parallel", "first_stage_layers", "last_stage_layers"),
     *("virtual_pipeline", "context_parallel", "expert_parallel", "expert_tensor_parallel", "overlap_grad_reduce"),
