@@ -6,12 +6,16 @@ The numbers are Transformer Engine's and Megatron Core's own: `check_recipe_supp
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from packaging.version import Version
 
 from megatron_vapo.config import FP8_MULTIPLES, PrecisionConfig, RoleConfig
 from megatron_vapo.errors import LayoutError, MachineError, RecipeError
-from megatron_vapo.runtime.kernels import Machine
-from megatron_vapo.weights.architecture import Architecture
+
+if TYPE_CHECKING:  # a wrong recipe is refused before torch is imported
+    from megatron_vapo.runtime.kernels import Machine
+    from megatron_vapo.weights.architecture import Architecture
 
 _CAPABILITIES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 _TRANSFORMER_ENGINES = {"delayed": "2.0", "tensorwise": "2.2", "blockwise": "2.3", "mxfp8": "2.1"}
