@@ -127,7 +127,7 @@ def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "COMMAND"),
+        ([], "required: {train,pretrain-critic"),
         (["fly"], "fly"),
         (["train"], "recipe"),
         (["train", "recipe.yaml", "--fast"], "--fast"),

@@ -207,7 +207,7 @@ def test_cuts_through_blocks_are_refused(folders, changes, size, fits):
         if fits:
             fp8.check_cuts(parameters, hf_shapes(architecture))
         else:
-            with pytest.raises(LayoutError, match=r"no multiple of FP8's blocks.*rollout\.tensor_parallel"):
+            with pytest.raises(LayoutError, match=r"no multiple of FP8's blocks.*rollout\.sglang\.tensor_parallel"):
                 fp8.check_cuts(parameters, hf_shapes(architecture))
 
 
