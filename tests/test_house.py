@@ -49,18 +49,17 @@ def broken_contracts(folder: Path) -> set[str]:
 FORBIDDEN_FIRST_WORDS = ("Of", "As", "Those", "Its")
 
 
-def first_lines(source: str) -> Iterator[tuple[str, str]]:
-    """The name and the docstring's first line of a module, and of every class and function in it."""
+def first_lines(source: str) -> Iterator[tuple[int, str]]:
+    """The line and the first line of every docstring: of modules, classes, functions, and below settings and fields."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text is not None:
-                yield getattr(node, "name", "<module>"), text.partition("\n")[0]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value.strip().partition("\n")[0]
 
 
 def rejected(source: str) -> list[str]:
     """The first lines that begin with a word that leaves the reader to guess what the sentence is about."""
-    return [f"{name}: {line}" for name, line in first_lines(source) if line.split()[0] in FORBIDDEN_FIRST_WORDS]
+    lines = sorted(first_lines(source))
+    return [f"{number}: {line}" for number, line in lines if line.split()[0] in FORBIDDEN_FIRST_WORDS]
 
 
 def test_no_docstring_begins_with_a_word_that_leaves_its_subject_out() -> None:
@@ -70,5 +69,5 @@ def test_no_docstring_begins_with_a_word_that_leaves_its_subject_out() -> None:
 
 
 def test_a_docstring_without_subject_is_found() -> None:
-    source = "class A:\n    def f(self):\n        'Of the class.'\n    def g(self):\n        'Offsets of it.'\n"
-    assert rejected(source) == ["f: Of the class."]
+    source = "class A:\n  def f(self):\n    'Of the class.'\n  x = 1\n  'Offsets of it.'\n  y = 2\n  'Its sum.'\n"
+    assert rejected(source) == ["3: Of the class.", "7: Its sum."]

@@ -74,17 +74,17 @@ class Mixture:
     """
 
     p_short: float = 0.3
-    """Of a response: only a random answer."""
+    """A response is only a random answer."""
     p_give_up: float = 0.02
-    """Before each step: stop with a random answer."""
+    """A response stops before a step with a random answer."""
     p_sloppy: float = 0.5
-    """Of a try: only its result is written."""
+    """A try is written as its result alone."""
     sloppy_accuracy: float = 0.4
     full_accuracy: float = 0.997
     p_redo_sloppy: float = 0.25
-    """After a sloppy try, right or wrong: try again."""
+    """A sloppy try, right or wrong, is tried again."""
     p_redo_full: float = 0.02
-    """After a full try, right or wrong: try again."""
+    """A full try, right or wrong, is tried again."""
 
 
 def make_problem(rng: random.Random) -> Problem:

@@ -123,7 +123,7 @@ class _EmulatedFP8:
     """What both kinds of parallel layers share: the product, and the state of delayed scaling in checkpoints."""
 
     precision: PrecisionConfig
-    """Of the class, of which each specification has its own: some places of Megatron can be given a class alone."""
+    """Set on the class, of which each specification has its own: some places of Megatron take a class alone."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

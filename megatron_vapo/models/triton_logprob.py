@@ -28,8 +28,9 @@ TOKENS, COLUMNS = 128, 128
 """A program's tile of logits: 64 registers for each of its 256 threads; with what the softmax takes, 191 forward and
 128 backward (ptxas, bfloat16, sm_90). 128 x 256, which products alone like, takes all 255 there are, and spills."""
 DEPTH_BYTES = 128
-"""Of a row of H, loaded at a time: as wide as shared memory's widest swizzle, so that tensor cores read it without bank
-conflicts. Three stages of it take 96 KiB of bfloat16: two programs still fit in an SM where registers let them."""
+"""Bytes of a row of H that are loaded at a time: as wide as shared memory's widest swizzle, so that tensor cores read
+it without bank conflicts. Three stages of it take 96 KiB of bfloat16: two programs still fit in an SM where registers
+let them."""
 SPAN = 2048
 """Columns that a program of the forward pass goes through: short enough that few tokens still give every SM a program,
 long enough that the sums which it writes (16 bytes a token) are nothing beside the logits (8 KiB)."""

@@ -47,15 +47,15 @@ class Assumptions:
     mean_response_share: float = 0.35
     """Mean response length, of rollout.max_response_tokens."""
     training_efficiency: float = 0.4
-    """Of the peak, in forward and backward passes, recomputation counted as work; without pipeline bubbles."""
+    """Share of the peak, in forward and backward passes, recomputation counted as work; without pipeline bubbles."""
     forward_efficiency: float = 0.45
-    """Of the peak, in passes that give values and log-probs."""
+    """Share of the peak, in passes that give values and log-probs."""
     prefill_efficiency: float = 0.5
     decode_efficiency: float = 0.6
-    """Of the memory bandwidth, in decoding."""
+    """Share of the memory bandwidth, in decoding."""
     decode_overhead_seconds: float = 0.004
     """A decoding step's launches, reductions between GPUs, sampling and scheduling."""
     network_efficiency: float = 0.7
     host_efficiency: float = 0.8
     power_share: float = 0.8
-    """Of the GPUs' rated power; the rest of the node and cooling are not counted."""
+    """Share of the GPUs' rated power; the rest of the node and cooling are not counted."""

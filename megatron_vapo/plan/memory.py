@@ -45,7 +45,7 @@ class Cluster:
     nodes: int
     assumptions: Assumptions
     engine_gpus: int = 0
-    """Those that rollout engines have to themselves, as many on each node (rollout.sglang.placement=separate)."""
+    """GPUs that rollout engines have to themselves, as many on each node (rollout.sglang.placement=separate)."""
 
     @property
     def gpus(self) -> int:

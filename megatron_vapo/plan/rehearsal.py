@@ -62,7 +62,7 @@ class Rehearsal:
     forward_peak: int
     """Bytes at the worst moment of a forward pass without gradients."""
     flops: float
-    """Of one micro-batch, forward, backward and recomputation, of attention what causal order leaves."""
+    """Operations of one micro-batch, forward, backward and recomputation, of attention what causal order leaves."""
     sent: dict[str, int]
     """Bytes that the rank sends for one micro-batch, by collective; ring algorithms assumed."""
 

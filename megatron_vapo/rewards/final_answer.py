@@ -141,7 +141,7 @@ _CHANGES = re.compile(
 """Words after which a number is another one, or no certain one, and letters that may be variables."""
 
 _LARGEST_POWER = 400
-"""Of ten in scientific notation: beyond it nobody meant a number, and the integer would be long."""
+"""The exponent of ten in scientific notation: beyond it nobody meant a number, and the integer would be long."""
 
 
 def number(answer: str) -> Fraction | None:

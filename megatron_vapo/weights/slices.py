@@ -21,7 +21,7 @@ from megatron_vapo.weights.entry import COLUMNS, GATE_UP, QKV, VOCABULARY, WHOLE
 from megatron_vapo.weights.table import padded_vocabulary
 
 Shapes = dict[str, tuple[int, ...]]
-"""Of all Hugging Face tensors of a model, as `weights.table.hf_shapes` gives them."""
+"""The shapes of all Hugging Face tensors of a model, as `weights.table.hf_shapes` gives them."""
 
 
 class Box(NamedTuple):
