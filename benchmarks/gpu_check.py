@@ -118,7 +118,7 @@ def run_part(name: str, folder: Path) -> Result:
         numbers = getattr(importlib.import_module(f"benchmarks.{module}"), function)(Workplace(folder, passed))
     except NotAvailable as reason:
         return Result(name, "not available", str(reason))
-    except Exception as error:  # whatever it is, it is this part's result, and the others go on
+    except Exception as error:  # noqa: BLE001  # whatever it is, it is this part's result, and the others go on
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return Result(name, "fail", reason, seconds=time.monotonic() - start)
     return Result(name, "pass", numbers=numbers, seconds=time.monotonic() - start)

@@ -230,7 +230,7 @@ class _Pending:
                 if save.error is not None:
                     raise save.error
             self.described = {path.relative_to(self.part).as_posix(): describe(path) for path in files}
-        except Exception as error:  # whatever it is, the training thread reports it, with the rank
+        except Exception as error:  # noqa: BLE001  # whatever it is, the training thread reports it, with the rank
             self.error = first_line(error)
         self.done.set()
 

@@ -201,6 +201,6 @@ def _outcome(reward: Reward, response: str, answer: str) -> _Outcome:
         score = float(reward(response, answer))
         if not math.isfinite(score):
             raise ValueError(f"the reward is {score}")
-    except Exception as error:  # whatever the reward does wrong is this sample's loss; it is counted and logged
+    except Exception as error:  # noqa: BLE001  # the sample's loss, whatever it is; counted and logged
         return _Outcome(FAILURE_SCORE, f"{type(error).__name__}: {error}")
     return _Outcome(score)

@@ -414,7 +414,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
         if body["input_ids"] == [100]:
             return await at_once(server, body, before)
         server.healthy.clear()
-        await asyncio.Event().wait()
+        return await asyncio.Event().wait()  # never
 
     outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=4, stall_seconds=0.4)))
     assert "no sign of life for 0.4 s" in outcome.failure
