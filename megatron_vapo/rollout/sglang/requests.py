@@ -57,29 +57,29 @@ class RequestPool:
 
         async def one(server: Connection, number: int) -> None:
             async with places:
-                response = await self._ask(server, requests[number], sampling, max_tokens)
+                response = await self._send(server, requests[number], sampling, max_tokens)
             progress[0] = loop.time()
             deliver((number, response))
 
         async with connect(self._server.address) as server:
             watch = asyncio.create_task(self._watch(server, lambda: progress[0]))
-            stopper = asyncio.create_task(self._stop_when_told(server))
-            asked = asyncio.gather(*(one(server, number) for number in range(len(requests))))
-            either: set[asyncio.Future[Any]] = {asked, watch}
+            stopper = asyncio.create_task(self._abort_when_stopping(server))
+            answers = asyncio.gather(*(one(server, number) for number in range(len(requests))))
+            either: set[asyncio.Future[Any]] = {answers, watch}
             try:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if not asked.done():
+                if not answers.done():
                     return watch.result()
-                asked.result()
+                answers.result()
                 return None
             except ServerFailure as failure:
                 return str(failure)
             finally:
-                for task in (watch, stopper, asked):
+                for task in (watch, stopper, answers):
                     task.cancel()
-                await asyncio.gather(watch, stopper, asked, return_exceptions=True)
+                await asyncio.gather(watch, stopper, answers, return_exceptions=True)
 
-    async def _ask(self, server: Connection, request: Request, sampling: SamplingConfig, max_tokens: int) -> Response:
+    async def _send(self, server: Connection, request: Request, sampling: SamplingConfig, max_tokens: int) -> Response:
         """Return one response, requested again after a failure.
 
         Raises:
@@ -89,9 +89,9 @@ class RequestPool:
             if self.stopping:
                 return _nothing(self._version)
             rid = f"{self._version}-{next(_numbers)}"
-            asked = asyncio.create_task(server.generate(request, sampling, max_tokens, self._end_ids, rid))
+            answer = asyncio.create_task(server.generate(request, sampling, max_tokens, self._end_ids, rid))
             try:
-                response, cut = await self._in_time(server, asked, rid)
+                response, cut = await self._in_time(server, answer, rid)
                 self._refuse_stale(response)
                 if response.finish_reason != "abort" or self.stopping:
                     return response
@@ -102,9 +102,9 @@ class RequestPool:
                 if left == 0 or not self._server.running:
                     raise
                 self._counts["rollout/retries"] += 1
-                logger.warning("rollout server %s, asked again: %s", self._server.address.url, failure)
+                logger.warning("rollout server %s, sent again: %s", self._server.address.url, failure)
             finally:
-                asked.cancel()
+                answer.cancel()
         raise AssertionError
 
     def _refuse_stale(self, response: Response) -> None:
@@ -112,22 +112,22 @@ class RequestPool:
             self._counts["rollout/stale"] += 1
             raise ServerFailure(f"/generate: weights of version {response.weight_version}, not {self._version}, wrote")
 
-    async def _in_time(self, server: Connection, asked: asyncio.Task[Response], rid: str) -> tuple[Response, bool]:
+    async def _in_time(self, server: Connection, answer: asyncio.Task[Response], rid: str) -> tuple[Response, bool]:
         """The response, and whether it was cut because its time was over."""
-        done, _ = await asyncio.wait({asked}, timeout=self._settings.sglang.request_seconds)
+        done, _ = await asyncio.wait({answer}, timeout=self._settings.sglang.request_seconds)
         if done:
-            return asked.result(), False
+            return answer.result(), False
         await server.abort(rid)
-        done, _ = await asyncio.wait({asked}, timeout=self._settings.sglang.stall_seconds)
+        done, _ = await asyncio.wait({answer}, timeout=self._settings.sglang.stall_seconds)
         if not done:
             raise ServerFailure("/generate: a request that was aborted did not end")
-        return asked.result(), len(asked.result().token_ids) > 0
+        return answer.result(), len(answer.result().token_ids) > 0
 
-    async def _stop_when_told(self, server: Connection) -> None:
+    async def _abort_when_stopping(self, server: Connection) -> None:
         """Abort again and again: a request may be on its way to the scheduler when others are aborted."""
         while True:
             if self.stopping:
-                with suppress(ServerFailure):  # asked again; a server that is gone is `_watch`'s to tell
+                with suppress(ServerFailure):  # sent again; `_watch` reports a server that is gone
                     await server.abort()
             await asyncio.sleep(0.2)
 
