@@ -83,6 +83,13 @@ def test_what_is_derived_from_the_fields(rows):
     assert batch.per_token(batch.rewards).tolist() == spread
 
 
+def test_what_no_phase_has_set_cannot_be_required(make_experience):
+    batch = replace(make_experience([2, 3], [4, 1]), values=None)
+    assert batch.require("advantages") is batch.advantages
+    with pytest.raises(ValueError, match="no values"):
+        batch.require("values")
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
 def test_offsets_and_ranges(pairs):
     """Lengths of 0 included: an empty micro-batch has them."""
