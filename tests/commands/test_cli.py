@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_vapo.cli import main
+from tests.records import records
 
 REWARD = "def even(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
 """A reward that random models get right about half of the time."""
@@ -104,11 +105,6 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 @pytest.fixture(scope="module")
 def base(folder: Path) -> Path:
     return Path(yaml.safe_load((folder / "recipe.yaml").read_text())["model"]["path"])
-
-
-def records(run: Path, kind: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # Words and exit codes.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from megatron_vapo.errors import MachineError
+from tests.records import records, timeless
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
@@ -43,7 +43,7 @@ class Launched:
         )
 
     def wait_for_step(self, step: int) -> None:
-        self._wait(lambda: step in [r["step"] for r in records(self.run_dir) if r["kind"] == "train"])
+        self._wait(lambda: step in [r["step"] for r in records(self.run_dir, "train")])
 
     def ranks(self) -> list[psutil.Process]:
         """Its processes by rank."""
@@ -81,14 +81,6 @@ def launch(make_checkpoint: Callable[..., Path], tiny_problems: Path) -> Iterato
                 process.kill()
 
 
-def records(run_dir: Path) -> list[dict]:
-    """Metrics without what depends on the clock."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
-
-
 def last_checkpoint(run_dir: Path) -> dict[str, bytes]:
     newest = run_dir / "checkpoints" / "latest"
     return {str(p.relative_to(newest)): p.read_bytes() for p in [*newest.glob("*/*.distcp"), newest / "state.json"]}
@@ -123,9 +115,9 @@ def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
     run.ranks()[1].send_signal(signal.SIGUSR1)
     output = run.end()
     assert run.process.returncode != 0 and "exitcode  : 75" in output
-    assert len([r for r in records(tmp_path / "run") if r["kind"] == "train"]) < 4
+    assert len(records(tmp_path / "run", "train")) < 4
     assert launch(2, tmp_path / "run", *settings).end().count("resumed from") == 1
-    for ours, theirs in zip(records(tmp_path / "run"), records(tmp_path / "whole"), strict=True):
+    for ours, theirs in zip(timeless(tmp_path / "run"), timeless(tmp_path / "whole"), strict=True):
         assert ours == theirs
     ours, theirs = last_checkpoint(tmp_path / "run"), last_checkpoint(tmp_path / "whole")
     assert {name for name in ours if "/__1_" in name} and ours == theirs
@@ -143,7 +135,7 @@ def test_a_run_goes_on_in_another_layout(launch: Callable[..., Launched], tmp_pa
     for step, (world, layout) in enumerate(layouts.items(), start=1):
         output = launch(world, tmp_path / "run", f"steps={step}", replay, *layout).end()
         assert step == 1 or "resumed from" in output
-    trained = [[r for r in records(tmp_path / name) if r["kind"] == "train"] for name in ("whole", "run")]
+    trained = [records(tmp_path / name, "train") for name in ("whole", "run")]
     keys = ("actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm")
     for one, several in zip(*trained, strict=True):
         for key in keys:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from megatron_vapo.weights.torch_dist import TorchDistReader
+from tests.records import records, timeless
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
@@ -29,10 +29,6 @@ def _command(world: int, run_dir: Path, checkpoint: Path, problems: Path, *overr
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     paths = [f"run_dir={run_dir}", f"model.path={checkpoint}", f"data.train={problems}", f"evaluation.data={problems}"]
     return [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *paths, *SMALL, *overrides]
-
-
-def _metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +48,9 @@ def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
         replay = [] if world == 1 else [f"rollout.replay={tmp_path / '1' / 'rollouts'}"]
         command = _command(world, tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *overrides, *replay)
         subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
-    alone = _metrics(tmp_path / "1")
+    alone = records(tmp_path / "1")
     for world in (2, 4):
-        together = _metrics(tmp_path / str(world))
+        together = records(tmp_path / str(world))
         assert [(r["kind"], r["step"]) for r in alone] == [(r["kind"], r["step"]) for r in together]
         for one, several in zip(alone, together):
             for key in ("actor/policy_loss", "actor/lm_loss", "actor/entropy", "critic/loss", "critic/grad_norm"):
@@ -71,17 +67,13 @@ def test_offloading_changes_nothing_on_2_processes(tmp_path: Path, checkpoint: P
         steps = ["steps=2", "checkpoint.every=1", *layout, *overrides]
         command = _command(2, tmp_path / name, checkpoint, tiny_problems, *steps)
         subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
-    apart = ("seconds/", "cpu_seconds/", "throughput/", "time", "memory/")
-    stays, moved = (
-        [{k: v for k, v in record.items() if not k.startswith(apart)} for record in _metrics(tmp_path / name)]
-        for name in ("stays", "moves")
-    )
+    stays, moved = (timeless(tmp_path / name, but=("memory/",)) for name in ("stays", "moves"))
     assert moved == stays
     for role in ("actor", "critic"):
         ours, theirs = (_tensors(tmp_path / name / "checkpoints" / "step_000002" / role) for name in ("moves", "stays"))
         assert ours.keys() == theirs.keys() and len(ours) > 10
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    last = _metrics(tmp_path / "moves")[-2]
+    last = records(tmp_path / "moves")[-2]
     assert all(last[f"memory/rollout/{kind}"] == 0 < last[f"memory/actor_update/{kind}"] for kind in kinds)
 
 
@@ -112,7 +104,7 @@ def _wait_for_a_step(run_dir: Path, launcher: subprocess.Popen) -> None:
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         assert launcher.poll() is None, launcher.communicate()[0]
-        if (run_dir / "metrics.jsonl").is_file() and any(r["kind"] == "train" for r in _metrics(run_dir)):
+        if records(run_dir, "train"):
             return
         time.sleep(0.2)
     raise AssertionError("no step within 200 s")

@@ -19,6 +19,7 @@ import torch
 
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.table import hf_shapes
+from tests.records import records, timeless
 from tests.slurm import private_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -120,19 +121,8 @@ def wait(condition: Callable[[], bool], seconds: float, message: Callable[[], st
         time.sleep(0.3)
 
 
-def metrics(run: Path) -> list[dict]:
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def comparable(run: Path) -> list[dict]:
-    """All that does not depend on time."""
-    timed = ("seconds/", "cpu_seconds/", "throughput/", "time")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in metrics(run)]
-
-
 def train_steps(run: Path) -> int:
-    return sum(row["kind"] == "train" for row in metrics(run))
+    return len(records(run, "train"))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +137,7 @@ def local(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     command = [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *settings, f"run_dir={run}"]
     subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=400)
-    return comparable(run)
+    return timeless(run)
 
 
 @pytest.mark.slow
@@ -156,7 +146,7 @@ def test_a_run_over_two_nodes_is_the_local_run(user: User, settings: list[str], 
     job = user.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={run}")
     job.wait_for("COMPLETED", "FAILED")
     assert job.state == "COMPLETED", job.outputs()
-    assert comparable(run) == local
+    assert timeless(run) == local
     assert job.log.splitlines()[-1] == "done"
     ranks = sorted(user.folder.glob(f"logs/vapo_tiny-{job.number}/0/node*/*/attempt_0/*/stdout.log"))
     assert len(ranks) == 4
@@ -173,7 +163,7 @@ def test_a_pre_empted_run_goes_on_where_it_was(user: User, settings: list[str], 
     job.wait_for("COMPLETED", "FAILED", requeued=True)
     assert job.state == "COMPLETED", job.outputs()
     assert job.show("Restarts") == "1" and "stopped with a checkpoint" in job.log
-    assert comparable(run) == local
+    assert timeless(run) == local
 
 
 @pytest.mark.slow
@@ -188,7 +178,7 @@ def test_the_time_limit_requeues_with_a_checkpoint(user: User, settings: list[st
     job.wait_for("COMPLETED", "FAILED", requeued=True)
     assert job.state == "COMPLETED", job.outputs()
     assert "time limit is near" in job.log and job.show("Restarts") == "1"
-    assert comparable(run) == local
+    assert timeless(run) == local
 
 
 @pytest.mark.slow
@@ -201,7 +191,7 @@ def test_a_lost_node_requeues_the_job(user: User, settings: list[str], local: li
     user.cluster.start_node("node2")
     job.wait_for("COMPLETED", "FAILED", requeued=True, seconds=400)
     assert job.state == "COMPLETED", job.outputs()
-    assert comparable(run) == local
+    assert timeless(run) == local
 
 
 @pytest.mark.slow
@@ -299,7 +289,7 @@ def launch(user: User, settings: list[str], *options: object, **environment: str
 
 @pytest.mark.slow
 def test_nemo_run_submits_the_same_run(user: User, settings: list[str], local: list[dict]) -> None:
-    assert comparable(launch(user, settings)) == local
+    assert timeless(launch(user, settings)) == local
 
 
 @pytest.fixture
@@ -352,7 +342,7 @@ def test_nemo_run_submits_over_ssh(
     """As from a laptop, which has no Slurm of its own."""
     before = f"export SLURM_CONF={user.cluster.environment['SLURM_CONF']}"
     options = ("--host", "login", "--job-dir", user.folder / "jobs", "--before", before)
-    assert comparable(launch(user, settings, *options, **login_node, SLURM_CONF="/nowhere")) == local
+    assert timeless(launch(user, settings, *options, **login_node, SLURM_CONF="/nowhere")) == local
     assert list((user.folder / "jobs").rglob("*_sbatch.sh")) and list((user.folder / "jobs").rglob("*.out"))
 
 
@@ -405,7 +395,7 @@ def test_a_run_in_containers_is_the_local_run(contained: User, settings: list[st
     job = contained.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={run}")
     job.wait_for("COMPLETED", "FAILED")
     assert job.state == "COMPLETED", job.outputs()
-    assert comparable(run) == local
+    assert timeless(run) == local
     home, site = contained.folder, contained.site
     mounts = [f"{home}:{home}", site["VAPO_MOUNTS"]]
     mounts += [f"{folder}:{folder}" for folder in (site["VAPO_MODELS"], site["VAPO_RUNS"])]

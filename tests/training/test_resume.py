@@ -31,6 +31,7 @@ from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.training.loop import train
 from megatron_vapo.training.run import Run
 from megatron_vapo.weights.torch_dist import TorchDistReader
+from tests.records import timeless
 
 SETTINGS = {
     "name": "resume",
@@ -145,13 +146,6 @@ def uninterrupted(start: Callable[..., bool], tmp_path_factory: pytest.TempPathF
     return run
 
 
-def records(folder: Path) -> list[dict[str, object]]:
-    """Metrics without what depends on the clock."""
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
-    return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
-
-
 def samples(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("samples/*.jsonl"))}
 
@@ -177,7 +171,7 @@ def last_checkpoint(folder: Path) -> dict[str, object]:
 
 def assert_same_run(run: Path, expected: Path, but: str = "none") -> None:
     """Whatever they leave is equal, but for metrics whose names begin so."""
-    for ours, theirs in zip(records(run), records(expected), strict=True):
+    for ours, theirs in zip(timeless(run), timeless(expected), strict=True):
         assert {k: v for k, v in (ours.items() ^ theirs.items()) if not k.startswith(but)} == {}
     assert samples(run) == samples(expected)
     assert last_state(run) == last_state(expected)
@@ -192,7 +186,7 @@ def assert_same_run(run: Path, expected: Path, but: str = "none") -> None:
 def test_the_run_learns_something_to_lose(uninterrupted: Callable[..., Path]) -> None:
     """Without changing weights and rewards of both signs, equality would prove nothing."""
     run = uninterrupted()
-    train_records = [r for r in records(run) if r["kind"] == "train"]
+    train_records = timeless(run, "train")
     assert len(train_records) == 4
     assert all(0 < r["reward/accuracy"] < 1 for r in train_records)
     assert len({r["critic/explained_variance"] for r in train_records}) == 4
@@ -250,14 +244,14 @@ def test_a_budget_of_tokens_ends_a_run_as_its_last_step_does(start: Callable[...
     """As many steps as the budget takes are the same run; tokens of groups that taught nothing count."""
     dynamic = "rollout.dynamic_sampling=true"
     start(tmp_path / "whole", dynamic, "evaluation.every=3")
-    sampled = {r["step"]: r["tokens/sampled"] for r in records(tmp_path / "whole") if r["kind"] == "train"}
-    trained = [12 * r["response/length_mean"] for r in records(tmp_path / "whole") if r["kind"] == "train"]
+    sampled = {r["step"]: r["tokens/sampled"] for r in timeless(tmp_path / "whole", "train")}
+    trained = [12 * r["response/length_mean"] for r in timeless(tmp_path / "whole", "train")]
     assert sampled[4] > sum(trained)
     for budget in (sampled[2], sampled[1] + 1):
         assert start(tmp_path / f"{budget}", dynamic, "evaluation.every=3", f"limits.sampled_tokens={int(budget)}")
         assert start(tmp_path / "steps", dynamic, "evaluation.every=3", "steps=2")
         assert_same_run(tmp_path / f"{budget}", tmp_path / "steps")
-    assert [r["step"] for r in records(tmp_path / "steps") if r["kind"] == "evaluate"] == [0, 2]
+    assert [r["step"] for r in timeless(tmp_path / "steps", "evaluate")] == [0, 2]
 
 
 @pytest.mark.slow
@@ -266,7 +260,7 @@ def test_what_a_crash_left_beyond_the_last_checkpoint_is_done_again(
 ) -> None:
     with pytest.raises(Crash):
         start(tmp_path / "pieces", crash=("values", 6))  # 2 steps of value pretraining, then the 4th of training
-    assert [r["step"] for r in records(tmp_path / "pieces") if r["kind"] == "train"] == [1, 2, 3]
+    assert [r["step"] for r in timeless(tmp_path / "pieces", "train")] == [1, 2, 3]
     assert start(tmp_path / "pieces")
     assert_same_run(tmp_path / "pieces", uninterrupted())
 
@@ -334,7 +328,7 @@ def test_counts_of_failed_rewards_go_on(start: Callable[..., bool], tmp_path: Pa
     assert not start(tmp_path / "run", raises, stop=("actor_update", 2))
     assert start(tmp_path / "run", raises)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-    failures = [r["reward/failures"] for r in records(tmp_path / "run") if "reward/failures" in r]
+    failures = [r["reward/failures"] for r in timeless(tmp_path / "run") if "reward/failures" in r]
     assert failures == sorted(failures) and failures[0] > 0 and len(set(failures)) == len(failures)
 
 
@@ -356,7 +350,7 @@ def test_offloading_changes_nothing(
 def test_each_phase_has_on_the_device_what_it_needs(start: Callable[..., bool], tmp_path: Path) -> None:
     start(tmp_path / "stays", "steps=1", *SHARDED)
     start(tmp_path / "moves", "steps=1", *SHARDED, *OFFLOAD)
-    stays, moves = (records(tmp_path / name)[-2] for name in ("stays", "moves"))
+    stays, moves = (timeless(tmp_path / name)[-2] for name in ("stays", "moves"))
     everything = [k.split("/")[2] for k in stays if k.startswith("memory/rollout")]
     assert everything == ["parameters", "gradients", "main_parameters", "optimizer"]
     for kind in everything:
@@ -398,5 +392,5 @@ def test_an_engine_that_sleeps_is_given_weights_again(
     start(tmp_path / "moves", "steps=2", "checkpoint.every=1", *OFFLOAD)
     assert sleeps["calls"] > without  # for checkpoints
     assert_same_run(tmp_path / "moves", tmp_path / "stays", but="memory/")
-    moves = records(tmp_path / "moves")[-2]
+    moves = timeless(tmp_path / "moves")[-2]
     assert moves["memory/rollout/parameters"] == 0 < moves["memory/weight_sync/parameters"]
