@@ -49,7 +49,7 @@ def make_critic(layout) -> Callable[..., object]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def train_actor(make_actor) -> Callable[..., object]:
     """`train_actor(...)` -> Trainer of what `make_actor(...)` makes."""
     from megatron_vapo.models.trainer import Trainer
@@ -57,7 +57,7 @@ def train_actor(make_actor) -> Callable[..., object]:
     return lambda *arguments, **named: Trainer(make_actor(*arguments, **named))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def train_critic(make_critic) -> Callable[..., object]:
     """`train_critic(...)` -> Trainer of what `make_critic(...)` makes."""
     from megatron_vapo.models.trainer import Trainer
