@@ -56,7 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
     )
     for reason, count in sorted(reasons.items()):
-        terminalreporter.write_line(f"NOT CHECKED: {count} tests, because {reason}", yellow=True, bold=True)
+        tests = "test" if count == 1 else "tests"
+        terminalreporter.write_line(f"NOT CHECKED: {count} {tests}, because {reason}", yellow=True, bold=True)
 
 
 def build_tokenizer():
