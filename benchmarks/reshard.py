@@ -12,12 +12,14 @@ import os
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.reshard_ranks import Case, measure_all, start
+from benchmarks.whole_tensors import RANKS, measure_whole_tensors, whole_tensor_rows
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.reshard import ReshardPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
@@ -100,10 +102,14 @@ def _bounds(case: Case, plan: ReshardPlan) -> tuple[list[int], list[int]]:
 
 def time_rows(cases: list[Case]) -> list[str]:
     """The table of times, by four real ranks; the slowest counts."""
-    with tempfile.TemporaryDirectory() as folder:
-        start(partial(measure_all, cases, REAL_BUCKET), 4, Path(folder))
-        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(4)]
+    ranks = _by_real_ranks(partial(measure_all, cases, REAL_BUCKET))
     return [_time_row(case, [rank[i] for rank in ranks]) for i, case in enumerate(cases)]
+
+
+def _by_real_ranks(work: Callable[[], object]) -> list:
+    with tempfile.TemporaryDirectory() as folder:
+        start(work, RANKS, Path(folder))
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
 def _time_row(case: Case, ranks: list[dict[str, float]]) -> str:
@@ -126,7 +132,7 @@ def _size(count: float) -> str:
 
 REPORT = f"""# Weight sync: bytes and time
 
-2026-11-20, AMD EPYC, 2 cores shared with other work, CPU only. Repeat it with `python -m benchmarks.reshard`.
+2026-11-28, AMD EPYC, 2 cores shared with other work, CPU only. Repeat it with `python -m benchmarks.reshard`.
 
 ## Bytes, from the plan alone
 
@@ -142,15 +148,32 @@ Rounds are of 512 MiB. Planning is single-threaded CPU time, once a run.
 ## Time, real processes
 
 4 processes over gloo (TCP on loopback), models of {{sizes}} parameters, buckets of {REAL_BUCKET // 2**20} MiB,
-median of 5, slowest rank. The time is that of writing the whole engine shard, copies on the spot included; memcpy
-copies as many bytes in each process. CPU time is that of the process, all threads; it bears comparison on a shared
-machine, where wall time depends on what else runs. Peak extra memory is the process's high-water mark during the sync
-above its size before, with an allocator that returns freed buckets at once (MALLOC_MMAP_THRESHOLD_ = 1 MiB); left to
-itself, glibc keeps up to two more.
+median of 5, slowest rank. The time is that of handing out every tensor of the engine's shard, copies on the spot
+included; memcpy copies as many bytes in each process. CPU time is that of the process, all threads; it bears
+comparison on a shared machine, where wall time depends on what else runs. Peak extra memory is the process's high-water
+mark during the sync above its size before: two buckets and the tensors under way, with an allocator that returns freed
+buckets at once (MALLOC_MMAP_THRESHOLD_ = 1 MiB); left to itself, glibc keeps up to two more.
 
 | layout | shard | sync: wall, against memcpy | sync: CPU, against memcpy | memcpy | checksums | peak extra memory |
 |---|---|---|---|---|---|---|
 {{time_rows}}
+
+The aim of 2 x memcpy is not reached over TCP on loopback: every byte passes the kernel twice. Checksums cost more than
+the sync itself on a CPU; `rollout.check_weights_every` spaces them out.
+
+## Export and evaluation, real processes
+
+An actor of {{small}} parameters, TP2 x PP2, bfloat16, the same buckets; MiB on each of the four ranks. In an export
+rank 0 takes whole Hugging Face tensors; in an evaluation SGLang's ranks (2 x TP2) take their shards of a model that has
+parameters only, where training also has gradients, main parameters and moments.
+
+| | ranks 0 / 1 / 2 / 3 |
+|---|---|
+{{whole_rows}}
+
+Before (commit 4d01948, measured the same way) both ways broadcast every tensor to every rank, and the model of an
+evaluation had gradients and optimizer: the ranks received 82.9 / 138.2 / 82.9 / 138.2 MiB, took 62.3 / 62.4 / 66.1 /
+64.8 MiB of extra memory, and held 248.7 / 248.7 / 248.8 / 248.8 MiB of model.
 """
 
 
@@ -160,8 +183,13 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="Markdown file to write the tables to")
     options = parser.parse_args()
     sizes = " and ".join(f"{_parameters(a) / 1e6:.0f} million" for a in (SMALL, SMALL_MOE))
-    rows = {"bytes_rows": [bytes_row(case) for case in REAL + PAPER], "time_rows": time_rows(REAL)}
-    text = REPORT.format(sizes=sizes, **{name: "\n".join(made) for name, made in rows.items()})
+    rows = {
+        "bytes_rows": [bytes_row(case) for case in REAL + PAPER],
+        "time_rows": time_rows(REAL),
+        "whole_rows": whole_tensor_rows(_by_real_ranks(partial(measure_whole_tensors, SMALL, REAL_BUCKET))),
+    }
+    rows |= {"sizes": [sizes], "small": [f"{_parameters(SMALL) / 1e6:.0f} million"]}
+    text = REPORT.format(**{name: "\n".join(made) for name, made in rows.items()})
     print(text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")

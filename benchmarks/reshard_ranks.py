@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, who
 from megatron_vapo.weights.reshard import make_plan
 from megatron_vapo.weights.table import entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
-from megatron_vapo.weights.transfer import fill, stream
+from megatron_vapo.weights.transfer import stream
 from megatron_vapo.weights.transport import TorchTransport
 
 REPEATS = 5
@@ -66,18 +67,22 @@ def measure(case: Case, bucket_bytes: int) -> dict[str, float]:
     ranks = training_ranks(case.architecture, case.training)
     source = made_up(case.architecture, ranks[rank], dtype)
     plan = make_plan(case.architecture, ranks, case.rollout, dtype.itemsize, bucket_bytes).of(rank)
-    target = {p.name: torch.zeros(p.shape, dtype=dtype) for p in plan.targets}
     transport = TorchTransport()
-    fill(plan, source, target, transport)  # connections are made on first use
-    before = _restart_peak_memory()
-    sync, sync_cpu = _timed(lambda: fill(plan, source, target, transport))
-    extra = _memory("VmHWM") - before
+    target = dict(stream(plan, source, transport))  # connections are made on first use
+    before = restart_peak_memory()
+    sync, sync_cpu = _timed(lambda: exhaust(stream(plan, source, transport)))
+    extra = memory("VmHWM") - before
     checksums, _ = _timed(lambda: verify(plan, source, target.items(), transport))
     flat = torch.cat([tensor.flatten() for tensor in target.values()])
     copy = flat.clone()
     memcpy, memcpy_cpu = _timed(lambda: copy.copy_(flat))
     times = {"sync": sync, "sync_cpu": sync_cpu, "memcpy": memcpy, "memcpy_cpu": memcpy_cpu, "checksums": checksums}
     return times | {"extra": extra, "shard": flat.nbytes}
+
+
+def exhaust(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Take every tensor and keep none."""
+    deque(tensors, maxlen=0)
 
 
 def made_up(a: Architecture, rank: TrainingRank, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -121,11 +126,7 @@ def _sync_actor(case: ActorCase) -> dict[str, object]:
     ranks = gather_training_ranks(actor)
     plan = make_plan(a, ranks, rollout, itemsize=4, bucket_bytes=4096).of(dist.get_rank())
     source, transport = held_tensors(actor), TorchTransport()
-    if case.rollout_tp is None:
-        received = dict(stream(plan, source, transport))
-    else:
-        received = {p.name: torch.full(p.shape, torch.nan) for p in plan.targets}
-        fill(plan, source, received, transport)
+    received = dict(stream(plan, source, transport))
     verify(plan, source, received.items(), transport)
     return {"received": received, "ranks": [asdict(rank) | {"names": sorted(rank.names)} for rank in ranks]}
 
@@ -142,12 +143,12 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
     return sorted(wall)[REPEATS // 2], sorted(cpu)[REPEATS // 2]
 
 
-def _restart_peak_memory() -> int:
+def restart_peak_memory() -> int:
     """Forget this process's peak; its bytes now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
+    return memory("VmRSS")
 
 
-def _memory(key: str) -> int:
+def memory(key: str) -> int:
     line = next(x for x in Path(f"/proc/{os.getpid()}/status").read_text().splitlines() if x.startswith(key))
     return int(line.split()[1]) * 1024

@@ -18,8 +18,10 @@ LENGTH = 64
 
 
 def largest_difference(folder: str | Path, checkpoint: str | Path, seed: int = 0) -> tuple[float, float]:
-    """Largest difference of logits (of values, for reward model and critic) over random tokens, both models in float32,
-    and the largest logit. Both models are held in memory, one after the other."""
+    """Return the largest difference of logits over random tokens, both models in float32, and the largest logit.
+
+    Reward models and critics have values in place of logits. Both models are held in memory, one after the other.
+    """
     architecture = read_architecture(folder)
     tokens = torch.randint(architecture.vocab, (LENGTH,), generator=torch.Generator().manual_seed(seed))
     # First: once Megatron's CPU backend is in place, transformers no longer builds its models correctly.
@@ -75,7 +77,7 @@ def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: 
 
 @contextmanager
 def _plain(folder: str | Path) -> Iterator[Path]:
-    """The folder itself, or a passing copy with FP8 weights as ordinary numbers: computing with them takes a GPU."""
+    """Yield the folder itself, or a passing copy with FP8 weights as ordinary numbers: FP8 computes on a GPU only."""
     config = read_json(Path(folder) / "config.json")
     if config.pop("quantization_config", None) is None:
         yield Path(folder)

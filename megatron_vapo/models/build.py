@@ -1,4 +1,4 @@
-"""Pipeline stages of a model on this rank."""
+"""Builds the pipeline stages of a model on this rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_chunks(
     device: torch.device,
     precision: PrecisionConfig,
 ) -> list[GPTModel]:
-    """One model chunk for each virtual stage of this pipeline rank (one where the schedule is not interleaved)."""
+    """Build one model chunk for each virtual stage of this pipeline rank (one where no schedule interleaves)."""
     virtual = config.virtual_pipeline_model_parallel_size
     stages = range(virtual) if virtual else [None]
     return [_chunk(config, architecture, module, precision, stage).to(device) for stage in stages]

@@ -1,5 +1,7 @@
-"""A role's parameters, optimizer and schedule in Megatron's distributed checkpoint format, which loads under another
-layout and another number of processes."""
+"""Saves and loads a role in Megatron's distributed checkpoint format.
+
+It loads under another layout and another number of processes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from megatron_vapo.weights.torch_dist import TorchDistReader
 
 
 class Save:
-    """A role on its way to an empty folder.
+    """The role on its way to an empty folder.
 
     1. Making it, all ranks together, copies this rank's tensors to the host; training may go on.
     2. `write`, on each rank and in any thread, writes and syncs this rank's files, without talking to other ranks. A
@@ -46,7 +48,7 @@ class Save:
 
     @property
     def files(self) -> list[Path]:
-        """What `write` writes on this rank."""
+        """Return what `write` writes on this rank."""
         return [Path(path) for path, _, _ in self._buckets]
 
     def write(self) -> None:
@@ -71,7 +73,7 @@ class Save:
             function()
 
     def _staged(self) -> list[tuple]:
-        """Megatron's lists of (file, name, contents), on the host."""
+        """Return Megatron's lists of (file, name, contents), on the host."""
         return self._request.preload_fn() if self._request.preload_fn else []
 
 
@@ -90,7 +92,7 @@ def save_trainer(trainer: Trainer, folder: Path) -> None:
 
 
 def _copied(bucket: tuple) -> tuple:
-    """On a GPU, staging has copied tensors to the host; where they are there already, they are copied here."""
+    """Copy tensors that are on the host already; from a GPU, staging has copied them there."""
     path, name, (objects, tensors) = bucket
     if not torch.cuda.is_available():
         tensors = [(item, tensor.clone()) for item, tensor in tensors]
@@ -151,13 +153,16 @@ def sharded_parameters(model: ParallelModel) -> dict[str, Any]:
 
 
 def _readable_objects(model: ParallelModel, folder: Path) -> set[str]:
-    """Keys of what is no tensor. Transformer Engine's extra state holds a pickle, which it loads without limits: the
-    largest values of past steps, for delayed scaling alone, which are gathered anew within a step."""
+    """Return keys of what is no tensor and may be read.
+
+    Transformer Engine's extra state holds a pickle, which it loads without limits: the largest values of past steps,
+    for delayed scaling alone, which are gathered anew within a step.
+    """
     return set() if model.config.transformer_impl == "transformer_engine" else TorchDistReader(folder).objects
 
 
 def readable(tensors: dict[str, Any], present: set[str]) -> dict[str, Any]:
-    """Without extra state that the checkpoint has not: which modules have one differs between kinds of layers."""
+    """Leave out extra state that the checkpoint has not: which modules have one differs between kinds of layers."""
     return {name: part for name, part in tensors.items() if "_extra_state" not in name or part.unique_key in present}
 
 
@@ -170,12 +175,12 @@ def load_module(module: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group's rates and betas, without what an optimizer step changes."""
+    """Return a parameter group's rates and betas, without what an optimizer step changes."""
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
 def _reason(error: Exception | CheckpointException) -> str:
-    """What went wrong, in one line; PyTorch's exception holds a failure of each rank."""
+    """Return what went wrong, in one line; PyTorch's exception holds a failure of each rank."""
     return first_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 

@@ -1,4 +1,4 @@
-"""Parallel layouts: Megatron's process groups for actor and critic, each with its own, in one world of processes.
+"""Makes parallel layouts: Megatron's process groups for actor and critic, each with its own, in one world of processes.
 
 Megatron keeps its groups in module globals of `parallel_state`. A `ParallelLayout` owns one set of them and puts it in
 place while its model works (`with layout.active():`).
@@ -50,7 +50,7 @@ def _leave_world() -> None:
 
 
 def layout_sizes(role: RoleConfig) -> dict[str, int | None]:
-    """What the process groups depend on; roles that agree in these share a `ParallelLayout`."""
+    """Return what the process groups depend on; roles that agree in these share a `ParallelLayout`."""
     return {
         "tensor_model_parallel_size": role.tensor_parallel,
         "pipeline_model_parallel_size": role.pipeline_parallel,
@@ -62,7 +62,7 @@ def layout_sizes(role: RoleConfig) -> dict[str, int | None]:
 
 
 class ParallelLayout:
-    """Process groups of one layout over all processes."""
+    """Owns the process groups of one layout over all processes."""
 
     def __init__(self, role: RoleConfig, seed: int) -> None:
         self._state = _fresh_state()
@@ -86,7 +86,7 @@ class ParallelLayout:
 
     @property
     def owns_outputs(self) -> bool:
-        """Whether this rank speaks for its tokens: last pipeline stage, first tensor-parallel rank."""
+        """Return whether this rank has the outputs of its tokens: last pipeline stage, first tensor-parallel rank."""
         return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
 
     def close(self) -> None:

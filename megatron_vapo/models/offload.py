@@ -1,4 +1,4 @@
-"""A role's memory between phases: on the device while a phase needs it, else on the host.
+"""Moves a role's memory between phases: on the device while a phase needs it, else on the host.
 
 The states of each kind of memory that a recipe offloads:
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -73,7 +73,7 @@ class Offloader:
         self._find[kind] = find
 
     def keep(self, kinds: tuple[Kind, ...] = ()) -> None:
-        """These on the device, all others on the host; copies may still be under way (`ready` waits)."""
+        """Keep these on the device, all others on the host; copies may still be under way (`ready` waits)."""
         self.to_host(*(kind for kind in reversed(KINDS) if kind not in kinds))
         self.to_device(*kinds)
 
@@ -109,7 +109,7 @@ class Offloader:
             self._arrivals[kind] = self._in.record_event()
 
     def ready(self, *kinds: Kind) -> None:
-        """Kinds on the device, for whatever this stream does next."""
+        """Have kinds on the device for whatever this stream does next."""
         self.to_device(*kinds)
         for kind in kinds:
             if kind in self._arrivals:
@@ -117,14 +117,14 @@ class Offloader:
 
     @contextmanager
     def borrowed(self, *kinds: Kind) -> Iterator[None]:
-        """Kinds on the device inside, and where they were afterwards."""
+        """Have kinds on the device inside, and where they were afterwards."""
         before = [kind for kind in kinds if kind in self._away]
         self.ready(*kinds)
         yield
         self.to_host(*before)
 
     def resident(self) -> dict[Kind, int]:
-        """Bytes on the device, as the storages themselves say."""
+        """Return bytes on the device, as the storages themselves say."""
         return {kind: sum(storage.nbytes() for storage in of_kind) for kind, of_kind in self.storages().items()}
 
     def storages(self) -> Storages:
@@ -148,7 +148,7 @@ class Offloader:
 
 @dataclass(frozen=True)
 class _Away:
-    """A storage that is empty for now."""
+    """The place of a storage that is empty for now."""
 
     storage: UntypedStorage
     size: int
@@ -176,7 +176,7 @@ class _Away:
 
 
 def _cut(chunks: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
-    """For each size, slices of host memory that together are as long; more chunks are taken where they do not do."""
+    """Return for each size slices of host memory that together are as long; take more chunks where they are short."""
     missing = sum(sizes) - sum(map(len, chunks))
     while missing > 0:
         chunks.append(torch.empty(min(CHUNK, missing), dtype=torch.uint8, pin_memory=True))
@@ -200,7 +200,8 @@ def parameter_memory(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
         for parameter in module.parameters():
             if is_float8tensor(parameter):
                 # Never moved; their numbers are held once, or twice: transposed too.
-                yield from (tensor for tensor in parameter.get_data_tensors() if tensor is not None)
+                held: Any = parameter
+                yield from (tensor for tensor in held.get_data_tensors() if tensor is not None)
             else:
                 yield parameter.data
 
@@ -224,5 +225,5 @@ def optimizer_memory(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
 
 
 def _inner(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    """PyTorch's optimizers, those of this rank's dense and expert parameters."""
+    """Return PyTorch's optimizers, those of this rank's dense and expert parameters."""
     return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]

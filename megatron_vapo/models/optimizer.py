@@ -1,4 +1,4 @@
-"""Megatron's AdamW and learning-rate schedule from a role's settings."""
+"""Builds Megatron's AdamW and learning-rate schedule from a role's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FOREVER = 1 << 62
 def build_optimizer(
     role: settings.RoleConfig, config: TransformerConfig, chunks: list[torch.nn.Module]
 ) -> MegatronOptimizer:
-    """AdamW without decay on norms and biases; float32 main parameters beside bfloat16 ones; ZeRO-1 where set."""
+    """Build AdamW without decay on norms and biases; float32 main parameters beside bfloat16 ones; ZeRO-1 where set."""
     chosen = role.optimizer
     megatron = OptimizerConfig(
         optimizer="adam",
@@ -50,7 +50,7 @@ def build_optimizer(
 
 
 def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant; one step per optimizer step. Weight decay reaches the groups through it too."""
+    """Build linear warm-up, then a constant rate, by optimizer steps. It gives weight decay to the groups too."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0 if chosen.warmup_steps else chosen.learning_rate,

@@ -1,4 +1,4 @@
-"""A model in its parallel layout: this rank's chunks of it, how batches are packed for it, and its forward pass.
+"""The model in its parallel layout: this rank's chunks of it, how batches are packed for it, and its forward pass.
 
 It has parameters only; gradients, optimizer and schedule are its `models.trainer.Trainer`'s.
 
@@ -37,7 +37,7 @@ Finish = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Any]]]
 
 
 class ParallelModel(ABC):
-    """A Megatron model without gradients or optimizer.
+    """The Megatron model of a role, without gradients or optimizer.
 
     Args:
         name: "actor" or "critic", for messages.
@@ -71,7 +71,7 @@ class ParallelModel(ABC):
 
     @torch.no_grad()
     def forward(self, batch: Experience) -> Outputs:
-        """Outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
+        """Return outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
         micros = self.micro_batches(batch)
         self.offloader.ready("parameters")
         for module in self.modules:
@@ -81,7 +81,7 @@ class ParallelModel(ABC):
 
     @property
     def packing(self) -> PackingRule:
-        """What this layout asks of micro-batches."""
+        """Return what this layout asks of micro-batches."""
         role = self.role
         sequence_multiple, total_multiple = role.packing_multiples
         return PackingRule(
@@ -140,11 +140,11 @@ class ParallelModel(ABC):
 
     @property
     def _plans_attention(self) -> bool:
-        """Whether layers attend by this package's plan; Transformer Engine's need none."""
+        """Return whether layers attend by this package's plan; Transformer Engine's need none."""
         return self.config.transformer_impl == "local"
 
     def _assemble(self, parts: list[dict[str, Any]], total: int) -> Outputs:
-        """Each token is written by the one rank that owns it and is zero elsewhere: a sum over the world joins them."""
+        """Join outputs: each token is written by the one rank that owns it, and summed over the world."""
         count = max(gather_objects(len(parts[0]["outputs"]) if parts else 0))
         joined = torch.zeros(count, total, device=self.device)
         if self.layout.owns_outputs:

@@ -1,4 +1,4 @@
-"""Between a role's Megatron parameters and Hugging Face tensors, whatever its layout."""
+"""Converts between a role's Megatron parameters and Hugging Face tensors, whatever its layout."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _numbers(parameter: torch.nn.Parameter) -> Tensor:
 
 
 def _held_parameters(model: ParallelModel) -> dict[str, list[torch.nn.Parameter]]:
-    """Parameters on this rank by Megatron name with global layer and expert numbers (tied copies share a name)."""
+    """Return this rank's parameters by Megatron name with global layer and expert numbers; tied copies share one."""
     held: dict[str, list[torch.nn.Parameter]] = {}
     for module in model.modules:
         for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Actor and critic: what each makes of the transformer's output."""
+"""Defines actor and critic: what each makes of the transformer's output."""
 
 from __future__ import annotations
 
@@ -64,13 +64,15 @@ def fused(logprobs: Literal["chunked", "triton"]) -> Callable[..., tuple[Tensor,
 
 
 class HiddenStatesOutput(ColumnParallelLinear):
-    """Megatron's output layer, except that it returns the hidden states that it would multiply with its weight."""
+    """Replaces Megatron's output layer: it returns the hidden states that it would multiply with its weight."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """hidden [S, 1, H] (a part of S under sequence parallelism) -> hidden [S, 1, H], whole; its gradient, partial
-        on each rank, is summed on the way back."""
+        """Gather hidden [S, 1, H], of which sequence parallelism has a part of S on each rank.
+
+        Its gradient, partial on each rank, is summed on the way back.
+        """
         self.used_weight = self.weight if weight is None else weight
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(input_, group=self.tp_group), None
@@ -104,7 +106,7 @@ class Critic(ParallelModel):
 
 
 class ValueModel(GPTModel):
-    """GPTModel whose output layer is one number per token. The final norm stays, as in a sequence classifier."""
+    """Makes GPTModel's output one number per token. The final norm stays, as in a sequence classifier."""
 
     def __init__(self, config: TransformerConfig, **stage: object) -> None:
         super().__init__(config=config, **stage)
@@ -113,7 +115,7 @@ class ValueModel(GPTModel):
 
 
 class ValueHead(torch.nn.Linear):
-    """hidden -> 1 with the signature of Megatron's output layer, whole on every tensor-parallel rank."""
+    """Maps hidden -> 1 with the signature of Megatron's output layer, whole on every tensor-parallel rank."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
@@ -122,7 +124,7 @@ class ValueHead(torch.nn.Linear):
     def forward(
         self, hidden: Tensor, weight: None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """hidden [S, 1, H] (a part of S under sequence parallelism) -> values [S, 1, 1]."""
+        """Map hidden [S, 1, H] (a part of S under sequence parallelism) to values [S, 1, 1]."""
         if self._sequence_parallel:
             # Each rank computes all values, so the gradient that flows back is whole already and only split.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)

@@ -1,4 +1,4 @@
-"""What training adds to a model: gradient buffers, optimizer and schedule; one optimizer step on a minibatch.
+"""Adds to a model what training needs: gradient buffers, optimizer and schedule; one optimizer step on a minibatch.
 
 Legend: t response tokens of a micro-batch on this rank.
 """
@@ -121,7 +121,7 @@ class Trainer:
         return dict(zip(names, sums.tolist()))
 
     def _connect_schedule(self) -> None:
-        """Megatron's schedule finds in the model's configuration what it calls around backward passes."""
+        """Put what the schedule calls around backward passes where Megatron looks for it: the configuration."""
         config = self.model.config
         config.finalize_model_grads_func = finalize_model_grads
         if self.model.role.overlap_grad_reduce:

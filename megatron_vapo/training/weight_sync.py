@@ -1,4 +1,4 @@
-"""From the actor's layout to the rollout engine, after every update."""
+"""Brings the actor's weights from its layout to the rollout engine, after every update."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class WeightSync:
         load_everywhere(self._engine, lambda: self._formed(self._plan, source), version, check)
 
     def _verify(self, source: dict[str, Tensor]) -> None:
-        """What the plans bring is the actor's, and the engine holds the same."""
+        """Check that what the plans bring is the actor's, and that the engine holds the same."""
         digests = self._engine.digests()
         problems = [self._difference(plan, source, held) for plan, held in zip(self._checks, digests, strict=True)]
         raise_everywhere(next(filter(None, problems), None), TrainingError)

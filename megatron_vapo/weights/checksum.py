@@ -1,4 +1,4 @@
-"""Proof after a weight sync: each tensor's checksum where it came from against that of what the engine holds.
+"""Proves a weight sync: each tensor's checksum where it came from against that of what the engine holds.
 
 The checksum of a box is the sum over its numbers' bits times a weight of their row and column in the Hugging Face
 tensor, modulo 2^64. Checksums of parts add up to that of the whole, however the tensor was cut, and a number in the
@@ -30,7 +30,7 @@ def verify(plan: RankPlan, source: Tensors, held: Iterable[tuple[str, Tensor]], 
     """Compare what came out of a plan with what the actor has; 8 bytes travel per tensor and pair of ranks.
 
     Args:
-        source: this rank's Megatron parameters, as for `transfer.fill`.
+        source: this rank's Megatron parameters, as for `transfer.stream`.
         held: the parameters of the rollout rank that this rank hosts, by the plan's names, in any order.
 
     Raises:
@@ -55,7 +55,7 @@ def digest(tensor: Tensor) -> str:
 
 @torch.no_grad()
 def checksum(matrix: Tensor, box: Box) -> int:
-    """Checksum of the box whose numbers are `matrix [rows, columns]`; modulo 2^64, as a signed number."""
+    """Return the checksum of the box whose numbers are `matrix [rows, columns]`; modulo 2^64, as a signed number."""
     bits = matrix.view(_BITS[matrix.element_size()])
     columns = _weights(box.left, box.right, matrix.device, salt=1)
     rows = _weights(box.top, box.bottom, matrix.device, salt=0)
@@ -65,14 +65,14 @@ def checksum(matrix: Tensor, box: Box) -> int:
 
 
 def _weights(first: int, last: int, device: torch.device, salt: int) -> Tensor:
-    """Odd multipliers [last - first] of the numbers from `first`, mixed as splitmix64 mixes its counter."""
+    """Return odd multipliers [last - first] of the numbers from `first`, mixed as splitmix64 mixes its counter."""
     mixed = (torch.arange(first, last, device=device) * 2 + salt) * -0x61C8864680B583EB
     mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
     return (mixed ^ (mixed >> 27)) | 1
 
 
 def _expected(plan: RankPlan, source: Tensors, transport: Transport) -> Counter[str]:
-    """Checksums of what this rank's rollout rank should hold, put together from all ranks that hold a part."""
+    """Return checksums of what this rank's rollout rank should hold, joined from all ranks that hold a part."""
     sent: dict[int, list[Piece]] = defaultdict(list)
     received: dict[int, list[Piece]] = defaultdict(list)
     for exchange in plan.rounds:
@@ -94,7 +94,7 @@ def _expected(plan: RankPlan, source: Tensors, transport: Transport) -> Counter[
 
 
 def _by_tensor(pieces: list[Piece], source: Tensors, known: dict[Box, int]) -> dict[str, int]:
-    """Checksums per tensor, in the pieces' order; several engines may get the same piece."""
+    """Return checksums per tensor, in the pieces' order; several engines may get the same piece."""
     totals: dict[str, int] = {}
     for piece in pieces:
         if piece.box not in known:
@@ -104,5 +104,5 @@ def _by_tensor(pieces: list[Piece], source: Tensors, known: dict[Box, int]) -> d
 
 
 def _wrapped(number: int) -> int:
-    """Modulo 2^64, as torch's int64 holds it."""
+    """Return the number modulo 2^64, as torch's int64 holds it."""
     return (number + 2**63) % 2**64 - 2**63

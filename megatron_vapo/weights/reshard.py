@@ -1,4 +1,4 @@
-"""Which slices travel from which training rank to which rollout rank: pure data, computed once, the same on all ranks.
+"""Plans which slices travel from which rank to which: pure data, computed once, the same on all ranks.
 
 1. Every parameter of every rank is a stack of boxes of Hugging Face tensors (`weights.slices`).
 2. What a rollout rank wants is intersected with what training ranks hold. A piece that its host holds itself is copied
@@ -26,7 +26,7 @@ DEFAULT_BUCKET_BYTES = 512 * 2**20
 
 
 class Place(NamedTuple):
-    """Where a box's first number lies: the parameter as a matrix, on one rank of the world."""
+    """The place of a box's first number: the parameter as a matrix, on one rank of the world."""
 
     rank: int
     parameter: str
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A box that one parameter gives and another takes."""
+    """The box that one parameter gives and another takes."""
 
     box: Box
     source: Place
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class ReshardPlan:
-    """All pieces of one weight sync."""
+    """Lists all pieces of one weight sync or export."""
 
     local: list[Piece]
     """Source and target are on one rank."""
@@ -55,11 +55,11 @@ class ReshardPlan:
     """Bytes of one number."""
 
     def sent(self) -> Counter[int]:
-        """Bytes that each rank sends."""
+        """Return the bytes that each rank sends."""
         return self._traffic(lambda piece: piece.source.rank)
 
     def received(self) -> Counter[int]:
-        """Bytes that each rank receives."""
+        """Return the bytes that each rank receives."""
         return self._traffic(lambda piece: piece.target.rank)
 
     def _traffic(self, end: Callable[[Piece], int]) -> Counter[int]:
@@ -69,7 +69,7 @@ class ReshardPlan:
         return total
 
     def of(self, rank: int) -> RankPlan:
-        """One rank's part."""
+        """Return one rank's part."""
         mine = RankPlan(rank, self.targets.get(rank, ()), [p for p in self.local if p.target.rank == rank])
         for pieces in self.rounds:
             exchange = Exchange(defaultdict(list), defaultdict(list))
@@ -83,7 +83,7 @@ class ReshardPlan:
 
 
 class Exchange(NamedTuple):
-    """One rank's part of a round: pieces for and from each other rank."""
+    """The part of one rank in a round: pieces for and from each other rank."""
 
     sends: dict[int, list[Piece]]
     receives: dict[int, list[Piece]]
@@ -91,7 +91,7 @@ class Exchange(NamedTuple):
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank copies, sends and receives."""
+    """Lists what one rank copies, sends and receives."""
 
     rank: int
     targets: tuple[Parameter, ...]
@@ -106,7 +106,7 @@ def make_plan(
     itemsize: int,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> ReshardPlan:
-    """Plan a weight sync from shapes alone.
+    """Plan a weight sync, or an export, from shapes alone.
 
     Args:
         training: what each rank of the world holds, in the order of ranks.
@@ -162,7 +162,7 @@ def _wanted(rollout: list[RolloutShard]) -> dict[str, list[Wanted]]:
 
 
 def _interleaved(holders: dict[str, Holders]) -> Iterator[str]:
-    """Tensors in turns from each set of ranks that hold some together."""
+    """Yield tensors in turns from each set of ranks that hold some together."""
     groups: dict[frozenset[int], list[str]] = defaultdict(list)
     for tensor, boxes in holders.items():
         groups[frozenset(place.rank for places in boxes.values() for place in places)].append(tensor)
@@ -183,7 +183,7 @@ class _Scheduler:
         self._receiving: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))
 
     def add(self, shard: RolloutShard, parameter: Parameter, row: int, wanted: Box, holders: Holders) -> None:
-        """All pieces of a wanted box, for every host of the shard."""
+        """Add all pieces of a wanted box, for every host of the shard."""
         found = 0
         for held, places in holders.items():
             common = wanted.intersection(held)
@@ -210,7 +210,7 @@ class _Scheduler:
                 self._place(Piece(part, source, _shifted(host, target, part, wanted)))
 
     def _cut(self, box: Box) -> Iterator[Box]:
-        """In parts of at most one bucket, of whole rows."""
+        """Cut into parts of at most one bucket, of whole rows."""
         rows = self.bucket // ((box.right - box.left) * self.itemsize)
         if rows == 0:
             raise LayoutError(f"weight sync: a bucket of {self.bucket} bytes is smaller than one row of {box.tensor}")
@@ -218,7 +218,7 @@ class _Scheduler:
             yield box._replace(top=top, bottom=min(top + rows, box.bottom))
 
     def _place(self, piece: Piece) -> None:
-        """Into the first round, not before the last of its two ranks, where it fits into both ranks' buckets."""
+        """Put into the first round, not before the last of its two ranks, where it fits into both ranks' buckets."""
         source, target, size = piece.source.rank, piece.target.rank, piece.box.size * self.itemsize
         self._sent[source] += size
         sending, receiving = self._sending[source], self._receiving[target]
@@ -234,5 +234,5 @@ class _Scheduler:
 
 
 def _shifted(rank: int, place: Place, part: Box, box: Box) -> Place:
-    """Where a part of a box lies on a rank, given where the box lies."""
+    """Return where a part of a box lies on a rank, given where the box lies."""
     return Place(rank, place.parameter, place.row + part.top - box.top, place.column + part.left - box.left)

@@ -19,31 +19,15 @@ from megatron_vapo.weights.transport import Transport
 Tensors = Mapping[str, Tensor]
 
 
-def fill(plan: RankPlan, source: Tensors, target: Tensors, transport: Transport) -> None:
-    """Write the actor's weights over the engine's own parameters, in place.
-
-    Args:
-        source: this rank's Megatron parameters by name, contiguous, those that its `TrainingRank` lists.
-        target: the rollout rank's parameters by name, contiguous, of the source's dtype; empty where the rank hosts
-            none.
-    """
-    for parameter in plan.targets:
-        _clear_padding(parameter, target[parameter.name])
-    _copy_local(plan.local, source, target)
-    buckets = _Buckets(plan, source)
-    for exchange in plan.rounds:
-        buckets.run(exchange, source, target, transport)
-
-
 def stream(plan: RankPlan, source: Tensors, transport: Transport) -> Iterator[tuple[str, Tensor]]:
-    """The rollout rank's parameters one after another, in no particular order, each as soon as all of it is there.
+    """Yield the parameters that the plan brings to this rank, in no particular order, each as soon as it is whole.
 
     With a plan for `whole_model` these are Hugging Face tensors. Besides the two buckets, memory goes to tensors of
     which a part has come; those that the rank holds already are handed over as they are. All ranks must iterate to the
     end, also those that get nothing.
 
     Args:
-        source: as for `fill`.
+        source: this rank's Megatron parameters by name, contiguous, those that its `TrainingRank` lists.
     """
     missing = Counter(piece.target.parameter for e in plan.rounds for ps in e.receives.values() for piece in ps)
     local: dict[str, list[Piece]] = {}
@@ -68,14 +52,14 @@ def stream(plan: RankPlan, source: Tensors, transport: Transport) -> Iterator[tu
 
 
 def view(tensors: Tensors, place: Place, box: Box) -> Tensor:
-    """The box [rows, columns] where it lies in its parameter."""
+    """Return the box [rows, columns] where it lies in its parameter."""
     rows = slice(place.row, place.row + box.bottom - box.top)
     columns = slice(place.column, place.column + box.right - box.left)
     return as_matrix(tensors[place.parameter])[rows, columns]
 
 
 class _Buckets:
-    """Memory for the largest round: one bucket to send, one to receive."""
+    """Holds memory for the largest round: one bucket to send, one to receive."""
 
     def __init__(self, plan: RankPlan, source: Tensors) -> None:
         example = next(iter(source.values()))
@@ -101,13 +85,13 @@ def _size(lists: Iterable[list[Piece]]) -> int:
 
 
 def _parts(bucket: Tensor, pieces: dict[int, list[Piece]]) -> dict[int, Tensor]:
-    """A stretch of the bucket for each rank."""
+    """Return a stretch of the bucket for each rank."""
     sizes = [_size([of_rank]) for of_rank in pieces.values()]
     return dict(zip(pieces, bucket[: sum(sizes)].split(sizes)))
 
 
 def _boxes(buffer: Tensor, pieces: list[Piece]) -> Iterator[tuple[Piece, Tensor]]:
-    """Each piece's part of a buffer, as a matrix."""
+    """Yield each piece with its part of a buffer, as a matrix."""
     parts = buffer.split([piece.box.size for piece in pieces])
     return ((piece, part.view(piece.box.bottom - piece.box.top, -1)) for piece, part in zip(pieces, parts))
 
@@ -124,7 +108,7 @@ def _clear_padding(parameter: Parameter, tensor: Tensor) -> None:
 
 
 def _from_here(parameter: Parameter, pieces: list[Piece], source: Tensors) -> Tensor:
-    """A parameter of which nothing travels: the rank's own tensor where that is the same, else assembled."""
+    """Return a parameter of which nothing travels: the rank's own tensor where that is the same, else assembled."""
     if len(pieces) == 1:
         own = source[pieces[0].source.parameter]
         if tuple(own.shape) == parameter.shape and pieces[0].box.size == own.numel():
@@ -133,7 +117,7 @@ def _from_here(parameter: Parameter, pieces: list[Piece], source: Tensors) -> Te
 
 
 def _assembled(parameter: Parameter, local: list[Piece], source: Tensors) -> Tensor:
-    """A fresh tensor with what the rank holds itself in place."""
+    """Return a fresh tensor with what the rank holds itself in place."""
     example = next(iter(source.values()))
     tensor = example.new_empty(parameter.shape)
     _clear_padding(parameter, tensor)

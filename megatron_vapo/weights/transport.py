@@ -1,4 +1,4 @@
-"""How buffers get from rank to rank."""
+"""Moves buffers from rank to rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Transport(Protocol):
-    """Point-to-point messages between the ranks of a weight sync."""
+    """Exchanges point-to-point messages between ranks."""
 
     def exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
         """Send each buffer to its rank and fill each buffer from its rank; returns when all are free to be used.
@@ -24,7 +24,7 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """torch.distributed's batched isend and irecv, over gloo or NCCL, between all processes of the world."""
+    """Uses torch.distributed's batched isend and irecv, over gloo or NCCL, between all processes of the world."""
 
     def exchange(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
         """See `Transport.exchange`."""

@@ -99,6 +99,16 @@ def test_sizes_are_those_of_the_numbers(train_actor, folder: Path, name: str) ->
 
 
 @pytest.mark.slow
+def test_a_model_without_trainer_holds_parameters_only(make_actor, folder: Path, batch) -> None:
+    model = make_actor(folder, ActorConfig(micro_batch_tokens=40, offload=ALL), torch.bfloat16)
+    size = 2 * sum(p.numel() for p in model.modules[0].parameters())
+    model.offloader.keep()
+    assert set(model.offloader.resident().values()) == {0}
+    model.forward(batch)
+    assert model.offloader.resident() == {kind: size * (kind == "parameters") for kind in KINDS}
+    assert not any(hasattr(p, "main_grad") or p.grad is not None for p in model.modules[0].parameters())
+
+
 @pytest.mark.parametrize("name", ROLES)
 def test_training_in_between_is_the_same(train_actor, folder: Path, batch, name: str) -> None:
     moved, stays = make(train_actor, folder, name), make(train_actor, folder, name, OffloadConfig())

@@ -59,8 +59,11 @@ def load_and_save(folder: Path, layout: dict[str, object], batch: Experience) ->
     load_parameters(trainer.model, folder / "megatron")
     trainer.reset_optimizer()
     source = HFFolder(folder / "hf")
+    seen = []
     for name, tensor in hf_tensors(trainer.model):
         assert torch.equal(tensor, source.read(name)), (folder.name, name)
+        seen.append(name)
+    assert sorted(seen) == (sorted(source.names) if dist.get_rank() == 0 else []), folder.name
     # Fills the optimizer states, which the saved checkpoint then holds too.
     trainer.update(batch, lambda outputs, index: (outputs[0].sum(), {"loss": outputs[0].sum()}))
     if dist.get_rank() == 0:

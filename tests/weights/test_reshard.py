@@ -18,11 +18,11 @@ from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import checksum, verify
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards, whole_model
 from megatron_vapo.weights.families import FAMILIES
-from megatron_vapo.weights.reshard import RankPlan, ReshardPlan, make_plan
+from megatron_vapo.weights.reshard import ReshardPlan, make_plan
 from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
-from megatron_vapo.weights.transfer import fill, stream
+from megatron_vapo.weights.transfer import stream
 from tests.weights.golden_engine import golden
 
 BUCKET = 200
@@ -148,10 +148,6 @@ def same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], expected[name]), name
 
 
-def empty_targets(plan: RankPlan, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {p.name: torch.full(p.shape, float("nan"), dtype=dtype) for p in plan.targets}
-
-
 @given(st.data())
 @settings(max_examples=60)
 def test_engine_shards_equal_gathering_everything(data: st.DataObject) -> None:
@@ -161,8 +157,7 @@ def test_engine_shards_equal_gathering_everything(data: st.DataObject) -> None:
 
     def work(rank: int, transport: FakeTransport) -> dict[str, Tensor]:
         mine = plan.of(rank)
-        targets = empty_targets(mine, case.dtype)
-        fill(mine, case.sources[rank], targets, transport)
+        targets = dict(stream(mine, case.sources[rank], transport))
         verify(mine, case.sources[rank], targets.items(), transport)
         return targets
 
@@ -299,8 +294,7 @@ def test_checksums_find_a_damaged_engine(damage: str) -> None:
 
     def work(rank: int, transport: FakeTransport) -> None:
         mine, source = plan.of(rank), held(a, ranks[rank], tensors)
-        targets = empty_targets(mine, torch.bfloat16)
-        fill(mine, source, targets, transport)
+        targets = dict(stream(mine, source, transport))
         if rank == 1:
             o_proj = targets["model.layers.1.self_attn.o_proj.weight"]
             if damage == "swap rows":
