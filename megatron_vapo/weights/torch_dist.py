@@ -15,7 +15,7 @@ import json
 import os
 import pickle
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class TorchDistWriter:
         self._folder, self._file_bytes = folder, file_bytes
         self._metadata = Metadata(state_dict_metadata={}, storage_data={}, version=CURRENT_DCP_VERSION)
         self._metadata.storage_meta = StorageMeta(save_id="converted")
+        self._tensors: dict[str, TensorStorageMetadata] = {}
         self._files = 0
         self._file: BinaryIO | None = None
 
@@ -63,11 +64,11 @@ class TorchDistWriter:
 
     def add_tensor(self, key: str, shape: tuple[int, ...], offsets: tuple[int, ...], piece: Tensor) -> None:
         """Write one piece of the tensor `key`, which has `shape` as a whole. All pieces have the same dtype."""
-        tensors = self._metadata.state_dict_metadata
-        if key not in tensors:
-            tensors[key] = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(shape), [])
-        assert tensors[key].properties.dtype == piece.dtype, f"{key}: {piece.dtype}"
-        tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
+        if key not in self._tensors:
+            whole = TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(shape), [])
+            self._tensors[key] = self._metadata.state_dict_metadata[key] = whole
+        assert self._tensors[key].properties.dtype == piece.dtype, f"{key}: {piece.dtype}"
+        self._tensors[key].chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
         # Saving a view would write all of its storage.
         minimal = piece if piece.is_contiguous() and piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
         self._write(MetadataIndex(key, offsets), minimal)
@@ -190,7 +191,7 @@ class TorchDistReader:
         path = self.folder / info.relative_path
         with path.open("rb") as file:
             try:
-                tensor = torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
+                tensor = torch.load(_part_of(file, info.offset, info.length), weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
                 raise CheckpointError(f"{path}: damaged where {key} should be: {_line(error)}") from error
         # torch.load leaves a reference cycle that holds the tensor's memory until the collector comes by, and it counts
@@ -232,10 +233,14 @@ class _DescriptionsOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's description")
 
 
+def _part_of(file: BinaryIO, offset: int, length: int) -> IO[bytes]:
+    return cast(IO[bytes], _create_file_view(cast(io.IOBase, file), offset, length))
+
+
 def _read_plain(path: Path, offset: int, length: int) -> Any:
     try:
         with path.open("rb") as file:
-            return torch.load(_create_file_view(file, offset, length), weights_only=True)
+            return torch.load(_part_of(file, offset, length), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{path}: damaged, or more than plain values: {_line(error)}") from error
 
