@@ -50,7 +50,7 @@ def verify(plan: RankPlan, source: Tensors, held: Iterable[tuple[str, Tensor]], 
 
 def digest(tensor: Tensor) -> str:
     """Return the first 64 bits of SHA-256 of a tensor's bytes, as SGLang's weight checker gives them on CPU."""
-    return hashlib.sha256(memoryview(as_bytes(tensor.cpu()))).hexdigest()[:16]
+    return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()[:16]
 
 
 @torch.no_grad()
