@@ -66,6 +66,7 @@ def test_an_abort_leaves_the_rest_unwritten():
     assert written[1:] == [(1, "abort"), (2, "abort")]
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_it(
     make_checkpoint: Callable[..., Path], tiny_problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -157,6 +157,7 @@ def compare(ours: Tensor, theirs: Tensor, model: torch.nn.Module) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_it_learns(capsys):
     """The reward rises from guessing to nearly always right within half of the steps that the file shows."""
     rewards = example.train(steps=20, seed=1)
