@@ -19,10 +19,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_vapo.checkpoint.checkpoints import find_damage
 from megatron_vapo.cli import main
 from megatron_vapo.recipe.schema import SCHEMA
-from megatron_vapo.runtime.manifest import read_manifest, seal
+from megatron_vapo.runtime.manifest import find_damage, read_manifest, write_manifest
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +204,7 @@ def test_checkpoint_folders(
     for name, content in (contents | {"state.json": b"{}", "sampling.pt": b"-", "recipe.yaml": b"a: 1"}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    seal(folder, {})
+    write_manifest(folder, {})
     assert find_damage(folder) == []
     path = folder / data.draw(st.sampled_from([*sorted(read_manifest(folder)), "manifest.json"]))
     before = path.read_bytes()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Message, Prompt, parse_row, read_rows
 from megatron_vapo.errors import DataError, RecipeError, UserError
-from megatron_vapo.observe.files import replace_text
+from megatron_vapo.runtime.durable import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ def prepare(options: argparse.Namespace) -> None:
         _write(options.out / f"{path.stem}.jsonl", training)
         if held_out:
             _write(options.out / f"{path.stem}-heldout.jsonl", held_out)
-    replace_text(options.out / "report.json", json.dumps({n: vars(r) for n, r in reports.items()}, indent=2) + "\n")
+    write_text(options.out / "report.json", json.dumps({n: vars(r) for n, r in reports.items()}, indent=2) + "\n")
     for name, report in reports.items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "nothing"
         print(f"{name}: {report.rows} rows, {report.kept} kept; dropped: {dropped}")
@@ -154,7 +154,7 @@ def _lengths(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _write(path: Path, prompts: list[Prompt]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+    write_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
 
 
 def _row(prompt: Prompt) -> dict[str, object]:

@@ -9,16 +9,13 @@
             manifest.json       size and SHA-256 of every file above
         latest -> step_000020
 
-A folder ends in `.part` until all its files are on disk (fsync), were read back for the manifest, and the manifest is
-there; then it is renamed. Nothing older is removed before that.
+Written as `runtime.durable` says; nothing older is removed before the new one is complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -32,13 +29,15 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
 from megatron_vapo.data.position import SamplingPosition
-from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
+from megatron_vapo.errors import CheckpointError, MachineError, first_line
 from megatron_vapo.models.checkpointing import Save, load_trainer
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first_rank
-from megatron_vapo.runtime.manifest import Entry, damage, describe, read_manifest, seal, sync
+from megatron_vapo.runtime.durable import begin_folder, clean_up, finish_folder, point_link, remove, remove_folder
+from megatron_vapo.runtime.manifest import Entry, describe, refuse_damaged
 
 _NAME = re.compile(r"(step|pretrain)_\d{6,}")
+_STATE, _RECIPE, _SAMPLING = "state.json", "recipe.yaml", "sampling.pt"
 
 
 class Checkpoints:
@@ -78,15 +77,14 @@ class Checkpoints:
         """
         self.settle(wait=True)
         state = snapshot.state
-        part = self.folder / f"{state.name}.part"
         final = self.folder / state.name
         if on_first_rank(lambda: final.exists() and read_state(final) == state):
             return
         generators = gather_objects(snapshot.generators)
         try:
-            on_first_rank(lambda: self._begin(part, snapshot, generators))
-        except OSError as error:
-            self._failed(part, first_line(error))
+            part = on_first_rank(lambda: self._begin(final, snapshot, generators))
+        except (MachineError, OSError) as error:
+            self._failed(final, first_line(error))
             return
         saves = [Save(trainer, part / role) for role, trainer in self._trainers.items()]
         self._pending = _Pending(part, final, state, saves)
@@ -115,7 +113,7 @@ class Checkpoints:
         described = gather_objects((pending.described, pending.error))
         for rank, (_, error) in enumerate(described):
             if error:
-                self._failed(pending.part, f"rank {rank}: {error}")
+                self._failed(pending.final, f"rank {rank}: {error}")
                 return None
         for save in pending.saves:
             save.finish()
@@ -123,7 +121,7 @@ class Checkpoints:
         try:
             on_first_rank(lambda: self._publish(pending, entries))
         except OSError as error:
-            self._failed(pending.part, first_line(error))
+            self._failed(pending.final, first_line(error))
             return None
         self._note(f"checkpoint saved: {pending.final}")
         return pending.state
@@ -140,7 +138,7 @@ class Checkpoints:
         damaged = 0
         for checkpoint in reversed(on_first_rank(lambda: checkpoints(self.folder))):
             try:
-                refuse_damaged(checkpoint)
+                refuse_damaged(checkpoint, required=(_STATE, _RECIPE, _SAMPLING))
                 return self._load(checkpoint)
             except CheckpointError as error:
                 if not self._settings.resume_older:
@@ -154,47 +152,33 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder}: no checkpoint is left that is whole; --restart trains anew")
         return None
 
-    def _begin(self, part: Path, snapshot: Snapshot, generators: list[Any]) -> None:
-        """On the first rank: the folder with all that is small."""
-        self._check_space()
-        shutil.rmtree(part, ignore_errors=True)
+    def _begin(self, final: Path, snapshot: Snapshot, generators: list[Any]) -> Path:
+        """Make, on the first rank, the folder to fill, with all that is small. Another checkpoint is as large as the
+        newest."""
+        newest = checkpoints(self.folder)[-1:]
+        part = begin_folder(final, sum(path.stat().st_size for folder in newest for path in folder.rglob("*")))
         for role in self._trainers:
-            (part / role).mkdir(parents=True)
+            (part / role).mkdir()
         state = asdict(snapshot.state) | {"prompt_order": snapshot.position.order}
-        (part / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        (part / "recipe.yaml").write_text(self._recipe, encoding="utf-8")
-        sampling = {"unfinished": snapshot.position.unfinished, "generators": generators}
-        torch.save(sampling, part / "sampling.pt")
-
-    def _check_space(self) -> None:
-        """A disk without room for another checkpoint is found before anything is written."""
-        found = checkpoints(self.folder)
-        if found:
-            needed = sum(path.stat().st_size for path in found[-1].rglob("*"))
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                raise OSError(f"no space: a checkpoint takes {needed} bytes, {free} are free")
+        (part / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        (part / _RECIPE).write_text(self._recipe, encoding="utf-8")
+        torch.save({"unfinished": snapshot.position.unfinished, "generators": generators}, part / _SAMPLING)
+        return part
 
     def _publish(self, pending: _Pending, entries: dict[str, Entry]) -> None:
-        """On the first rank: manifest, final name, `latest`, and only then the removal of what is no longer kept."""
-        seal(pending.part, entries)
-        replaced = pending.final.with_name(f"{pending.final.name}.old")
-        if pending.final.exists():
-            pending.final.rename(replaced)
-        pending.part.rename(pending.final)
+        """Give it, on the first rank, its name, then move `latest`, and only then remove what is no longer kept."""
+        finish_folder(pending.final, entries)
         _point_latest(pending.final)
-        sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
         kept = kept_checkpoints(self.folder, self._settings)
         for path in checkpoints(self.folder):
             if path not in kept:
-                shutil.rmtree(path)
+                remove_folder(path)
 
-    def _failed(self, part: Path, reason: str) -> None:
-        on_first_rank(lambda: shutil.rmtree(part, ignore_errors=True))
+    def _failed(self, final: Path, reason: str) -> None:
+        on_first_rank(lambda: clean_up(final))
         found = on_first_rank(lambda: checkpoints(self.folder))
         last = f"the last complete one is {found[-1]}" if found else "there is none yet"
-        text = f"checkpoint {part.stem} could not be saved: {reason}; {last}"
+        text = f"checkpoint {final.name} could not be saved: {reason}; {last}"
         if self._settings.failed_save == "stop":
             raise MachineError(f"{text}. checkpoint.failed_save=continue would train on")
         self._note(f"WARNING: {text}")
@@ -202,7 +186,7 @@ class Checkpoints:
     def _load(self, checkpoint: Path) -> Snapshot:
         for role, trainer in self._trainers.items():
             load_trainer(trainer, checkpoint / role)
-        unfinished, generators = torch.load(checkpoint / "sampling.pt", weights_only=True).values()
+        unfinished, generators = torch.load(checkpoint / _SAMPLING, weights_only=True).values()
         on_first_rank(lambda: _point_latest(checkpoint))
         self._note(f"resumed from {checkpoint}")
         mine = generators[dist.get_rank()] if len(generators) == dist.get_world_size() else None
@@ -254,30 +238,6 @@ def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:
     return kept
 
 
-def refuse_damaged(checkpoint: Path) -> None:
-    """Compare a checkpoint with its manifest. All ranks together.
-
-    Raises:
-        CheckpointError: names the files.
-    """
-    problems = find_damage(checkpoint)
-    if problems:
-        raise CheckpointError(f"{checkpoint} is damaged: {few(problems, limit=3, separator='; ')}")
-
-
-def find_damage(checkpoint: Path) -> list[str]:
-    """What differs from the manifest, one line a file; all ranks together, each reads a share of the files."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    try:
-        entries = sorted(read_manifest(checkpoint).items())
-        required = {"state.json", "sampling.pt", "recipe.yaml"} - {name for name, _ in entries}
-        found = [f"{checkpoint / 'manifest.json'} does not list {name}" for name in sorted(required) if rank == 0]
-        found += damage(checkpoint, entries[rank::world])
-    except (ValueError, OSError) as error:
-        found = [str(error)] if rank == 0 else []
-    return [line for share in gather_objects(found) for line in share]
-
-
 def read_state(checkpoint: Path) -> RunState:
     """Return the state that a checkpoint holds."""
     saved = _read_state(checkpoint)
@@ -285,7 +245,7 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state.json"
+    path = checkpoint / _STATE
     wanted = {field.name for field in fields(RunState)} | {"prompt_order"}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -295,25 +255,17 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what a run that died left half done, and give back its name to what was just being replaced."""
+    """Remove what a run that died left half done, and complete what it was replacing."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.part"):
-        shutil.rmtree(path)
-    for path in folder.glob("*.old"):
-        if (folder / path.stem).exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(folder / path.stem)
+    for path in [*folder.glob("*.part"), *folder.glob("*.old")]:
+        clean_up(folder / path.stem)
 
 
 def _set_aside(checkpoint: Path) -> None:
     aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     checkpoint.rename(aside)
 
 
 def _point_latest(checkpoint: Path) -> None:
-    beside = checkpoint.parent / "latest.tmp"
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(checkpoint.name)
-    os.replace(beside, checkpoint.parent / "latest")
+    point_link(checkpoint.parent / "latest", checkpoint.name)

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-
-import torch.distributed as dist
 
 from megatron_vapo.models.checkpointing import load_parameters, load_trainer, save_trainer
 from megatron_vapo.models.trainer import Trainer
-from megatron_vapo.runtime.collectives import barrier
+from megatron_vapo.runtime.collectives import on_first_rank
+from megatron_vapo.runtime.durable import begin_folder, finish_folder
+from megatron_vapo.runtime.manifest import refuse_damaged
 
 
 def save_pretrained_critic(critic: Trainer, folder: Path) -> None:
-    """Write the critic, in place of one that is there; all ranks together."""
-    part = folder.with_name(f"{folder.name}.part")
-    if dist.get_rank() == 0:
-        for old in (folder, part):
-            shutil.rmtree(old, ignore_errors=True)
-        part.mkdir(parents=True)
-    barrier()
-    save_trainer(critic, part)
-    if dist.get_rank() == 0:
-        part.rename(folder)
-    barrier()
+    """Write the critic, in place of one that is there; all ranks together.
+
+    Raises:
+        MachineError: it could not be written.
+    """
+    save_trainer(critic, on_first_rank(lambda: begin_folder(folder)))
+    on_first_rank(lambda: finish_folder(folder))
 
 
 def load_pretrained_critic(critic: Trainer, folder: Path, with_optimizer: bool) -> None:
-    """Read what `save_pretrained_critic` wrote, under whatever layout; all ranks together."""
+    """Read what `save_pretrained_critic` wrote, under whatever layout, or a critic that tools/convert_hf_to_megatron.py
+    made of a reward model; all ranks together.
+
+    Args:
+        with_optimizer: also take optimizer states and schedule; else start with fresh ones.
+
+    Raises:
+        CheckpointError: it is damaged (the files are named), or none of this critic.
+    """
+    refuse_damaged(folder)
     if with_optimizer:
         load_trainer(critic, folder)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +15,9 @@ from omegaconf import OmegaConf
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
-from megatron_vapo.observe.files import replace_text
 from megatron_vapo.recipe.load import MOVED, to_yaml
 from megatron_vapo.recipe.schema import SCHEMA
+from megatron_vapo.runtime.durable import remove, write_text
 
 _RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
 _MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
@@ -49,7 +48,7 @@ def open_run_folder(
         summary = _read_summary(folder)
         if summary is not None and recipe.ends_at(summary["steps"], summary["sampled_tokens"]):
             return summary
-    replace_text(folder / _RECIPE, _MARK + to_yaml(recipe))
+    write_text(folder / _RECIPE, _MARK + to_yaml(recipe))
     return None
 
 
@@ -143,7 +142,5 @@ def _read_summary(folder: Path) -> dict[str, Any] | None:
 def _empty(folder: Path) -> None:
     """Delete what is in the folder, not the folder itself, which may be a link to another disk."""
     for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != _LOCK:
-            entry.unlink()
+        if entry.name != _LOCK:
+            remove(entry)

@@ -17,6 +17,7 @@ from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
+from megatron_vapo.runtime.manifest import refuse_damaged
 from megatron_vapo.weights.hf_folder import HFFolder
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     import torch
 
     cpu_backend.install()
-    from megatron_vapo.checkpoint.checkpoints import refuse_damaged
     from megatron_vapo.models.layout import init_world
     from megatron_vapo.rewards.scorer import RewardScorer
     from megatron_vapo.sampling.evaluation import evaluate

@@ -5,7 +5,6 @@ Legend: B responses, T response tokens of the batch, N tokens of prompts and res
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from megatron_vapo.runtime.durable import new_file
 
 Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns"]
 """The tensors that phases after rollout add to a batch."""
@@ -97,12 +98,9 @@ class Experience:
         return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
 
     def save(self, path: Path) -> None:
-        """Write all tensors that are set to a safetensors file; it has its name only once complete and on disk."""
-        part = path.with_suffix(".part")
-        save_file({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.rename(path)
+        """Write all tensors that are set to a safetensors file, whole or not at all."""
+        with new_file(path) as part:
+            save_file({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}, part)
 
     @staticmethod
     def load(path: Path) -> Experience:

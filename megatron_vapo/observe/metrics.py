@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from megatron_vapo.errors import RecipeError, UserError
-from megatron_vapo.observe.files import complete_lines, replace_text, to_json
+from megatron_vapo.observe.files import complete_lines, to_json
+from megatron_vapo.runtime.durable import write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -116,7 +117,7 @@ def _drop_records(path: Path, start_at: Mapping[Kind, int]) -> None:
         return
     lines = [(line, json.loads(line)) for line in complete_lines(path)]
     kept = [line + "\n" for line, record in lines if record["step"] < start_at.get(record["kind"], math.inf)]
-    replace_text(path, "".join(kept))
+    write_text(path, "".join(kept))
 
 
 class _Wandb:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megatron_vapo.errors import UserError
-from megatron_vapo.observe.files import replace_text, to_json
+from megatron_vapo.observe.files import to_json
 from megatron_vapo.observe.metrics import KINDS, Kind, read_metrics
+from megatron_vapo.runtime.durable import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,7 +123,7 @@ def compare_curves(run_folders: Sequence[Path], labels: Sequence[str], out: Path
 def write_summary(run_folder: Path, **fields: Any) -> Path:
     """Write `summary.json`: the outcome of a run in numbers (`accuracy_before`, `accuracy_after`, `steps`, ...)."""
     path = run_folder / "summary.json"
-    replace_text(path, to_json(fields, indent=2) + "\n")
+    write_text(path, to_json(fields, indent=2) + "\n")
     return path
 
 
@@ -135,7 +136,7 @@ def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]]
     path.parent.mkdir(parents=True, exist_ok=True)
     count = min(limit, len(rows))
     chosen = [rows[index * len(rows) // count] for index in range(count)]
-    replace_text(path, "".join(to_json(row) + "\n" for row in chosen))
+    write_text(path, "".join(to_json(row) + "\n" for row in chosen))
     return path
 
 

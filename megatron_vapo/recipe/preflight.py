@@ -15,10 +15,11 @@ import torch
 
 from megatron_vapo.config import ActorConfig, CriticConfig, Recipe, RoleConfig
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, tokenize_prompts
-from megatron_vapo.errors import CheckpointError, LayoutError, RecipeError, first_line
+from megatron_vapo.errors import CheckpointError, LayoutError, RecipeError, few, first_line
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.rewards import Reward, get_reward
+from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.runtime.versions import check_megatron
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_shards
@@ -235,11 +236,15 @@ def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architect
 
 
 def _check_pretrained_critic(folder: str | None) -> None:
-    if folder is not None and not (Path(folder) / "metadata.json").is_file():
-        raise CheckpointError(
-            f"value_pretraining.checkpoint={folder}: no pretrained critic there; name RUN/critic_pretrained of an "
-            f"earlier run, or write null to pretrain anew"
-        )
+    """Compare the sizes of its files with its manifest; their contents are compared where they are loaded."""
+    if folder is None:
+        return
+    advice = "name RUN/critic_pretrained of an earlier run, or write null to pretrain anew"
+    if not (Path(folder) / "metadata.json").is_file():
+        raise CheckpointError(f"value_pretraining.checkpoint={folder}: no pretrained critic there; {advice}")
+    problems = damage(Path(folder), read_manifest(Path(folder)).items(), contents=False)
+    if problems:
+        raise CheckpointError(f"value_pretraining.checkpoint={folder}: {few(problems, 3, '; ')}; {advice}")
 
 
 def _longest_sequence(recipe: Recipe, prompts: list[Prompt]) -> int:

@@ -1,72 +1,68 @@
-"""What a folder should hold, so that damage has a name: `manifest.json` with size and SHA-256 of every other file."""
+"""The manifest of a folder, which gives damage a name: `manifest.json` with size and SHA-256 of every other file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "manifest.json"
+import torch.distributed as dist
+
+from megatron_vapo.errors import CheckpointError, few, first_line
+from megatron_vapo.runtime.collectives import gather_objects
+
+MANIFEST = "manifest.json"
 
 Entry = dict[str, Any]
 """`bytes` and `sha256` of one file."""
 
 
 def describe(path: Path) -> Entry:
-    """What is on disk now: the file is read back."""
+    """Return what is on disk now: the file is read back."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def seal(folder: Path, known: Mapping[str, Entry]) -> None:
-    """Write the manifest and sync all to disk.
+def write_manifest(folder: Path, known: Mapping[str, Entry]) -> None:
+    """Describe all files of a folder.
 
     Args:
-        known: entries of files, by their path in the folder, that others have described and synced already.
+        known: entries that others have made already, by the file's path in the folder.
     """
-    entries = dict(known)
-    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in entries:
-            sync(path)
-            entries[name] = describe(path)
-    (folder / FILE_NAME).write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n")
-    sync(folder / FILE_NAME)
-    for path in reversed(folders):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+    files = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    new = {name: path for name, path in names.items() if name not in known}
+    with ThreadPoolExecutor() as threads:
+        entries = {**known, **dict(zip(new, threads.map(describe, new.values())))}
+    text = json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
-    """Entries by path in the folder.
+    """Return the entries by the file's path in the folder.
 
     Raises:
-        ValueError: no manifest, or none that can be read; the text says which.
+        CheckpointError: no manifest, or none that can be read.
     """
-    path = folder / FILE_NAME
+    path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{path} is missing")
+        raise CheckpointError(f"{path} is missing")
     try:
         entries = json.loads(path.read_bytes())["files"]
         return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def damage(folder: Path, entries: Iterable[tuple[str, Entry]]) -> list[str]:
-    """What is wrong with these files, one line each."""
+def damage(folder: Path, entries: Iterable[tuple[str, Entry]], contents: bool = True) -> list[str]:
+    """Return what is wrong with these files, one line each.
+
+    Args:
+        contents: read the files; else only their sizes are compared.
+    """
     found = []
     for name, entry in entries:
         path = folder / name
@@ -74,6 +70,40 @@ def damage(folder: Path, entries: Iterable[tuple[str, Entry]]) -> list[str]:
             found.append(f"{path} is missing")
         elif path.stat().st_size != entry["bytes"]:
             found.append(f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif describe(path) != entry:
+        elif contents and describe(path) != entry:
             found.append(f"{path} has other contents than were written (its SHA-256 differs)")
     return found
+
+
+def find_damage(folder: Path, required: Collection[str] = ()) -> list[str]:
+    """Return what differs from the manifest, one line a file; all ranks together, each reads a share of the files.
+
+    Args:
+        required: files that the manifest must list.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        entries = sorted(read_manifest(folder).items())
+        unlisted = set(required) - {name for name, _ in entries}
+        found = [f"{folder / MANIFEST} does not list {name}" for name in sorted(unlisted) if rank == 0]
+        found += damage(folder, entries[rank::world])
+    except CheckpointError as error:
+        found = [str(error)] if rank == 0 else []
+    except OSError as error:
+        found = [f"rank {rank}: {first_line(error)}"]
+    return [line for share in gather_objects(found) for line in share]
+
+
+def refuse_damaged(folder: Path, required: Collection[str] = (), advice: str = "") -> None:
+    """Compare a folder with its manifest; all ranks together.
+
+    Args:
+        required: files that the manifest must list.
+        advice: what to do, for the end of the message.
+
+    Raises:
+        CheckpointError: names the files.
+    """
+    problems = find_damage(folder, required)
+    if problems:
+        raise CheckpointError(f"{folder} is damaged: {few(problems, limit=3, separator='; ')}{advice}")

@@ -1,8 +1,12 @@
 """Rollouts of steps that no checkpoint covers yet: a run that died after them does not sample them again.
 
-RUN/kept_rollouts/
-    train_000021.safetensors    the experience
-    train_000021.pt             what else the rollout changed (`StoredRollout`)
+    RUN/kept_rollouts/
+        train_000021/
+            experience.safetensors
+            sampling.pt             what else the rollout changed (`StoredRollout`)
+            manifest.json
+
+Written as `runtime.durable` says.
 """
 
 from __future__ import annotations
@@ -16,7 +20,10 @@ import torch
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.runtime.collectives import on_first_rank
-from megatron_vapo.runtime.manifest import sync
+from megatron_vapo.runtime.durable import new_folder, remove_folder
+from megatron_vapo.runtime.manifest import refuse_damaged
+
+_EXPERIENCE, _SAMPLING = "experience.safetensors", "sampling.pt"
 
 
 @dataclass(frozen=True)
@@ -46,42 +53,46 @@ class StoredRollout:
 
 
 class RolloutStore:
-    """All ranks call `load` together; `save` and `drop` are the first rank's."""
+    """Stores rollouts in RUN/kept_rollouts. All ranks call `load` together; only the first calls `save` and `drop`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, name: str, position: SamplingPosition, world: int) -> StoredRollout | None:
-        """Return the rollout of a step, if as many processes stored one and it starts where sampling is now."""
-        if not on_first_rank(lambda: self._fits(name, position, world)):
+        """Return the rollout of a step, if as many processes stored one and it starts where sampling is now.
+
+        Raises:
+            CheckpointError: it is damaged (the files are named).
+        """
+        folder = self._folder / name
+        if not on_first_rank(folder.is_dir):
             return None
-        return _stored(self._read(name), Experience.load(self._path(name, "safetensors")))
+        advice = ". Remove it, and the step is sampled anew"
+        refuse_damaged(folder, required=(_EXPERIENCE, _SAMPLING), advice=advice)
+        if not on_first_rank(lambda: _fits(_read(folder), position, world)):
+            return None
+        return _stored(_read(folder), Experience.load(folder / _EXPERIENCE))
 
     def save(self, name: str, stored: StoredRollout) -> None:
-        """Store the rollout of a step. The experience gets its name last, so where it is, the rest is."""
-        self._folder.mkdir(exist_ok=True)
-        torch.save(_sampling(stored), self._path(name, "pt"))
-        sync(self._path(name, "pt"))
-        stored.rollout.batch.save(self._path(name, "safetensors"))
+        """Store the rollout of a step, in place of one that is there."""
+        with new_folder(self._folder / name, replace=True) as part:
+            stored.rollout.batch.save(part / _EXPERIENCE)
+            torch.save(_sampling(stored), part / _SAMPLING)
 
     def drop(self, pretraining_steps: int, steps: int) -> None:
-        """Forget what a checkpoint covers."""
-        for path in self._folder.glob("*_*.*"):
-            purpose, _, number = path.stem.partition("_")
+        """Remove what a checkpoint covers."""
+        for name in {path.name.split(".")[0] for path in self._folder.glob("*_*")}:
+            purpose, number = name.split("_")
             if int(number) <= (steps if purpose == "train" else pretraining_steps):
-                path.unlink()
+                remove_folder(self._folder / name)
 
-    def _fits(self, name: str, position: SamplingPosition, world: int) -> bool:
-        if not self._path(name, "safetensors").is_file():
-            return False
-        saved = self._read(name)
-        return _same(saved["before"], asdict(position)) and len(saved["generators"]) == world
 
-    def _read(self, name: str) -> dict[str, Any]:
-        return torch.load(self._path(name, "pt"), weights_only=True)
+def _read(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / _SAMPLING, weights_only=True)
 
-    def _path(self, name: str, suffix: str) -> Path:
-        return self._folder / f"{name}.{suffix}"
+
+def _fits(saved: dict[str, Any], position: SamplingPosition, world: int) -> bool:
+    return _same(saved["before"], asdict(position)) and len(saved["generators"]) == world
 
 
 def _sampling(stored: StoredRollout) -> dict[str, Any]:

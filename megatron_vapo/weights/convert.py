@@ -34,6 +34,8 @@ Report = Callable[[int, int], None]
 _EMBEDDING = "embedding.word_embeddings.weight"
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 _ALL = 10**9
+_RESERVE = 64 * 2**20
+"""Bytes for headers, descriptions and tokenizer."""
 
 
 def hf_to_megatron(
@@ -52,7 +54,8 @@ def hf_to_megatron(
         allow_pickle: also read pytorch_model.bin, tensors only.
 
     Raises:
-        CheckpointError: bad input, no disk space, or output folder that is not empty; nothing is left behind.
+        CheckpointError: bad input, or an output folder that is not empty; nothing is left behind.
+        MachineError: not enough disk space.
     """
     architecture = read_architecture(source)
     check_is_free(Path(out))
@@ -62,7 +65,7 @@ def hf_to_megatron(
     dtypes = dict.fromkeys(shapes, dtype) if dtype else _common_dtypes(folder, architecture)
     total = sum(math.prod(shapes[key]) * dtypes[key].itemsize for key in shapes)
     done = 0
-    with new_folder(out, total) as part, TorchDistWriter(part) as writer:
+    with new_folder(out, total + _RESERVE) as part, TorchDistWriter(part) as writer:
         for entry in entries(architecture):
             where = slice_of(entry, architecture)
             parameter = shard(entry, [folder.read(name) for name in entry.hf], architecture, 0, 1)
@@ -91,7 +94,8 @@ def megatron_to_hf(
         fp8_blocks: write the weights of linear layers in FP8 with blocks of 128 x 128.
 
     Raises:
-        CheckpointError: bad input, no disk space, or output folder that is not empty; nothing is left behind.
+        CheckpointError: bad input, or an output folder that is not empty; nothing is left behind.
+        MachineError: not enough disk space.
     """
     check_is_free(Path(out))
     reader = TorchDistReader(checkpoint)
@@ -100,7 +104,7 @@ def megatron_to_hf(
     specs = list(_specs(reader, architecture, dtype, fp8_blocks))
     total = sum(spec.nbytes for spec in specs)
     done = 0
-    with new_folder(out, total) as part:
+    with new_folder(out, total + _RESERVE) as part:
         keep_files(base, part)
         _write_config(part, architecture, specs[0].dtype, fp8_blocks)
         with ShardWriter(part, specs) as writer:

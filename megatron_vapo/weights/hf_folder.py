@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError, few
+from megatron_vapo.runtime.durable import new_folder
+from megatron_vapo.runtime.manifest import MANIFEST
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import read_json
 
@@ -128,31 +130,30 @@ class HFFolder:
 
 
 def write_hf_folder(
-    folder: str | Path, tensors: Iterable[tuple[str, Tensor]], base: str | Path, shard_bytes: int = _SHARD_BYTES
+    folder: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    base: str | Path,
+    shard_bytes: int = _SHARD_BYTES,
+    replace: bool = False,
 ) -> None:
-    """Write tensors in shards beside the base model's configuration and tokenizer; atomic by a final rename.
+    """Write tensors in shards beside the base model's configuration and tokenizer, all or nothing (`runtime.durable`).
+
+    Args:
+        replace: put it in place of a folder that is there, which stays until the new one is complete.
 
     Raises:
-        CheckpointError: the folder exists and is not empty.
+        CheckpointError: the folder exists, is not empty and not to be replaced.
     """
-    folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: output folder is not empty")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write_shards(part, tensors, shard_bytes)
-    keep_files(base, part)
-    if folder.is_dir():
-        folder.rmdir()
-    part.rename(folder)
+    with new_folder(folder, replace=replace) as part:
+        _write_shards(part, tensors, shard_bytes)
+        keep_files(base, part)
 
 
 def keep_files(base: str | Path, folder: Path) -> None:
     """Copy what is not weights: configurations, tokenizer, chat template."""
     for pattern in _KEPT_FILES:
         for source in sorted(Path(base).glob(pattern)):
-            if not source.name.endswith(".index.json"):
+            if not source.name.endswith(".index.json") and source.name != MANIFEST:
                 shutil.copyfile(source, folder / source.name)
 
 

@@ -21,6 +21,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_vapo.cli import main
+from megatron_vapo.runtime.manifest import write_manifest
 from tests.records import records
 
 REWARD = "def even(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
@@ -299,8 +300,9 @@ def test_a_second_run_starts_from_the_pretrained_critic(
     [
         ("larger", ": not a checkpoint of this critic"),
         ("actor", ": a checkpoint of the actor"),
-        ("truncated", ".distcp: truncated, 1000 bytes instead of"),
-        ("incomplete", ".distcp: checkpoint file is missing"),
+        ("changed", ".distcp has other contents than were written"),
+        ("truncated", ".distcp has 1000 bytes instead of"),
+        ("incomplete", ".distcp is missing"),
     ],
 )
 def test_a_pretrained_critic_of_another_kind(
@@ -314,7 +316,10 @@ def test_a_pretrained_critic_of_another_kind(
     run, _ = trained
     source = run / "checkpoints" / "step_000002" / "actor" if critic == "actor" else run / "critic_pretrained"
     shutil.copytree(source, tmp_path / "critic")
+    write_manifest(tmp_path / "critic", {})
     for file in (tmp_path / "critic").glob("*.distcp"):
+        if critic == "changed":
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
         if critic == "truncated":
             file.write_bytes(file.read_bytes()[:1000])
         if critic == "incomplete":
@@ -325,7 +330,7 @@ def test_a_pretrained_critic_of_another_kind(
     answer = command("train", "recipe.yaml", "evaluation.data=null", *arguments)
     assert answer.code == 4
     line = answer.errors.splitlines()[-1]
-    assert line.startswith(f"megatron-vapo: {tmp_path / 'critic'}") and words in line
+    assert line.startswith("megatron-vapo: ") and str(tmp_path / "critic") in line and words in line
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ def test_rollouts_outlive_a_death_before_training_on_them(
     options = [LUCKY, f"checkpoint.rollouts={kept}", "checkpoint.async_save=false"]
     with pytest.raises(Crash):
         start(tmp_path / "run", *options, crash=("critic_update", 5))
-    assert (tmp_path / "run" / "kept_rollouts" / "train_000003.safetensors").exists() == kept
+    assert (tmp_path / "run" / "kept_rollouts" / "train_000003").exists() == kept
     sampled = Counter()
     experience = Sampler.experience
 

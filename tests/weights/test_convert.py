@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vapo.errors import CheckpointError
+from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_vapo.weights.hf_folder import HFFolder
@@ -83,7 +83,8 @@ def test_round_trip_is_bitwise_and_keeps_every_file(folder, tmp_path):
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", folder, quiet)
     same_tensors(folder, tmp_path / "back")
     others = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".safetensors"}
-    assert {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir() if p.suffix != ".safetensors"} == others
+    back = {p.name: p.read_bytes() for p in (tmp_path / "back").iterdir() if p.suffix != ".safetensors"}
+    assert back.pop("manifest.json") and back == others
     written = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
     assert seen[-1] == (written, written)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -244,8 +245,9 @@ def test_mistral_with_a_sliding_window_is_refused(make_checkpoint, tmp_path):
 
 def test_disk_space_is_checked_before_anything_is_written(copy, converted, base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    refused(copy, r"not enough disk space: 0\.07 GB are needed, 0\.00 GB are free")
-    with pytest.raises(CheckpointError, match="not enough disk space"):
+    with pytest.raises(MachineError, match=r"not enough disk space: 0\.07 GB are needed, 0\.00 GB are free"):
+        hf_to_megatron(copy, tmp_path / "deep" / "out", quiet)
+    with pytest.raises(MachineError, match="not enough disk space"):
         megatron_to_hf(converted, tmp_path / "deep" / "out", base, quiet)
     assert not (tmp_path / "deep").exists()
 

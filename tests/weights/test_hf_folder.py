@@ -160,7 +160,7 @@ def test_an_export_keeps_tokenizer_and_configuration(base, tensors, tmp_path):
     kept = {path.name: path.read_bytes() for path in base.iterdir() if path.suffix != ".safetensors"}
     written = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
     assert {"config.json", "tokenizer.json"} <= kept.keys()
-    assert written.keys() == kept.keys() | {"model.safetensors"}
+    assert written.keys() == kept.keys() | {"model.safetensors", "manifest.json"}
     assert all(written[name] == kept[name] for name in kept)
 
 
@@ -200,6 +200,8 @@ def test_only_an_empty_folder_is_written_to(base, tensors, tmp_path):
     with pytest.raises(CheckpointError, match="not empty"):
         write_hf_folder(occupied, tensors.items(), base)
     assert [path.name for path in occupied.iterdir()] == ["notes.txt"]
+    write_hf_folder(occupied, tensors.items(), base, replace=True)
+    check(occupied)
     empty = tmp_path / "empty"
     empty.mkdir()
     write_hf_folder(empty, tensors.items(), base)
