@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import read_architecture
-from megatron_vapo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 from megatron_vapo.weights.placement import stacked_shapes
 from megatron_vapo.weights.table import hf_shapes
 
@@ -60,7 +61,9 @@ def generate(folder: Path, gigabytes: float) -> None:
     one, two = (_nbytes(base, layers) for layers in (1, 2))
     layers = 1 + max(0, -(-int(gigabytes * 1e9 - one) // (two - one)))
     _nbytes(base, layers)
-    write_hf_folder(folder, _random(hf_shapes(read_architecture(base))), base, SHARD_BYTES)
+    shapes = hf_shapes(read_architecture(base))
+    specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in shapes.items()]
+    write_hf_folder(folder, specs, _random(shapes), base, SHARD_BYTES)
 
 
 def _nbytes(base: Path, layers: int) -> int:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, AlgorithmConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.runtime import cpu_backend
-from megatron_vapo.weights.fp8 import dequantise, is_quantised, quantise
+from megatron_vapo.weights.fp8 import from_blocks, goes_in_blocks, to_blocks
 
 cpu_backend.install()  # before the first import of Megatron
 
@@ -127,8 +127,8 @@ def _rounded(weights: Path, folder: Path) -> Path:
     """The model whose weights the embedded engine holds under FP8 rollout."""
     shutil.copytree(weights, folder)
     tensors = load_file(folder / "model.safetensors")
-    for name in filter(is_quantised, tensors):
-        tensors[name] = dequantise(*quantise(tensors[name]), dtype=torch.float32)
+    for name in filter(goes_in_blocks, tensors):
+        tensors[name] = from_blocks(*to_blocks(tensors[name]), dtype=torch.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

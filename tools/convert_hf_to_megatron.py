@@ -3,7 +3,7 @@
     python tools/convert_hf_to_megatron.py HF_DIR OUT [--check] [--dtype bfloat16] [--allow-pickle]
 
 A reward model (AutoModelForSequenceClassification with one label) becomes a critic. FP8 checkpoints in blocks of
-128 x 128 are dequantised.
+128 x 128 are read as bfloat16.
 """
 
 import argparse

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron_vapo.models.parameters import hf_tensors
 from megatron_vapo.models.roles import Actor
 from megatron_vapo.runtime.collectives import barrier
-from megatron_vapo.weights.hf_folder import write_hf_folder
+from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
+from megatron_vapo.weights.table import hf_shapes
 
 
 def export_actor(actor: Actor, folder: Path, like: str) -> Path:
@@ -19,9 +20,10 @@ def export_actor(actor: Actor, folder: Path, like: str) -> Path:
     Args:
         like: the Hugging Face folder that configuration and tokenizer are copied from.
     """
-    tensors = hf_tensors(actor)
+    tensors, dtype = hf_tensors(actor), actor.config.params_dtype
+    specs = [TensorSpec(name, shape, dtype) for name, shape in hf_shapes(actor.architecture).items()]
     if dist.get_rank() == 0:
-        write_hf_folder(folder, tensors, like, replace=True)
+        write_hf_folder(folder, specs, tensors, like, replace=True)
     for _ in tensors:
         pass  # what other ranks send to the first
     barrier()

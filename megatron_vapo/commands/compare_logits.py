@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
-from megatron_vapo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 
 LENGTH = 64
 
@@ -85,6 +86,8 @@ def _plain(folder: str | Path) -> Iterator[Path]:
     source = HFFolder(folder)
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary) / "plain"
-        write_hf_folder(copy, ((name, source.read(name)) for name in sorted(source.names)), folder)
+        names = sorted(source.names)
+        specs = [TensorSpec(name, source.shape(name), source.dtype(name)) for name in names]
+        write_hf_folder(copy, specs, ((name, source.read(name)) for name in names), folder)
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield copy

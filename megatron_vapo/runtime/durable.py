@@ -24,6 +24,8 @@ from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.runtime.manifest import Entry, write_manifest
 
 PART, _OLD = ".part", ".old"
+_SMALL_FILES = 64 * 2**20
+"""Bytes for headers, descriptions and tokenizer."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Constants of linux/fcntl.h and linux/fs.h."""
 
@@ -53,11 +55,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(folder: str | Path, nbytes: int = 0, replace: bool = False) -> Iterator[Path]:
+def new_folder(folder: str | Path, nbytes: int | None = None, replace: bool = False) -> Iterator[Path]:
     """Yield a folder to fill that becomes `folder` at the end, and is dropped if anything goes wrong.
 
     Args:
-        nbytes: what will be written takes this much.
+        nbytes: tensors that will be written take this much; None does not look for space.
         replace: put it in place of a folder that is there, which stays until the new one is complete.
 
     Raises:
@@ -66,7 +68,7 @@ def new_folder(folder: str | Path, nbytes: int = 0, replace: bool = False) -> It
     """
     if not replace:
         check_is_free(Path(folder))
-    part = begin_folder(folder, nbytes)
+    part = begin_folder(folder, 0 if nbytes is None else nbytes + _SMALL_FILES)
     try:
         yield part
         finish_folder(folder)

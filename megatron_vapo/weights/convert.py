@@ -21,10 +21,10 @@ from megatron_vapo.runtime.durable import check_is_free, new_folder
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.entry import Entry
-from megatron_vapo.weights.hf_folder import HFFolder, keep_files
+from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.hf_writer import ShardWriter, TensorSpec, keep_files
 from megatron_vapo.weights.pickled_folder import open_folder
 from megatron_vapo.weights.placement import StackedSlice, padded_keys, slice_of, stacked_shapes
-from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
 from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, split_whole
 from megatron_vapo.weights.torch_dist import TorchDistReader, TorchDistWriter
 
@@ -34,8 +34,6 @@ Report = Callable[[int, int], None]
 _EMBEDDING = "embedding.word_embeddings.weight"
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 _ALL = 10**9
-_RESERVE = 64 * 2**20
-"""Bytes for headers, descriptions and tokenizer."""
 
 
 def hf_to_megatron(
@@ -65,7 +63,7 @@ def hf_to_megatron(
     dtypes = dict.fromkeys(shapes, dtype) if dtype else _common_dtypes(folder, architecture)
     total = sum(math.prod(shapes[key]) * dtypes[key].itemsize for key in shapes)
     done = 0
-    with new_folder(out, total + _RESERVE) as part, TorchDistWriter(part) as writer:
+    with new_folder(out, total) as part, TorchDistWriter(part) as writer:
         for entry in entries(architecture):
             where = slice_of(entry, architecture)
             parameter = shard(entry, [folder.read(name) for name in entry.hf], architecture, 0, 1)
@@ -104,7 +102,7 @@ def megatron_to_hf(
     specs = list(_specs(reader, architecture, dtype, fp8_blocks))
     total = sum(spec.nbytes for spec in specs)
     done = 0
-    with new_folder(out, total + _RESERVE) as part:
+    with new_folder(out, total) as part:
         keep_files(base, part)
         _write_config(part, architecture, specs[0].dtype, fp8_blocks)
         with ShardWriter(part, specs) as writer:
@@ -139,8 +137,8 @@ def _read_entry(reader: TorchDistReader, entry: Entry, architecture: Architectur
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, fp8_blocks: bool) -> Iterator[tuple[str, Tensor]]:
     """A tensor as the folder holds it: one, or weight and scale."""
-    if fp8_blocks and fp8.is_quantised(name):
-        yield from zip((name, name + fp8.SCALE_SUFFIX), fp8.quantise(tensor))
+    if fp8_blocks and fp8.goes_in_blocks(name):
+        yield from zip((name, name + fp8.SCALE_SUFFIX), fp8.to_blocks(tensor))
     else:
         yield name, tensor.to(dtype or tensor.dtype)
 
@@ -152,7 +150,7 @@ def _specs(
     for entry in entries(architecture):
         held = dtype or reader.dtype(slice_of(entry, architecture).key)
         for name in entry.hf:
-            if fp8_blocks and fp8.is_quantised(name):
+            if fp8_blocks and fp8.goes_in_blocks(name):
                 yield TensorSpec(name, shapes[name], torch.float8_e4m3fn)
                 yield TensorSpec(name + fp8.SCALE_SUFFIX, fp8.scale_shape(shapes[name]), torch.float32)
             else:

@@ -25,14 +25,17 @@ READ_AS = torch.bfloat16
 """What FP8 weights are read as."""
 
 
-def is_quantised(name: str) -> bool:
-    """Whether an FP8 export quantises this tensor: linear layers; embeddings, norms, heads and routers stay."""
+def goes_in_blocks(name: str) -> bool:
+    """Return whether an FP8 export stores this tensor in blocks: linear layers; not embeddings, norms, routers."""
     return name.endswith("_proj.weight")
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [R, C] -> (e4m3 [R, C], scale_inv [r, c] float32). Extra memory is the result and one strip of blocks."""
-    quantised = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+def to_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the codes [R, C] in e4m3 and scale_inv [r, c] in float32 of a weight [R, C].
+
+    Extra memory is the result and one strip of blocks.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scales = torch.empty(scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
     for i, strip in enumerate(weight.split(BLOCK)):
         strip = strip.float()
@@ -43,62 +46,62 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         scales[i] = torch.where(largest > 0, largest / torch.full_like(largest, E4M3_MAX), 1.0)
         # Rounding may put the largest number of a block a little above the format's largest, which would become NaN.
         scaled = (strip / _spread(scales[i], strip)).clamp(-E4M3_MAX, E4M3_MAX)
-        quantised[i * BLOCK : i * BLOCK + len(strip)] = scaled.to(torch.float8_e4m3fn)
-    return quantised, scales
+        codes[i * BLOCK : i * BLOCK + len(strip)] = scaled.to(torch.float8_e4m3fn)
+    return codes, scales
 
 
-def dequantise(quantised: Tensor, scale_inv: Tensor, dtype: torch.dtype = READ_AS) -> Tensor:
-    """e4m3 [R, C] and scale_inv [r, c] -> [R, C]."""
-    weight = torch.empty(quantised.shape, dtype=dtype, device=quantised.device)
-    for i, strip in enumerate(quantised.split(BLOCK)):
+def from_blocks(codes: Tensor, scale_inv: Tensor, dtype: torch.dtype = READ_AS) -> Tensor:
+    """Return the weight [R, C] that codes [R, C] in e4m3 and scale_inv [r, c] stand for."""
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for i, strip in enumerate(codes.split(BLOCK)):
         weight[i * BLOCK : i * BLOCK + len(strip)] = strip.float() * _spread(scale_inv[i].float(), strip)
     return weight
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[R, C] -> [r, c]."""
+    """Return the shape [r, c] of the scales of a weight [R, C]."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 Form = Callable[[Parameter, Tensor], Iterator[tuple[str, Tensor]]]
-"""What an engine holds of one of its parameters, given it in full precision."""
+"""Yields what an engine holds of one of its parameters, given it in full precision."""
 
 
 def in_full(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The parameter itself."""
+    """Yield the parameter itself."""
     yield parameter.name, tensor
 
 
 def in_blocks(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A linear layer's codes [.., R, C] and scales [.., r, c], others as they are: what a server holds that has loaded
-    and cut an FP8 checkpoint, where no cut goes through a block (`check_cuts`)."""
-    if not is_quantised(parameter.boxes[0].tensor):
+    """Yield a linear layer's codes [.., R, C] and scales [.., r, c], others as they are: what a server holds that has
+    loaded and cut an FP8 checkpoint, where no cut goes through a block (`check_cuts`)."""
+    if not goes_in_blocks(parameter.boxes[0].tensor):
         yield parameter.name, tensor
         return
-    codes, scales = quantise(as_matrix(tensor.contiguous()))
+    codes, scales = to_blocks(as_matrix(tensor.contiguous()))
     yield parameter.name, codes.view(tensor.shape)
     leading = tensor.shape[:-2]
     yield parameter.name + SCALE_SUFFIX, scales.view(*leading, len(scales) // max(1, math.prod(leading)), -1)
 
 
 def bytes_in_blocks(parameter: Parameter, itemsize: int) -> int:
-    """Bytes of what `in_blocks` makes of a parameter whose numbers have `itemsize` bytes."""
+    """Return the bytes of what `in_blocks` makes of a parameter whose numbers have `itemsize` bytes."""
     numbers = math.prod(parameter.shape)
-    if not is_quantised(parameter.boxes[0].tensor):
+    if not goes_in_blocks(parameter.boxes[0].tensor):
         return numbers * itemsize
     scales = scale_shape((math.prod(parameter.shape[:-1]), parameter.shape[-1]))
     return numbers * torch.float8_e4m3fn.itemsize + math.prod(scales) * torch.float32.itemsize
 
 
 def rounded_in_blocks(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What `in_blocks` stands for, in the parameter's own dtype: for whole tensors in an engine without FP8."""
-    if is_quantised(parameter.name):
-        tensor = dequantise(*quantise(tensor), dtype=tensor.dtype)
+    """Yield what `in_blocks` stands for, in the parameter's own dtype: for whole tensors in an engine without FP8."""
+    if goes_in_blocks(parameter.name):
+        tensor = from_blocks(*to_blocks(tensor), dtype=tensor.dtype)
     yield parameter.name, tensor
 
 
 def whole_tensors(form: Form, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The form of each Hugging Face tensor, for engines that load those."""
+    """Yield the form of each Hugging Face tensor, for engines that load those."""
     for name, tensor in tensors:
         shape = tuple(tensor.shape)
         yield from form(Parameter(name, shape, (whole(name, {name: shape}),)), tensor)
@@ -115,7 +118,7 @@ def check_cuts(parameters: Iterable[Parameter], shapes: Shapes) -> None:
         LayoutError: names the parameter and what to change.
     """
     for parameter in parameters:
-        for box in filter(lambda box: is_quantised(box.tensor), parameter.boxes):
+        for box in filter(lambda box: goes_in_blocks(box.tensor), parameter.boxes):
             entire = whole(box.tensor, shapes)
             size = (box.bottom - box.top, box.right - box.left)
             uneven = (
@@ -131,7 +134,7 @@ def check_cuts(parameters: Iterable[Parameter], shapes: Shapes) -> None:
 
 
 def quantization_config(architecture: Architecture) -> dict[str, Any]:
-    """What config.json says of such a checkpoint."""
+    """Return what config.json says of such a checkpoint."""
     kept = ["score" if architecture.classifier else "lm_head"]
     if architecture.experts:
         kept += [f"model.layers.{i}.mlp.gate" for i in range(architecture.layers)]
@@ -145,5 +148,5 @@ def quantization_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def _spread(scales: Tensor, strip: Tensor) -> Tensor:
-    """[c] -> [C]: each column's scale."""
+    """Return each column's scale [C] of the scales [c]."""
     return scales.repeat_interleave(BLOCK)[: strip.shape[1]]

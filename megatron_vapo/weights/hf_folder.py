@@ -1,28 +1,19 @@
-"""Hugging Face checkpoint folders: read tensor by tensor, checked before anything is loaded, written atomically."""
+"""Hugging Face checkpoint folders: read tensor by tensor, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError, few
-from megatron_vapo.runtime.durable import new_folder
-from megatron_vapo.runtime.manifest import MANIFEST
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import read_json
 
-_SHARD_BYTES = 5 * 2**30
 _HEAD = "lm_head.weight"
 """May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
-_KEPT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Files of the base model that an export keeps: configurations, tokenizer, chat template."""
 
 
 class HFFolder:
@@ -79,23 +70,23 @@ class HFFolder:
             return file.get_slice(name)[:0].dtype
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, dequantised where it is stored in FP8."""
+        """Return a tensor, in bfloat16 where it is stored in FP8."""
         if name + fp8.SCALE_SUFFIX in self._files:
-            return self._dequantised(name)
+            return self._from_blocks(name)
         return self._stored(name)
 
     def _stored(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def _dequantised(self, name: str) -> Tensor:
+    def _from_blocks(self, name: str) -> Tensor:
         weight, scale = self._stored(name), self._stored(name + fp8.SCALE_SUFFIX)
         if scale.shape != fp8.scale_shape(weight.shape):
             raise CheckpointError(
                 f"{self._files[name]}: {name}{fp8.SCALE_SUFFIX} {tuple(scale.shape)}: only FP8 in blocks of "
                 f"{fp8.BLOCK} x {fp8.BLOCK} is supported, which has {fp8.scale_shape(weight.shape)}"
             )
-        return fp8.dequantise(weight, scale)
+        return fp8.from_blocks(weight, scale)
 
     def _is_scale(self, name: str) -> bool:
         return name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self._files
@@ -127,72 +118,6 @@ class HFFolder:
                 return set(file.keys())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or damaged safetensors file: {error}") from error
-
-
-def write_hf_folder(
-    folder: str | Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    base: str | Path,
-    shard_bytes: int = _SHARD_BYTES,
-    replace: bool = False,
-) -> None:
-    """Write tensors in shards beside the base model's configuration and tokenizer, all or nothing (`runtime.durable`).
-
-    Args:
-        replace: put it in place of a folder that is there, which stays until the new one is complete.
-
-    Raises:
-        CheckpointError: the folder exists, is not empty and not to be replaced.
-    """
-    with new_folder(folder, replace=replace) as part:
-        _write_shards(part, tensors, shard_bytes)
-        keep_files(base, part)
-
-
-def keep_files(base: str | Path, folder: Path) -> None:
-    """Copy what is not weights: configurations, tokenizer, chat template."""
-    for pattern in _KEPT_FILES:
-        for source in sorted(Path(base).glob(pattern)):
-            if not source.name.endswith(".index.json") and source.name != MANIFEST:
-                shutil.copyfile(source, folder / source.name)
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Write weight files of at most `shard_bytes` each (one larger tensor still gets a file of its own)."""
-    names: list[list[str]] = []
-    total = 0
-    for shard in _shards_of(tensors, shard_bytes):
-        save_file(shard, folder / f"shard-{len(names)}", metadata={"format": "pt"})
-        names.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    _name_shards(folder, names, total)
-
-
-def _shards_of(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Copies of the tensors in their order; one shard is held at a time."""
-    shard: dict[str, Tensor] = {}
-    held = 0
-    for name, tensor in tensors:
-        if shard and held + tensor.nbytes > shard_bytes:
-            yield shard
-            shard, held = {}, 0
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        held += tensor.nbytes
-    yield shard
-
-
-def _name_shards(folder: Path, names: list[list[str]], total_bytes: int) -> None:
-    """Give weight files the names that transformers looks for, which tell how many there are."""
-    if len(names) == 1:
-        (folder / "shard-0").rename(folder / HFFolder.WEIGHTS)
-        return
-    weight_map = {}
-    for i, shard in enumerate(names):
-        file = f"model-{i + 1:05d}-of-{len(names):05d}.safetensors"
-        (folder / f"shard-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / HFFolder.INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -29,7 +29,7 @@ from megatron_vapo.runtime.durable import (
 )
 from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
-from megatron_vapo.weights.hf_folder import write_hf_folder
+from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 
 _STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.symlink", "ctypes.dlsym", "fsync"}
 
@@ -70,7 +70,9 @@ def write_folder(folder: Path, value: float) -> None:
 def write_export(folder: Path, value: float) -> None:
     base = folder.parent.parent / "base"
     base.mkdir(exist_ok=True)
-    write_hf_folder(folder, ((n, torch.full((9,), value)) for n in "ab"), base, shard_bytes=40, replace=True)
+    specs = [TensorSpec(name, (9,), torch.float32) for name in "ab"]
+    tensors = ((name, torch.full((9,), value)) for name in "ab")
+    write_hf_folder(folder, specs, tensors, base, shard_bytes=40, replace=True)
 
 
 def write_rollout(folder: Path, value: float) -> None:
@@ -241,7 +243,7 @@ def test_a_full_disk_and_an_occupied_folder_are_seen_first(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match="not empty"), new_folder(tmp_path / "x"):
         pytest.fail("it may not be filled")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    refused = pytest.raises(MachineError, match=r"2\.00 GB are needed, 1\.00 GB are free")
+    refused = pytest.raises(MachineError, match=r"2\.07 GB are needed, 1\.00 GB are free")
     with refused, new_folder(tmp_path / "x", nbytes=2 * 10**9, replace=True):
         pytest.fail("it may not be filled")
     assert read_folder(tmp_path / "x") == {1.0}

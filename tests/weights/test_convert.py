@@ -19,8 +19,8 @@ from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.hf_writer import ShardWriter, TensorSpec
 from megatron_vapo.weights.placement import stacked_shapes
-from megatron_vapo.weights.safetensors_writer import ShardWriter, TensorSpec
 from megatron_vapo.weights.torch_dist import TorchDistReader
 
 ROOT = Path(__file__).resolve().parents[2]

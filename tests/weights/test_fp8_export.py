@@ -30,11 +30,11 @@ def test_every_number_is_within_the_formats_error(rows, columns, magnitude, seed
     number 2^-6, in units of the block's scale; bfloat16 adds 2^-9."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * 2.0**magnitude
-    quantised, scales = fp8.quantise(weight)
+    quantised, scales = fp8.to_blocks(weight)
     assert quantised.dtype == torch.float8_e4m3fn
     assert scales.dtype == torch.float32
     assert scales.shape == (-(-rows // 128), -(-columns // 128))
-    back = fp8.dequantise(quantised, scales).double()
+    back = fp8.from_blocks(quantised, scales).double()
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             block = (slice(128 * i, 128 * (i + 1)), slice(128 * j, 128 * (j + 1)))
@@ -49,9 +49,9 @@ def test_every_number_is_within_the_formats_error(rows, columns, magnitude, seed
 def test_blocks_of_zeros_and_of_the_largest_numbers():
     weight = torch.zeros(200, 130)
     weight[:128, :128] = torch.finfo(torch.bfloat16).max
-    quantised, scales = fp8.quantise(weight)
+    quantised, scales = fp8.to_blocks(weight)
     assert quantised.float().isfinite().all() and scales.isfinite().all()
-    back = fp8.dequantise(quantised, scales)
+    back = fp8.from_blocks(quantised, scales)
     assert back[128:].eq(0).all() and back[:, 128:].eq(0).all()
     torch.testing.assert_close(back[:128, :128].float(), weight[:128, :128], rtol=2**-7, atol=0)
 

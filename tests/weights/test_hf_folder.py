@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.weights.architecture import read_architecture
-from megatron_vapo.weights.hf_folder import HFFolder, write_hf_folder
+from megatron_vapo.weights.hf_folder import HFFolder
+from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 from megatron_vapo.weights.table import hf_shapes
 
 
@@ -123,13 +124,17 @@ def test_folders_without_safetensors(tmp_path):
         HFFolder(tmp_path)
 
 
+def specs_of(tensors):
+    return [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+
+
 @pytest.mark.parametrize("shard_bytes", [2**30, 20_000, 1])
 def test_written_folders_load_in_transformers(base, make_model, tensors, tmp_path, shard_bytes):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     folder = tmp_path / "new" / "export"
-    write_hf_folder(folder, changed.items(), base, shard_bytes)
+    write_hf_folder(folder, specs_of(changed), changed.items(), base, shard_bytes)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {name for name, _ in model.named_parameters()} == changed.keys()
     assert all(torch.equal(parameter, changed[name]) for name, parameter in model.named_parameters())
@@ -139,7 +144,7 @@ def test_written_folders_load_in_transformers(base, make_model, tensors, tmp_pat
 
 
 def test_shards_and_their_index(base, tensors, tmp_path):
-    write_hf_folder(tmp_path / "export", tensors.items(), base, shard_bytes=20_000)
+    write_hf_folder(tmp_path / "export", specs_of(tensors), tensors.items(), base, shard_bytes=20_000)
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "export").glob("*.safetensors"))
     count = len(files)
@@ -155,8 +160,24 @@ def test_shards_and_their_index(base, tensors, tmp_path):
     assert max(sizes) <= 20_000
 
 
+def test_tensors_come_in_any_order(base, tensors, tmp_path):
+    """A large one among small ones has a file of its own; files depend on the order of the specs alone."""
+    tensors = {f"small.{i}": torch.full((5,), float(i)) for i in range(9)}
+    tensors = dict(list(tensors.items())[:5]) | {"large": torch.arange(100.0)} | tensors
+    backwards = list(tensors.items())[::-1]
+    for folder, given in (("one", tensors.items()), ("other", backwards)):
+        write_hf_folder(tmp_path / folder, specs_of(tensors), given, base, shard_bytes=130)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert [(tmp_path / "one" / f).read_bytes() for f in files] == [
+        (tmp_path / "other" / f).read_bytes() for f in files
+    ]
+    folder = HFFolder(tmp_path / "one")
+    assert folder.names == tensors.keys() and all(torch.equal(folder.read(n), t) for n, t in tensors.items())
+    assert len([f for f in files if f.endswith(".safetensors")]) == 3
+
+
 def test_an_export_keeps_tokenizer_and_configuration(base, tensors, tmp_path):
-    write_hf_folder(tmp_path / "export", tensors.items(), base)
+    write_hf_folder(tmp_path / "export", specs_of(tensors), tensors.items(), base)
     kept = {path.name: path.read_bytes() for path in base.iterdir() if path.suffix != ".safetensors"}
     written = {path.name: path.read_bytes() for path in (tmp_path / "export").iterdir()}
     assert {"config.json", "tokenizer.json"} <= kept.keys()
@@ -166,7 +187,7 @@ def test_an_export_keeps_tokenizer_and_configuration(base, tensors, tmp_path):
 
 def test_the_base_models_own_index_is_not_kept(make_model, tensors, tmp_path):
     make_model("qwen2").save_pretrained(tmp_path / "base", max_shard_size="20KB")
-    write_hf_folder(tmp_path / "export", tensors.items(), tmp_path / "base")
+    write_hf_folder(tmp_path / "export", specs_of(tensors), tensors.items(), tmp_path / "base")
     assert not (tmp_path / "export" / "model.safetensors.index.json").exists()
     check(tmp_path / "export")
 
@@ -175,7 +196,9 @@ def test_views_of_live_parameters_are_copied(base, tensors, tmp_path):
     """Tensors may share memory, as views of one Megatron parameter do, and need not be contiguous."""
     whole = torch.arange(24.0).view(2, 3, 4)
     views = {"gate": whole[0], "up": whole[1], "transposed": whole[0].t(), "same": whole[0]}
-    write_hf_folder(tmp_path / "export", ((name, torch.nn.Parameter(t)) for name, t in views.items()), base)
+    write_hf_folder(
+        tmp_path / "export", specs_of(views), ((name, torch.nn.Parameter(t)) for name, t in views.items()), base
+    )
     written = load_file(tmp_path / "export" / "model.safetensors")
     assert all(torch.equal(written[name], views[name]) for name in views)
 
@@ -186,9 +209,9 @@ def test_an_exception_midway_leaves_no_folder_and_the_next_try_succeeds(base, te
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_hf_folder(tmp_path / "export", interrupted(), base, shard_bytes=1)
+        write_hf_folder(tmp_path / "export", specs_of(tensors), interrupted(), base, shard_bytes=1)
     assert not (tmp_path / "export").exists()
-    write_hf_folder(tmp_path / "export", tensors.items(), base)
+    write_hf_folder(tmp_path / "export", specs_of(tensors), tensors.items(), base)
     check(tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
@@ -198,11 +221,11 @@ def test_only_an_empty_folder_is_written_to(base, tensors, tmp_path):
     occupied.mkdir()
     (occupied / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="not empty"):
-        write_hf_folder(occupied, tensors.items(), base)
+        write_hf_folder(occupied, specs_of(tensors), tensors.items(), base)
     assert [path.name for path in occupied.iterdir()] == ["notes.txt"]
-    write_hf_folder(occupied, tensors.items(), base, replace=True)
+    write_hf_folder(occupied, specs_of(tensors), tensors.items(), base, replace=True)
     check(occupied)
     empty = tmp_path / "empty"
     empty.mkdir()
-    write_hf_folder(empty, tensors.items(), base)
+    write_hf_folder(empty, specs_of(tensors), tensors.items(), base)
     check(empty)
