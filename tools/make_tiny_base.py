@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import random
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,7 @@ from megatron_vapo.data.chained_arithmetic import (
     demonstrate,
     make_problem_sets,
 )
+from megatron_vapo.runtime.durable import new_folder, write_text
 
 TRAIN_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 512
@@ -99,37 +99,27 @@ def main() -> None:
             parser.error(f"--{name} {getattr(args, name)}: a share, from 0 to 1")
     stages = curriculum(Mixture(p_short=args.short, p_sloppy=args.sloppy), args.steps)
     out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as building:
-        make(Path(building), args.seed, stages)
-        publish(Path(building), out)
+    with new_folder(out / "base", replace=True) as base:  # the last to be there: where it exists, all is complete
+        make(out, base, args.seed, stages)
+    print(f"wrote {out}")
 
 
-def make(out: Path, seed: int, stages: Sequence[Stage]) -> None:
-    """Write the problems and the trained model into the empty folder `out`, and print what the model can do."""
+def make(out: Path, base: Path, seed: int, stages: Sequence[Stage]) -> None:
+    """Write the trained model into the folder `base`, then the problems into `out`; print what the model can do."""
     prepare(seed)
     train, held_out = make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     held_out_rows = problem_rows(held_out)
-    write_rows(out / "train.jsonl", problem_rows(train))
-    write_rows(out / "heldout.jsonl", held_out_rows)
 
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     started = time.monotonic()
     train_model(model, tokenizer, train, stages, random.Random(seed))
     print(f"trained in {time.monotonic() - started:.0f} s")
-    model.save_pretrained(out / "base")
-    tokenizer.save_pretrained(out / "base")
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    write_rows(out / "train.jsonl", problem_rows(train))
+    write_rows(out / "heldout.jsonl", held_out_rows)
     print(evaluate(model, tokenizer, held_out_rows[:EVALUATED_PROBLEMS]))
-
-
-def publish(building: Path, out: Path) -> None:
-    """Move everything into place, `base` last: where it exists, all is complete."""
-    if (out / "base").is_dir():
-        (out / "base").rename(building / "replaced")
-    for name in ("train.jsonl", "heldout.jsonl", "base"):
-        (building / name).rename(out / name)
-    print(f"wrote {out}")
 
 
 def problem_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
@@ -137,8 +127,8 @@ def problem_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """As JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """Write a file of JSON lines."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def build_tokenizer() -> Qwen2Tokenizer:

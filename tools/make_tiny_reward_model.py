@@ -8,9 +8,7 @@ right, 0 for wrong or cut; the score is its logit. Writes OUT in Hugging Face fo
 import argparse
 import json
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -35,6 +33,7 @@ from transformers import (
 )
 
 from megatron_vapo.errors import CheckpointError, DataError, UserError
+from megatron_vapo.runtime.durable import new_folder
 
 LEARNING_RATE = 1e-3
 HELD_OUT_SHARE = 0.2
@@ -61,18 +60,13 @@ def main() -> None:
         raise CheckpointError(f"no model at {args.base}: make one with tools/make_tiny_base.py")
     if not args.data.is_file():
         raise DataError(f"no problems at {args.data}: name the train.jsonl that tools/make_tiny_base.py wrote")
-    out = args.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as building:
-        make(Path(building) / "model", args)
-        if out.is_dir():
-            shutil.move(out, Path(building) / "replaced")
-        (Path(building) / "model").rename(out)
-    print(f"wrote {out}")
+    with new_folder(args.out, replace=True) as part:
+        make(part, args)
+    print(f"wrote {args.out.resolve()}")
 
 
 def make(out: Path, args: argparse.Namespace) -> None:
-    """Write the trained reward model to the new folder `out`, and print how well it tells right from wrong."""
+    """Write the trained reward model into the folder `out`, and print how well it tells right from wrong."""
     prepare(args.seed)
     rng = random.Random(args.seed)
     rows = [json.loads(line) for line in args.data.read_text().splitlines()]

@@ -26,6 +26,7 @@ from benchmarks.table1.results import read_result
 from megatron_vapo.checkpoint.run_folder import changed_keys, may_change
 from megatron_vapo.errors import RecipeError, TrainingError, UserError
 from megatron_vapo.recipe.load import load_recipe, to_yaml
+from megatron_vapo.runtime.durable import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("megatron_vapo", "benchmarks/table1", "recipes", "tools")
@@ -198,9 +199,7 @@ def _complete(folder: Path, origin: dict[str, object]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in sorted((folder / "evaluation").glob("samples/*.jsonl"))[1:-1]:
         path.unlink()
-    part = folder / f"{ORIGIN}.part"
-    part.write_text(json.dumps(origin, indent=1) + "\n", encoding="utf-8")
-    part.rename(folder / ORIGIN)
+    write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
 
 
 def source() -> dict[str, object]:
