@@ -65,7 +65,7 @@ class Checkpoints:
 
     @property
     def pending(self) -> bool:
-        """Whether a checkpoint is under way."""
+        """Return whether a checkpoint is under way."""
         return self._pending is not None
 
     def save(self, snapshot: Snapshot) -> None:
@@ -197,7 +197,7 @@ class Checkpoints:
 
 
 class _Pending:
-    """A checkpoint under way, and the thread that writes this rank's part of it."""
+    """The checkpoint under way, and the thread that writes this rank's part of it."""
 
     def __init__(self, part: Path, final: Path, state: RunState, saves: list[Save]) -> None:
         self.part, self.final, self.state, self.saves = part, final, state, saves
@@ -220,7 +220,7 @@ class _Pending:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints under their final names, oldest first."""
+    """Return the checkpoints under their final names, oldest first."""
     found = [path for path in folder.glob("*_*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (path.name.startswith("step_"), path.name))
 

@@ -80,7 +80,7 @@ def sole_use(folder: Path) -> Iterator[None]:
 
 
 def _made(folder: Path) -> str | None:
-    """Make the folder where it is missing; the recipe of the run in it, if there is one."""
+    """Make the folder where it is missing; return the recipe of the run in it, if there is one."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o775)  # never for everyone to write, whatever the umask
         before = _read_recipe(folder)
@@ -93,7 +93,7 @@ def _made(folder: Path) -> str | None:
 
 
 def changed_keys(before: str, after: str) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ between two resolved recipes, with both values."""
+    """Return the settings that differ between two resolved recipes, with both values."""
     old, new = _flat(OmegaConf.create(before)), _flat(OmegaConf.create(after))
     return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
 
@@ -106,7 +106,7 @@ def _flat(group: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read_recipe(folder: Path) -> str | None:
-    """The recipe of the run in a folder, None where there is no run."""
+    """Return the recipe of the run in a folder, None where there is no run."""
     path = folder / _RECIPE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return text if text.startswith(_MARK) else None
@@ -130,7 +130,7 @@ def _compare(folder: Path, changes: dict[str, tuple[Any, Any]], note: Callable[[
 
 
 def may_change(key: str) -> bool:
-    """Whether a run that is resumed may have another value of this setting, as `config.py` says."""
+    """Return whether a run that is resumed may have another value of this setting, as `config.py` says."""
     return key in SCHEMA and SCHEMA[key].may_change
 
 

@@ -136,7 +136,7 @@ def _read_entry(reader: TorchDistReader, entry: Entry, architecture: Architectur
 
 
 def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None, fp8_blocks: bool) -> Iterator[tuple[str, Tensor]]:
-    """A tensor as the folder holds it: one, or weight and scale."""
+    """Yield a tensor as the folder holds it: itself, or its codes and scales."""
     if fp8_blocks and fp8.goes_in_blocks(name):
         yield from zip((name, name + fp8.SCALE_SUFFIX), fp8.to_blocks(tensor))
     else:
@@ -158,7 +158,7 @@ def _specs(
 
 
 def _common_dtypes(folder: HFFolder, architecture: Architecture) -> dict[str, torch.dtype]:
-    """A stacked tensor has one type: the one that holds all its parts."""
+    """Return the type of each stacked tensor: the one that holds all its parts."""
     dtypes: dict[str, torch.dtype] = {}
     for entry in entries(architecture):
         key = slice_of(entry, architecture).key
@@ -180,7 +180,7 @@ def _check_source(folder: HFFolder, architecture: Architecture) -> None:
 
 
 def _architecture_of(reader: TorchDistReader, base: Architecture, folder: str | Path) -> Architecture:
-    """The base model's, with the head that the checkpoint has."""
+    """Return the base model's architecture, with the head that the checkpoint has."""
     head = reader.shapes.get(VALUE_HEAD.megatron)
     is_critic = head is not None and head[0] == 1
     if base.classifier and not is_critic:
@@ -213,7 +213,7 @@ def _check_checkpoint(reader: TorchDistReader, architecture: Architecture, base:
 
 
 def _write_config(folder: Path, architecture: Architecture, dtype: torch.dtype, fp8_blocks: bool) -> None:
-    """Change of the base model's config.json only what the export changes."""
+    """Change in the base model's config.json only what the export changes."""
     path = folder / "config.json"
     config = read_json(path)
     changed = config | _dtype_setting(config, dtype) | _head_setting(config, architecture)
@@ -225,7 +225,7 @@ def _write_config(folder: Path, architecture: Architecture, dtype: torch.dtype, 
 
 
 def _dtype_setting(config: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
-    """Older configurations say torch_dtype."""
+    """Return the type under the name that the configuration uses: older ones say torch_dtype."""
     name = "torch_dtype" if "torch_dtype" in config else "dtype"
     return {name: str(dtype).removeprefix("torch.")}
 

@@ -17,7 +17,7 @@ _HEAD = "lm_head.weight"
 
 
 class HFFolder:
-    """Tensors of a checkpoint folder by name, read one at a time. FP8 weights in blocks are read as bfloat16.
+    """Reads tensors of a checkpoint folder by name, one at a time. FP8 weights in blocks are read as bfloat16.
 
     Raises:
         CheckpointError: missing or truncated weights, an index that names absent files or tensors.
@@ -63,7 +63,7 @@ class HFFolder:
             return tuple(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """What `read` returns."""
+        """Return the type that `read` returns."""
         if name + fp8.SCALE_SUFFIX in self._files:
             return fp8.READ_AS
         with safe_open(self._files[name], framework="pt") as file:
@@ -92,7 +92,7 @@ class HFFolder:
         return name.endswith(fp8.SCALE_SUFFIX) and name.removesuffix(fp8.SCALE_SUFFIX) in self._files
 
     def _shards(self) -> dict[Path, set[str]]:
-        """Each weight file with the tensors that the index says it holds."""
+        """Return each weight file with the tensors that the index says it holds."""
         index = self.folder / self.INDEX
         if (self.folder / self.WEIGHTS).is_file() and not index.is_file():
             return {self.folder / self.WEIGHTS: set()}
@@ -121,5 +121,5 @@ class HFFolder:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """float32 or bfloat16, by the recipe's word."""
+    """Return float32 or bfloat16, by the recipe's word."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]

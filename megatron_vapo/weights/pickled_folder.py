@@ -13,7 +13,7 @@ from megatron_vapo.weights.hf_folder import HFFolder
 
 
 class PickledFolder(HFFolder):
-    """Like `HFFolder`, of .bin files, which are mapped into memory anew for every tensor."""
+    """Reads .bin files as `HFFolder` reads safetensors; they are mapped into memory anew for every tensor."""
 
     WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -35,7 +35,7 @@ class PickledFolder(HFFolder):
 
 
 def open_folder(folder: str | Path, allow_pickle: bool) -> HFFolder:
-    """The weights of a folder; pickled ones only where they are allowed and the only ones.
+    """Open the weights of a folder; pickled ones only where they are allowed and the only ones.
 
     Raises:
         CheckpointError: as `HFFolder`.

@@ -106,7 +106,7 @@ class TorchDistWriter:
 
 
 class TorchDistReader:
-    """Tensors of a checkpoint, read in pieces of any size.
+    """Reads tensors of a checkpoint in pieces of any size.
 
     Raises:
         CheckpointError: no such checkpoint, damaged descriptions, or missing files.
@@ -144,7 +144,7 @@ class TorchDistReader:
             _read_plain(path, offset, length)
 
     def read_object(self, key: str) -> Any:
-        """What Megatron stored under the name of one shard, without letting it run code.
+        """Return what Megatron stored under the name of one shard, without letting it run code.
 
         Raises:
             CheckpointError: not there, damaged, or more than plain values and tensors.
@@ -156,12 +156,12 @@ class TorchDistReader:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor, those of the optimizer included."""
+        """Return the shape of every tensor, the optimizer's included."""
         return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
 
     @property
     def objects(self) -> set[str]:
-        """Keys of what is no tensor."""
+        """Return the keys of what is no tensor."""
         return {index.fqn for index in self._storage if index.fqn not in self._tensors}
 
     def dtype(self, key: str) -> torch.dtype:
@@ -169,7 +169,7 @@ class TorchDistReader:
         return self._tensors[key].properties.dtype
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """The part of a tensor that starts at `offsets`; extra memory is one piece of those that were written."""
+        """Return the part of a tensor that starts at `offsets`; extra memory is one written piece."""
         near = (
             chunk
             for start, chunks in self._chunks[key].items()
@@ -246,7 +246,7 @@ def _read_plain(path: Path, offset: int, length: int) -> Any:
 
 
 def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, list[ChunkStorageMetadata]]:
-    """Experts of many layers make thousands of pieces, of which a layer's are found at once."""
+    """Group pieces by their first row: experts of many layers make thousands, of which a layer's are found at once."""
     grouped: dict[int, list[ChunkStorageMetadata]] = {}
     for chunk in chunks:
         grouped.setdefault(chunk.offsets[0], []).append(chunk)
@@ -256,7 +256,7 @@ def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, list[ChunkSto
 def _overlap(
     chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Start and size of what a piece and a part have in common."""
+    """Return start and size of what a piece and a part have in common."""
     low = tuple(max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True))
     high = tuple(min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True))
     size = _minus(high, low)
