@@ -160,6 +160,7 @@ class Run:
 
     def save(self) -> None:
         """Start a checkpoint of models and snapshot; `settle` completes it."""
+        self.settle(wait=True)  # the one before
         with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room

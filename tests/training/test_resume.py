@@ -277,6 +277,11 @@ TIMES = {"evaluation": (1, 2), "checkpoint": (1, 4), "weight_sync": (3,)}
 
 
 @pytest.mark.slow
+def test_no_rollout_is_kept_that_the_last_checkpoint_covers(whole: Path) -> None:
+    assert (whole / "kept_rollouts").is_dir() and not list(whole.glob("kept_rollouts/*"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_death_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: Path, phase: str) -> None:
     """Between rollout and updates, between the critic's and the actor's, while saving: the run is the same."""
