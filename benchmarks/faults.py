@@ -45,7 +45,7 @@ from megatron_vapo.checkpoint.checkpoints import Checkpoints, checkpoints
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.roles import Actor
-from megatron_vapo.runtime.manifest import refuse_damaged
+from megatron_vapo.runtime.verification import refuse_damaged
 
 SETTINGS = ["minibatch_size=8", "epochs=2", "steps=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",
             "rollout.max_response_tokens=64", "value_pretraining.max_steps=2",

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from megatron_vapo.cli import main
 from megatron_vapo.recipe.schema import SCHEMA
-from megatron_vapo.runtime.manifest import find_damage, read_manifest, write_manifest
+from megatron_vapo.runtime.manifest import read_manifest, write_manifest
+from megatron_vapo.runtime.verification import find_damage
 
 pytestmark = pytest.mark.slow
 

@@ -34,7 +34,8 @@ from megatron_vapo.models.checkpointing import Save, load_trainer
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import any_rank, gather_objects, on_first_rank
 from megatron_vapo.runtime.durable import begin_folder, clean_up, finish_folder, point_link, remove, remove_folder
-from megatron_vapo.runtime.manifest import Entry, describe, refuse_damaged
+from megatron_vapo.runtime.manifest import Entry, describe
+from megatron_vapo.runtime.verification import refuse_damaged
 
 _NAME = re.compile(r"(step|pretrain)_\d{6,}")
 _STATE, _RECIPE, _SAMPLING = "state.json", "recipe.yaml", "sampling.pt"

@@ -8,7 +8,7 @@ from megatron_vapo.models.checkpointing import load_parameters, load_trainer, sa
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.durable import begin_folder, finish_folder
-from megatron_vapo.runtime.manifest import refuse_damaged
+from megatron_vapo.runtime.verification import refuse_damaged
 
 
 def save_pretrained_critic(critic: Trainer, folder: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
-from megatron_vapo.runtime.manifest import refuse_damaged
+from megatron_vapo.runtime.verification import refuse_damaged
 from megatron_vapo.weights.hf_folder import HFFolder
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.durable import new_folder, remove_folder
-from megatron_vapo.runtime.manifest import refuse_damaged
+from megatron_vapo.runtime.verification import refuse_damaged
 
 _EXPERIENCE, _SAMPLING = "experience.safetensors", "sampling.pt"
 
