@@ -63,8 +63,8 @@ def hf_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the model's Hugging Face tensors, whole, in no particular order, on the given ranks; nothing on others.
 
-    All ranks must iterate to the end. Each number that a rank lacks travels to it once. What needs no assembly is the
-    parameter itself, not a copy.
+    All ranks must iterate to the end, one model after another. Each number that a rank lacks travels to it once. What
+    needs no assembly is the parameter itself, not a copy.
 
     Args:
         bucket_bytes: most that a rank sends, and most that it receives, at a time.

@@ -176,8 +176,10 @@ def values(model: Any) -> tuple[Tensor, ...]:
 def assert_same_parameters(first: Any, second: Any) -> None:
     from megatron_vapo.models.parameters import hf_tensors
 
-    for (name, mine), (other_name, other) in zip(hf_tensors(first), hf_tensors(second), strict=True):
-        assert name == other_name and torch.equal(mine, other), name
+    ours, others = dict(hf_tensors(first)), dict(hf_tensors(second))  # one after the other: all ranks iterate together
+    assert ours.keys() == others.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, others[name]), name
 
 
 def assert_near(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> None:
