@@ -5,18 +5,16 @@ It loads under another layout and another number of processes.
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
-from megatron_vapo.models.megatron_versions import load_checkpoint, save_request
+from megatron_vapo.models.megatron_versions import StagedSave, load_checkpoint
 from megatron_vapo.models.offload import SAVED
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.trainer import Trainer
@@ -39,12 +37,11 @@ class Save:
 
     def __init__(self, trainer: Trainer, folder: Path) -> None:
         model = trainer.model
-        filesystem_async._results_queue = queue.Queue()  # else Megatron starts the server process
         self.error: Exception | None = None
         with model.offloader.borrowed(*SAVED), model.layout.active():
             content = {"role": model.name} | sharded_parameters(model) | _optimizer(trainer, loading=False)
-            self._request = save_request(content, folder)
-            self._buckets = [_copied(bucket) for bucket in self._staged()]
+            self._staged = StagedSave(content, folder)
+            self._buckets = [_copied(bucket) for bucket in self._staged.buckets()]
 
     @property
     def files(self) -> list[Path]:
@@ -55,26 +52,16 @@ class Save:
         """Write every staged file, synced to disk."""
         results: dict[int, Any] = {}
         for number, bucket in enumerate(self._buckets):
-            done, running = queue.SimpleQueue(), queue.Queue()
-            running.put(number)
-            filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-                self._request.async_fn.args[0], number, bucket, done, running, use_fsync=True
-            )
-            results[number] = done.get()[1]
+            results[number] = self._staged.write(number, bucket)
             if isinstance(results[number], Exception):
                 self.error = results[number]
         if self._buckets:
-            self._request.async_fn_args[2].put(results)
+            self._staged.report(results)
         self._buckets = []
 
     def finish(self) -> None:
         """Write the checkpoint's common part, after all ranks have written theirs."""
-        for function in self._request.finalize_fns:
-            function()
-
-    def _staged(self) -> list[tuple]:
-        """Return Megatron's lists of (file, name, contents), on the host."""
-        return self._request.preload_fn() if self._request.preload_fn else []
+        self._staged.finish()
 
 
 def save_trainer(trainer: Trainer, folder: Path) -> None:

@@ -2,14 +2,14 @@
 would round them, and multiplied in float32. For any device, and slow: it shows what FP8 does to a run, not how fast.
 
 A linear layer y = x w' has three products, each of which reduces over another dimension. Scales must be constant along
-it, so recipes with one-dimensional blocks quantise an operand anew, from its full precision, for each direction:
+it, so recipes with one-dimensional blocks round an operand anew, from its full precision, for each direction:
 
     product        reduces over   blockwise                     mxfp8
     y  = x  w'     columns        x 1 x 128, w 128 x 128        x 1 x 32, w 1 x 32
     dx = dy w      columns of dy  dy 1 x 128, w 128 x 128       dy 1 x 32, w 32 x 1
     dw = dy' x     rows           dy 128 x 1, x 128 x 1         dy 32 x 1, x 32 x 1
 
-tensorwise and delayed have one scale for a tensor in all directions. Under tensor parallelism each rank quantises its
+tensorwise and delayed have one scale for a tensor in all directions. Under tensor parallelism each rank rounds its
 own shard of a weight, and the activations that it multiplies with it.
 
 One thing differs from Transformer Engine: delayed scaling moves its scales once per optimizer step, not once per
@@ -30,8 +30,6 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,9 +48,10 @@ from megatron_vapo.models.fp8_formats import (
     Block,
     DelayedScales,
     Rule,
-    quantise,
-    quantise_with,
+    round_blocks,
+    round_with_scale,
 )
+from megatron_vapo.models.megatron_versions import OwnProduct
 
 Operand = Literal["input", "weight", "gradient"]
 _OPERANDS: tuple[Operand, ...] = ("input", "weight", "gradient")
@@ -89,10 +88,10 @@ class Rounding:
             index = _OPERANDS.index(operand)
             if self.training:
                 self.delayed.record(index, matrix)
-            return quantise_with(matrix, self._dtypes[operand], self.delayed.scale[index]).dequantised()
+            return round_with_scale(matrix, self._dtypes[operand], self.delayed.scale[index]).numbers()
         blocks = self._scaling.weight if operand == "weight" else self._scaling.activation
         block = blocks[reduced == "rows"]
-        return quantise(matrix, self._dtypes[operand], block, self._scaling.rule).dequantised()
+        return round_blocks(matrix, self._dtypes[operand], block, self._scaling.rule).numbers()
 
 
 class _Linear(torch.autograd.Function):
@@ -119,7 +118,7 @@ class _Linear(torch.autograd.Function):
         return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), db, None
 
 
-class _EmulatedFP8:
+class _EmulatedFP8(OwnProduct):
     """What both kinds of parallel layers share: the product, and the state of delayed scaling in checkpoints."""
 
     precision: PrecisionConfig
@@ -129,19 +128,8 @@ class _EmulatedFP8:
         super().__init__(*args, **kwargs)
         self.rounding = Rounding(self.precision, self.weight.device)
 
-    def _forward_impl(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        allreduce_dgrad: bool,
-        sequence_parallel: bool,
-        **_: object,
-    ) -> Tensor:
-        if sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply FP8's numbers, in float32."""
         self.rounding.training = self.training
         return _Linear.apply(input, weight, bias, self.rounding)
 

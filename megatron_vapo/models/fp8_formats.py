@@ -34,19 +34,19 @@ _MANTISSA = 0x007FFFFF
 _MANTISSA_BITS = 23
 
 
-class Quantised(NamedTuple):
+class Rounded(NamedTuple):
     """codes [R, C] in FP8 and scale_inv [r, c] float32: each number is its code times its block's scale_inv."""
 
     codes: Tensor
     scale_inv: Tensor
     block: Block
 
-    def dequantised(self) -> Tensor:
+    def numbers(self) -> Tensor:
         """[R, C] float32."""
         return self.codes.float() * spread(self.scale_inv, self.codes, self.block)
 
 
-def quantise(matrix: Tensor, dtype: torch.dtype, block: Block, rule: Rule) -> Quantised:
+def round_blocks(matrix: Tensor, dtype: torch.dtype, block: Block, rule: Rule) -> Rounded:
     """Scale each block of `matrix` [R, C] (float32 or bfloat16) by its own largest value (current scaling)."""
     largest = largest_by_block(matrix, block)
     source = torch.float32 if block is None else matrix.dtype  # as their kernels have it
@@ -55,12 +55,12 @@ def quantise(matrix: Tensor, dtype: torch.dtype, block: Block, rule: Rule) -> Qu
     else:
         scale = scale_of(largest, dtype, source, powers_of_two=rule == "power_of_two")
         scale_inv = scale.reciprocal()
-    return Quantised(cast(matrix, spread(scale, matrix, block), dtype), scale_inv, block)
+    return Rounded(cast(matrix, spread(scale, matrix, block), dtype), scale_inv, block)
 
 
-def quantise_with(matrix: Tensor, dtype: torch.dtype, scale: Tensor) -> Quantised:
+def round_with_scale(matrix: Tensor, dtype: torch.dtype, scale: Tensor) -> Rounded:
     """Scale all of `matrix` [R, C] by a scale [] known before it (delayed scaling)."""
-    return Quantised(cast(matrix, scale, dtype), scale.reciprocal().view(1, 1), None)
+    return Rounded(cast(matrix, scale, dtype), scale.reciprocal().view(1, 1), None)
 
 
 def cast(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel import random as megatron_random
 
 from megatron_vapo.config import RoleConfig
+from megatron_vapo.models.megatron_versions import read_globals, write_globals
 from megatron_vapo.runtime.collectives import use_gloo_for_control
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -100,27 +100,13 @@ class ParallelLayout:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Put this layout's groups and random states where Megatron looks for them."""
-        outer = _read_state()
-        _write_state(self._state)
+        outer = read_globals()
+        write_globals(self._state)
         try:
             yield
         finally:
-            self._state = _read_state()
-            _write_state(outer)
-
-
-_NAMES = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
-_NAMES.append("_global_process_group_list")  # keeps groups alive
-
-
-def _read_state() -> dict[str, Any]:
-    state = {name: getattr(parallel_state, name) for name in _NAMES}
-    return state | {"tracker": megatron_random._CUDA_RNG_STATE_TRACKER}
-
-
-def _write_state(state: dict[str, Any]) -> None:
-    vars(parallel_state).update((name, state[name]) for name in _NAMES)
-    megatron_random._CUDA_RNG_STATE_TRACKER = state["tracker"]
+            self._state = read_globals()
+            write_globals(outer)
 
 
 def _groups(state: dict[str, Any]) -> Iterator[dist.ProcessGroup]:
@@ -130,7 +116,7 @@ def _groups(state: dict[str, Any]) -> Iterator[dist.ProcessGroup]:
                 yield item
 
 
-_UNSET = _read_state()
+_UNSET = read_globals()
 
 
 def _fresh_state() -> dict[str, Any]:

@@ -1,28 +1,87 @@
-"""Where the supported versions of Megatron Core differ. Each difference is one function, whose docstring says which
-version needs it; everything else in this room is the same code for all of them."""
+"""Every name of Megatron Core that is not public, and where the supported versions differ.
+
+Releases change both, so both stand here and nowhere else in the package; where versions differ, it is said which needs
+what. `runtime.versions` refuses versions that this was not written for. The stand-ins for CUDA are apart, in
+`runtime.cpu_backend`, because they come before Megatron is imported.
+"""
 
 from __future__ import annotations
 
 import logging
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.pipeline_parallel import p2p_communication
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel import random as megatron_random
 from packaging.version import Version
+from torch import Tensor
 
 from megatron_vapo.weights.torch_dist import COMMON_STATE, TorchDistReader
 
 _IS_0_19 = Version(version("megatron-core")) >= Version("0.19")
 
+_GLOBALS = [name for name in vars(parallel_state) if name.startswith("_") and name.isupper()]
+_GLOBALS.append("_global_process_group_list")  # keeps groups alive
 
-def save_request(content: dict[str, Any], folder: Path) -> Any:
-    """Megatron's plan for writing `content`, an AsyncRequest; all ranks together.
 
-    0.19.2 would by default write through nvidia-resiliency-ext, a package that 0.16.1 does not know.
+def read_globals() -> dict[str, Any]:
+    """Return Megatron's module globals: process groups, their sizes and ranks, and the tracker of random states."""
+    state = {name: getattr(parallel_state, name) for name in _GLOBALS}
+    return state | {"tracker": megatron_random._CUDA_RNG_STATE_TRACKER}
+
+
+def write_globals(state: dict[str, Any]) -> None:
+    """Put back what `read_globals` returned."""
+    vars(parallel_state).update((name, state[name]) for name in _GLOBALS)
+    megatron_random._CUDA_RNG_STATE_TRACKER = state["tracker"]
+
+
+class StagedSave:
+    """Megatron's plan for writing a folder, and its parts that one rank writes, without a process of its own.
+
+    Args:
+        content: Megatron's sharded state dict; all ranks together.
     """
-    settings = {"async_strategy": "mcore"} if _IS_0_19 else {}
-    return dist_checkpointing.save(content, str(folder), async_sharded_save=True, **settings)
+
+    def __init__(self, content: dict[str, Any], folder: Path) -> None:
+        filesystem_async._results_queue = queue.Queue()  # else Megatron starts a server process
+        # 0.19.2 would by default write through nvidia-resiliency-ext, a package that 0.16.1 does not know.
+        settings = {"async_strategy": "mcore"} if _IS_0_19 else {}
+        self._request = dist_checkpointing.save(content, str(folder), async_sharded_save=True, **settings)
+
+    def buckets(self) -> list[tuple]:
+        """Return this rank's files as Megatron lists them (file, name, contents), on the host."""
+        return self._request.preload_fn() if self._request.preload_fn else []
+
+    def write(self, number: int, bucket: tuple) -> list | Exception:
+        """Write and sync one file; return what Megatron is to be told of it, or why it could not be written."""
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        running: queue.Queue = queue.Queue()
+        running.put(number)
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+            self._request.async_fn.args[0], number, bucket, done, running, use_fsync=True
+        )
+        return done.get()[1]
+
+    def report(self, results: dict[int, Any]) -> None:
+        """Tell Megatron what was written; only where there were files."""
+        self._request.async_fn_args[2].put(results)
+
+    def finish(self) -> None:
+        """Write Megatron's description of the whole; all ranks together."""
+        for function in self._request.finalize_fns:
+            function()
 
 
 def load_checkpoint(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -50,3 +109,32 @@ def hide_successors() -> None:
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: not record.getMessage().startswith("GPTModel IS DEPRECATED")
     )
+
+
+class OwnProduct(ABC):
+    """A column- or row-parallel linear layer of Megatron that multiplies in its own way, where Megatron's would call
+    its kernels. Stands before Megatron's class among the bases."""
+
+    @abstractmethod
+    def product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return x w' + b: input [.., K], weight [N, K], bias [N] or None -> [.., N]."""
+
+    def _forward_impl(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **_: object,
+    ) -> Tensor:
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return self.product(input, weight, bias)
+
+
+def no_transfers() -> list[tuple[ModuleType, str, Callable]]:
+    """Return stand-ins (module, name, function) with which pipeline stages neither send nor receive."""
+    return [(p2p_communication, "_batched_p2p_ops", lambda **_: []), (p2p_communication, "_p2p_ops", lambda **_: {})]

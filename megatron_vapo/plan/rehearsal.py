@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func, p2p_communication
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -36,6 +36,7 @@ from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models import parallel_model, roles, vocab_parallel
 from megatron_vapo.models.attention import PackedSequences, pack_sequences
 from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.models.megatron_versions import no_transfers
 from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.models.trainer import data_parallel
@@ -225,8 +226,7 @@ def pretended_rank(role: RoleConfig, stage: int = 0, rank: int | None = None) ->
             (sys, "excepthook", sys.excepthook),  # a world would name its rank in tracebacks
             (torch.cuda, "current_device", lambda: _META),
             (parallel_model, "transformer_config", _balanced),
-            (p2p_communication, "_batched_p2p_ops", lambda **_: []),
-            (p2p_communication, "_p2p_ops", lambda **_: {}),
+            *no_transfers(),
             (torch.nn.functional, "scaled_dot_product_attention", _attend),
             (MoEAuxLossAutoScaler, "main_loss_backward_scale", None),  # a real model may have left its own
             (roles, "fused", lambda _: vocab_parallel.fused_logprob_and_entropy),

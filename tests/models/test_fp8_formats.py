@@ -93,7 +93,7 @@ def test_every_code_and_every_midpoint(dtype):
 def test_blocks_of_any_bits(numbers, dtype, rule):
     matrix = torch.from_numpy(numbers).view(3, 4)
     for block in (None, (1, 2), (2, 1), (2, 3)):
-        made = fp8.quantise(matrix, dtype, block, rule)
+        made = fp8.round_blocks(matrix, dtype, block, rule)
         height, width = block or (3, 4)
         assert made.scale_inv.shape == (-(-3 // height), -(-4 // width))
         codes = codes_of(made.codes)
@@ -113,17 +113,17 @@ def test_blocks_of_any_bits(numbers, dtype, rule):
 @given(any_floats(4), st.sampled_from(["float", "power_of_two"]))
 def test_what_is_scaled_by_its_own_largest_number_stays_within_the_format(numbers, rule):
     matrix = torch.from_numpy(numbers).view(1, 4).nan_to_num(0.0, 1.0, -1.0).clamp(-1e37, 1e37)  # no 2^128
-    made = fp8.quantise(matrix, fp8.E4M3, (1, 4), rule)
-    back = made.dequantised().double()
+    made = fp8.round_blocks(matrix, fp8.E4M3, (1, 4), rule)
+    back = made.numbers().double()
     smallest = 2.0**-10 * made.scale_inv.double()  # half of the smallest number above 0
     assert bool(((back - matrix.double()).abs() <= (matrix.double().abs() * 2**-4).maximum(smallest) * 1.0001).all())
 
 
 def test_the_largest_number_of_bfloat16_stands_for_a_scale_beyond_it():
     tiny = torch.full((1, 4), 1e-40, dtype=torch.bfloat16)
-    block = fp8.quantise(tiny, fp8.E4M3, (1, 4), "float")
+    block = fp8.round_blocks(tiny, fp8.E4M3, (1, 4), "float")
     assert float(block.scale_inv) == pytest.approx(1 / torch.finfo(torch.bfloat16).max)
-    whole = fp8.quantise(tiny, fp8.E4M3, None, "float")
+    whole = fp8.round_blocks(tiny, fp8.E4M3, None, "float")
     assert float(whole.scale_inv) == pytest.approx(1 / torch.finfo(torch.float32).max)
 
 
@@ -154,7 +154,7 @@ def test_delayed_scaling_saturates_what_grows_and_survives_infinities():
     delayed.record(0, torch.tensor([[4.0, math.nan]]))
     delayed.advance()
     assert float(delayed.scale[0]) == 112.0
-    made = fp8.quantise_with(torch.tensor([[4.0, 9.0, -9.0, math.nan]]), fp8.E4M3, delayed.scale[0])
+    made = fp8.round_with_scale(torch.tensor([[4.0, 9.0, -9.0, math.nan]]), fp8.E4M3, delayed.scale[0])
     assert made.codes.float().tolist()[0][:3] == [448.0, 448.0, -448.0] and made.codes.float()[0, 3].isnan()
     delayed.record(0, torch.tensor([[math.inf]]))
     delayed.advance()
@@ -169,8 +169,8 @@ def test_products_against_scaled_mm(rule):
     b = torch.randn(48, 64, generator=generator) * 0.02
     for dtype in (fp8.E4M3, fp8.E5M2):
         for block in (None, (1, 64)):
-            x, w = fp8.quantise(a, dtype, block, rule), fp8.quantise(b, fp8.E4M3, block, rule)
-            ours = x.dequantised() @ w.dequantised().t()
+            x, w = fp8.round_blocks(a, dtype, block, rule), fp8.round_blocks(b, fp8.E4M3, block, rule)
+            ours = x.numbers() @ w.numbers().t()
             shaped = (x.scale_inv.view(()), w.scale_inv.view(())) if block is None else (x.scale_inv, w.scale_inv.t())
             theirs = torch._scaled_mm(x.codes, w.codes.t(), *shaped, out_dtype=torch.float32)
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -178,4 +178,4 @@ def test_products_against_scaled_mm(rule):
 
 def test_a_matrix_without_rows():
     for rule, block in (("float", None), ("power_of_two", (1, 128)), ("power_of_two", (128, 1)), ("e8m0", (32, 1))):
-        assert fp8.quantise(torch.zeros(0, 6), fp8.E4M3, block, rule).dequantised().shape == (0, 6)
+        assert fp8.round_blocks(torch.zeros(0, 6), fp8.E4M3, block, rule).numbers().shape == (0, 6)
