@@ -25,7 +25,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Bucket:
-    """Blocks of queries of like length, padded to a rectangle: one attention call."""
+    """The blocks of queries of like length, padded to a rectangle: one attention call."""
 
     queries: Tensor
     """[n, Lq] rows of the rank's packed queries."""
@@ -43,7 +43,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which rows meet in which call, for one micro-batch; made once, used by every layer."""
+    """The rows that meet in each call, for one micro-batch; made once, used by every layer."""
 
     buckets: tuple[Bucket, ...]
     restore: Tensor
@@ -56,7 +56,7 @@ class AttentionPlan:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed-sequence parameters with the plan that `SDPACoreAttention` follows."""
+    """The packed-sequence parameters of Megatron with the plan that `SDPACoreAttention` follows."""
 
     plan: AttentionPlan | None = None
 
@@ -64,7 +64,7 @@ class PackedSequences(PackedSeqParams):
 def pack_sequences(
     cu_seqlens: Tensor, cp_rank: int, cp_size: int, device: torch.device, planned: bool = True
 ) -> PackedSequences:
-    """Parameters for sequences at offsets `cu_seqlens [n + 1]`, each length a multiple of 2 * cp_size under CP.
+    """Return parameters for sequences at offsets `cu_seqlens [n + 1]`, each length a multiple of 2 * cp_size under CP.
 
     Padding lies within sequences, at their ends, so that no kernel need know of it: `cu_seqlens_q_padded` stays None,
     with which Transformer Engine may use its fastest kernels.
@@ -160,7 +160,7 @@ def _rectangle(rows: list[Tensor]) -> Tensor:
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal self-attention for Megatron's `core_attention` slot; same arguments as Megatron's own."""
+    """The causal self-attention for Megatron's `core_attention` slot; same arguments as Megatron's own."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class SDPACoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
-        """query [t, h, d], key and value [t, g, d] -> [t, h * d]."""
+        """Attend: query [t, h, d], key and value [t, g, d] -> [t, h * d]."""
         plan = packed_seq_params.plan
         if self.cp_group is not None:
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)

@@ -58,7 +58,7 @@ _OPERANDS: tuple[Operand, ...] = ("input", "weight", "gradient")
 
 
 class Scaling(NamedTuple):
-    """How a recipe scales: blocks of what is reduced over its columns, and over its rows."""
+    """The way a recipe scales: blocks of what is reduced over its columns, and over its rows."""
 
     rule: Rule
     activation: tuple[Block, Block]
@@ -73,7 +73,7 @@ SCALINGS = {
 
 
 class Rounding:
-    """What the operands of one linear layer become."""
+    """The numbers that the operands of one linear layer become."""
 
     def __init__(self, precision: PrecisionConfig, device: torch.device) -> None:
         gradient = E5M2 if precision.format == "hybrid" else E4M3
@@ -134,7 +134,7 @@ class _EmulatedFP8(OwnProduct):
         return _Linear.apply(input, weight, bias, self.rounding)
 
     def get_extra_state(self) -> dict[str, Tensor] | None:
-        """Scales and history of delayed scaling; the same on all ranks that share the layer's weight."""
+        """Return scales and history of delayed scaling; the same on all ranks that share the layer's weight."""
         delayed = self.rounding.delayed
         return None if delayed is None else {"scale": delayed.scale.clone(), "history": delayed.history.clone()}
 
@@ -146,11 +146,11 @@ class _EmulatedFP8(OwnProduct):
 
 
 class EmulatedFP8ColumnParallelLinear(_EmulatedFP8, ColumnParallelLinear):
-    """Megatron's ColumnParallelLinear with emulated FP8 products."""
+    """The ColumnParallelLinear of Megatron with emulated FP8 products."""
 
 
 class EmulatedFP8RowParallelLinear(_EmulatedFP8, RowParallelLinear):
-    """Megatron's RowParallelLinear with emulated FP8 products."""
+    """The RowParallelLinear of Megatron with emulated FP8 products."""
 
 
 _REPLACEMENTS = {
@@ -188,8 +188,11 @@ def _replaced(part: Any, precision: PrecisionConfig) -> Any:
 
 @torch.no_grad()
 def advance_delayed_scales(modules: list[torch.nn.Module]) -> None:
-    """After the last micro-batch of a step: largest values of all data-, context- and tensor-parallel ranks together
-    make the next step's scales. All ranks of a pipeline stage call it together; nothing happens with other recipes."""
+    """Make the next step's scales after the last micro-batch of a step, from the largest values of all data-, context-
+    and tensor-parallel ranks together.
+
+    All ranks of a pipeline stage call it together; nothing happens with other recipes.
+    """
     layers = [layer.rounding.delayed for module in modules for layer in module.modules() if hasattr(layer, "rounding")]
     layers = [delayed for delayed in layers if delayed is not None]
     if not layers:

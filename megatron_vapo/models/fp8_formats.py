@@ -35,14 +35,14 @@ _MANTISSA_BITS = 23
 
 
 class Rounded(NamedTuple):
-    """codes [R, C] in FP8 and scale_inv [r, c] float32: each number is its code times its block's scale_inv."""
+    """The codes [R, C] in FP8 and scale_inv [r, c] float32: each number is its code times its block's scale_inv."""
 
     codes: Tensor
     scale_inv: Tensor
     block: Block
 
     def numbers(self) -> Tensor:
-        """[R, C] float32."""
+        """Return what codes and scales stand for, [R, C] float32."""
         return self.codes.float() * spread(self.scale_inv, self.codes, self.block)
 
 
@@ -64,7 +64,7 @@ def round_with_scale(matrix: Tensor, dtype: torch.dtype, scale: Tensor) -> Round
 
 
 def cast(matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """matrix * scale, rounded to FP8; what is beyond its largest number becomes that (CUDA's cvt.rn.satfinite)."""
+    """Return matrix * scale, rounded to FP8; what is beyond its largest number becomes that (cvt.rn.satfinite)."""
     top = torch.finfo(dtype).max
     return (matrix.float() * scale).clamp(-top, top).to(dtype)
 
@@ -80,8 +80,10 @@ def scale_of(amax: Tensor, dtype: torch.dtype, source: torch.dtype, powers_of_tw
 
 
 def e8m0_scales(amax: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Powers of two for largest values `amax`: what to multiply with, and its inverse. The inverse is the stored scale,
-    2^(e - 127) for an exponent e of 8 bits; where amax is 0 it is 2^-127."""
+    """Return powers of two for largest values `amax`: what to multiply with, and its inverse.
+
+    The inverse is the stored scale, 2^(e - 127) for an exponent e of 8 bits; where amax is 0 it is 2^-127.
+    """
     bits = (amax * torch.full_like(amax, 1.0 / torch.finfo(dtype).max)).view(torch.int32)
     exponent, mantissa = bits >> _MANTISSA_BITS, bits & _MANTISSA
     up = (mantissa > 0) & ~((exponent == 0) & (mantissa <= 0x400000))
@@ -95,7 +97,7 @@ def _power(exponent: Tensor) -> Tensor:
 
 
 def largest_by_block(matrix: Tensor, block: Block) -> Tensor:
-    """Largest magnitude in each block of `matrix` [R, C] -> [r, c] float32; NaN counts as nothing, as in fmaxf."""
+    """Return each block's largest magnitude, matrix [R, C] -> [r, c] float32; NaN counts as nothing, as in fmaxf."""
     sizes = matrix.float().abs()
     sizes = torch.where(sizes.isnan(), 0.0, sizes)
     if block is None:
@@ -106,7 +108,7 @@ def largest_by_block(matrix: Tensor, block: Block) -> Tensor:
 
 
 def spread(scales: Tensor, matrix: Tensor, block: Block) -> Tensor:
-    """[r, c] -> a number for each of the matrix's [R, C], or one that broadcasts."""
+    """Spread [r, c] -> a number for each of the matrix's [R, C], or one that broadcasts."""
     if block is None:
         return scales
     for dim, size in enumerate(block):
@@ -116,7 +118,7 @@ def spread(scales: Tensor, matrix: Tensor, block: Block) -> Tensor:
 
 
 class DelayedScales:
-    """Scales of several tensors from what they were in earlier steps: within a step all of them stand still, and
+    """The scales of several tensors from what they were in earlier steps: within a step all of them stand still, and
     `advance` between steps.
 
     `history` [HISTORY, tensors]: row 0 collects the present step's largest values, the newest step before is the last.

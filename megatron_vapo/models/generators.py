@@ -30,7 +30,7 @@ def seed_generators(seed: int, rank: int) -> None:
 
 
 def read_generators(layouts: Iterable[ParallelLayout]) -> State:
-    """Where the generators of this process are now."""
+    """Return where the generators of this process are now."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     state["device"] = torch.cuda.get_rng_state()

@@ -24,7 +24,7 @@ from megatron_vapo.models.attention import SDPACoreAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm in Megatron's norm slot. Under sequence parallelism its weight's gradient is partial on each
+    """The RMSNorm of torch in Megatron's norm slot. Under sequence parallelism its weight's gradient is partial on each
     tensor-parallel rank, which Megatron sums where the weight is marked."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:

@@ -48,7 +48,7 @@ def write_globals(state: dict[str, Any]) -> None:
 
 
 class StagedSave:
-    """Megatron's plan for writing a folder, and its parts that one rank writes, without a process of its own.
+    """The parts of a checkpoint folder that one rank writes by Megatron's plan, without a process of its own.
 
     Args:
         content: Megatron's sharded state dict; all ranks together.
@@ -85,7 +85,7 @@ class StagedSave:
 
 
 def load_checkpoint(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Megatron's load, of checkpoints of all supported versions; all ranks together.
+    """Load by Megatron checkpoints of all supported versions; all ranks together.
 
     0.16.1 finds plain values in common.pt only. 0.19.2 writes them among the tensors, and reads both.
     """
@@ -105,14 +105,14 @@ def _common_state_strategy() -> Any:
 
 
 def hide_successors() -> None:
-    """0.19.2 warns at each GPTModel that its successor is HybridModel, which 0.16.1 does not have."""
+    """Silence 0.19.2, which warns at each GPTModel that its successor is HybridModel. 0.16.1 has no such model."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(
         lambda record: not record.getMessage().startswith("GPTModel IS DEPRECATED")
     )
 
 
 class OwnProduct(ABC):
-    """A column- or row-parallel linear layer of Megatron that multiplies in its own way, where Megatron's would call
+    """The column- or row-parallel linear layer of Megatron that multiplies in its own way, where Megatron's would call
     its kernels. Stands before Megatron's class among the bases."""
 
     @abstractmethod

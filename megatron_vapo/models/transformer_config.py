@@ -13,7 +13,7 @@ from megatron_vapo.weights.architecture import Architecture
 def transformer_config(
     architecture: Architecture, role: RoleConfig, dtype: torch.dtype, backend: Backend
 ) -> TransformerConfig:
-    """Megatron's configuration of one role's model, built from the backend's implementations."""
+    """Return Megatron's configuration of one role's model, built from the backend's implementations."""
     a = architecture
     return TransformerConfig(
         num_layers=a.layers,

@@ -126,7 +126,7 @@ def _gradient_kernel(
 
 
 class Kernels:
-    """`vocab_parallel.Inside` on a CUDA device; hidden states and weight of one type, float32 or bfloat16."""
+    """The `vocab_parallel.Inside` on a CUDA device; hidden states and weight of one type, float32 or bfloat16."""
 
     def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
         """See `vocab_parallel.Inside.sums`."""
@@ -174,7 +174,7 @@ def logprob_and_entropy(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vocab_parallel.fused_logprob_and_entropy` by these kernels.
+    """Return `vocab_parallel.fused_logprob_and_entropy` by these kernels.
 
     Args:
         hidden: [t, H], the same on all ranks of the group; its gradient is this rank's part, to be summed over them.

@@ -28,7 +28,7 @@ LOWEST = -1e30
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """This rank's columns of the vocabulary.
+    """The columns of this rank, out of the vocabulary.
 
     Args:
         first: token id of this rank's first column.
@@ -44,20 +44,20 @@ class Vocabulary:
 
     @staticmethod
     def of_rank(columns: int, size: int, temperature: float, group: dist.ProcessGroup | None) -> Vocabulary:
-        """Columns of this rank out of a vocabulary of `size`, beyond which columns are padding."""
+        """Return the columns of this rank out of a vocabulary of `size`, beyond which columns are padding."""
         first = columns * (group.rank() if group is not None else 0)
         return Vocabulary(first, min(max(size - first, 0), columns), temperature, group)
 
     def blocks(self, width: int) -> Iterator[slice]:
-        """Columns, `width` at a time."""
+        """Yield its columns, `width` at a time."""
         return (slice(start, min(start + width, self.columns)) for start in range(0, self.columns, width))
 
     def scaled(self, logits: Tensor) -> Tensor:
-        """Float32 copy, divided by the temperature."""
+        """Return a float32 copy, divided by the temperature."""
         return logits.to(torch.float32, copy=True).div_(self.temperature)
 
     def rows_in(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-        """Tokens whose target is in a block, and its column there."""
+        """Return the tokens whose target is in a block, and its column there."""
         column = targets - self.first - block.start
         rows = ((column >= 0) & (column < block.stop - block.start)).nonzero().squeeze(-1)
         return rows, column[rows]
@@ -93,7 +93,7 @@ class _Sums:
         self._weighted += p.mul_(z).sum(dim=-1)
 
     def parts(self) -> Tensor:
-        """[4, 1, t] for `_finish`."""
+        """Return [4, 1, t] for `_finish`."""
         return torch.stack([self._peak, self._total, self._weighted, self._target])[:, None]
 
     def _move_peak(self, peak: Tensor) -> None:
@@ -127,7 +127,7 @@ def _finish(parts: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 @dataclass(frozen=True)
 class Gradient:
-    """Closed forms, with p = softmax(z): d log p(y) / dz = onehot(y) - p and d H / dz = -p (log p + H)."""
+    """The closed forms, with p = softmax(z): d log p(y) / dz = onehot(y) - p and d H / dz = -p (log p + H)."""
 
     targets: Tensor
     vocabulary: Vocabulary
@@ -139,7 +139,7 @@ class Gradient:
     """[t], gradient of the entropies; None where they are not used."""
 
     def of_block(self, z: Tensor, block: slice) -> Tensor:
-        """Gradient with respect to the unscaled logits of a block [t, w]; overwrites z."""
+        """Return the gradient with respect to the unscaled logits of a block [t, w]; overwrites z."""
         log_p = z.sub_(self.kept[2][:, None])
         p = log_p.exp()
         if self.entropy is None:
@@ -182,20 +182,20 @@ class _FromLogits(torch.autograd.Function):
 
 
 class Inside(Protocol):
-    """What happens to columns of the vocabulary between hidden states and sums, or gradients of logits."""
+    """The work on columns of the vocabulary between hidden states and sums, or gradients of logits."""
 
     def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """hidden [t, H], weight [v, H], targets [t] -> [4, n, t], see `_finish`."""
+        """Return sums: hidden [t, H], weight [v, H], targets [t] -> [4, n, t], see `_finish`."""
 
     def width(self, hidden: Tensor) -> int:
-        """Columns w whose gradients exist at a time."""
+        """Return the columns w whose gradients exist at a time."""
 
     def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
-        """hidden [t, H], weight of the block [w, H] -> gradient of the unscaled logits [t, w], of the weight's type."""
+        """Return the gradient of unscaled logits [t, w], of the weight's type: hidden [t, H], block's weight [w, H]."""
 
 
 class Chunks:
-    """Blocks of logits by torch's own operations, on any device."""
+    """The blocks of logits by torch's own operations, on any device."""
 
     def sums(self, hidden: Tensor, weight: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
         """See `Inside.sums`."""
@@ -249,7 +249,7 @@ class _FromHidden(torch.autograd.Function):
 def logprob_and_entropy(
     logits: Tensor, targets: Tensor, vocab: int, temperature: float = 1.0, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution of softmax(logits / temperature), in float32.
+    """Return each target's log-prob and each distribution's entropy, of softmax(logits / temperature), in float32.
 
     Args:
         logits: [t, v], this tensor-parallel rank's columns.
@@ -272,7 +272,7 @@ def fused_logprob_and_entropy(
     group: dist.ProcessGroup | None = None,
     inside: Inside = CHUNKS,
 ) -> tuple[Tensor, Tensor]:
-    """`logprob_and_entropy` of logits = hidden @ weight.T that never exist as a whole.
+    """Return `logprob_and_entropy` of logits = hidden @ weight.T that never exist as a whole.
 
     Args:
         hidden: [t, H], the same on all ranks of the group; its gradient is this rank's part, to be summed over them.

@@ -185,7 +185,7 @@ def _import_megatron_without_compiling() -> None:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW on torch's fused kernel with the interface of Apex's FusedAdam.
+    """The AdamW of torch's fused kernel with the interface of Apex's FusedAdam.
 
     The distributed optimizer cannot checkpoint torch.optim.AdamW, which keeps `step` per parameter and asserts before
     its first step; Apex and Transformer Engine keep it in the parameter group, as here.

@@ -23,7 +23,7 @@ Provider = Literal["transformer_engine", "apex", "torch"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has."""
+    """The facts about this machine that decide."""
 
     capability: tuple[int, int] | None = None
     """Compute capability of this process's device; None without CUDA."""
@@ -38,7 +38,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Choice:
-    """One implementation."""
+    """The implementation of one thing."""
 
     what: str
     chosen: str
@@ -50,7 +50,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Backend:
-    """What is used where there are alternatives."""
+    """The implementations in use where there are alternatives."""
 
     on_gpu: bool = False
     layers: Literal["transformer_engine", "local"] = "local"
@@ -70,7 +70,7 @@ class Backend:
         return self.layers == "transformer_engine"
 
     def choices(self) -> Iterator[Choice]:
-        """Every choice with its reason."""
+        """Yield every choice with its reason."""
         te = self.transformer_engine
         kernels, why = ("Transformer Engine", "as the layers") if te else ("torch", "as the layers")
         yield Choice("layers", "Transformer Engine" if te else "Megatron's local ones", self.layers_why)
@@ -90,7 +90,7 @@ _NAMES: dict[Provider, str] = {"transformer_engine": "Transformer Engine", "apex
 
 
 def linear_layers(precision: PrecisionConfig) -> str:
-    """How a role's linear layers compute, in words."""
+    """Return how a role's linear layers compute, in words."""
     if precision.linear == "model":
         return "linear layers in model.dtype"
     kept = precision.first_layers + precision.last_layers
@@ -103,7 +103,7 @@ def linear_layers(precision: PrecisionConfig) -> str:
 
 
 def detect_machine() -> Machine:
-    """What this machine has, without importing more than torch."""
+    """Return what this machine has, without importing more than torch."""
     import torch
 
     on_gpu, apex = torch.cuda.is_available(), nvidia_apex()
@@ -117,7 +117,7 @@ def detect_machine() -> Machine:
 
 
 def choose(machine: Machine, sixteen_bits: bool, emulates_fp8: bool = False) -> Backend:
-    """The implementations for a model.
+    """Return the implementations for a model.
 
     Args:
         sixteen_bits: its parameters and activations are bfloat16, not float32.
@@ -156,7 +156,7 @@ def _adam(machine: Machine) -> tuple[Provider, str]:
 
 
 def machine_backend(dtype: torch.dtype, precision: PrecisionConfig) -> Backend:
-    """The choice for this process and a model of this type."""
+    """Return the choice for this process and a model of this type."""
     return choose(detect_machine(), sixteen_bits=dtype.itemsize == 2, emulates_fp8=precision.emulate)
 
 
@@ -168,12 +168,12 @@ def _installed(distribution: str) -> str | None:
 
 
 def nvidia_apex() -> bool:
-    """NVIDIA Apex has `apex.optimizers`; the package called apex on PyPI has none."""
+    """Return whether NVIDIA Apex is installed: it has `apex.optimizers`, PyPI's package of that name has none."""
     spec = importlib.util.find_spec("apex")
     folders = (spec.submodule_search_locations or ()) if spec else ()
     return any((Path(folder) / "optimizers").is_dir() for folder in folders)
 
 
 def apex_wgrad_kernel() -> bool:
-    """Apex's kernel for weight gradients is a module of its own."""
+    """Return whether Apex's kernel for weight gradients is installed, a module of its own."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None

@@ -23,7 +23,7 @@ _SIZES = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shape of a decoder-only model, in this project's own words."""
+    """The shape of a decoder-only model, in this project's own words."""
 
     family: str
     layers: int
@@ -41,16 +41,17 @@ class Architecture:
     rope_base: float
     rope_factor: float | None = None
     """Factor of Llama 3's rope scaling; None where there is no scaling."""
-    experts: int | None = None
-    experts_per_token: int | None = None
-    expert_ffn: int | None = None
+    experts: int = 0
+    """Of each layer, in the place of one feed-forward part; 0 where there are none."""
+    experts_per_token: int = 0
+    expert_ffn: int = 0
     normalize_expert_weights: bool = True
     classifier: bool = False
     """A sequence-classification checkpoint: the head is `score.weight [1, hidden]`."""
 
     @property
     def heads_per_group(self) -> int:
-        """Query heads that share one key-value head."""
+        """The query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
     def as_critic(self) -> Architecture:
@@ -88,7 +89,7 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, as all configurations in a checkpoint folder are.
+    """Read a JSON object, as all configurations in a checkpoint folder are.
 
     Raises:
         CheckpointError: damaged, or something else.

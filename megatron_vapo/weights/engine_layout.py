@@ -32,21 +32,21 @@ _VOCABULARY_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class RolloutShard:
-    """What one tensor-parallel rank of an engine holds, and the ranks of the world that host it in each engine."""
+    """The parameters of a tensor-parallel rank of an engine, and the ranks of the world that host it in each engine."""
 
     parameters: tuple[Parameter, ...]
     hosts: tuple[int, ...]
 
 
 def whole_model(architecture: Architecture, hosts: list[int]) -> list[RolloutShard]:
-    """Engines that load Hugging Face tensors, one on each of the given ranks."""
+    """Return engines that load Hugging Face tensors, one on each of the given ranks."""
     shapes = hf_shapes(architecture)
     parameters = tuple(Parameter(name, shape, (whole(name, shapes),)) for name, shape in shapes.items())
     return [RolloutShard(parameters, tuple(hosts))]
 
 
 def sglang_shards(architecture: Architecture, tp_size: int, hosts: list[int]) -> list[RolloutShard]:
-    """SGLang engines of `tp_size` ranks each; `hosts[e * tp_size + r]` is the rank that hosts rank r of engine e.
+    """Return SGLang engines of `tp_size` ranks; `hosts[e * tp_size + r]` is the rank that hosts rank r of engine e.
 
     Raises:
         LayoutError: the sizes do not divide.
@@ -59,7 +59,7 @@ def sglang_shards(architecture: Architecture, tp_size: int, hosts: list[int]) ->
 
 
 def sglang_parameters(architecture: Architecture, tp_rank: int, tp_size: int) -> Iterator[Parameter]:
-    """All parameters of one tensor-parallel rank, by SGLang's names."""
+    """Yield all parameters of one tensor-parallel rank, by SGLang's names."""
     shapes = hf_shapes(architecture)
     boxes: dict[str, list[Box]] = {}
     for entry in entries(architecture):

@@ -1,4 +1,4 @@
-"""One Megatron parameter and the Hugging Face tensors it is made of: names, how they are joined, how they are cut.
+"""The Hugging Face tensors that a Megatron parameter is made of: names, how they are joined, how they are cut.
 
 Numbers of layers and experts in names are global; in an `Entry` of a family, `{i}` stands for the layer and `{e}` for
 the expert.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """How Hugging Face tensors are joined into a Megatron tensor whose dimension `dim`, in joined form, is cut."""
+    """The way Hugging Face tensors are joined into a Megatron tensor whose dimension `dim`, in joined form, is cut."""
 
     join: Callable[[list[Tensor], Architecture], Tensor]
     split: Callable[[Tensor, Architecture], list[Tensor]]
@@ -56,7 +56,7 @@ GATE_UP = Layout(lambda tensors, _: torch.stack(tensors), lambda t, _: list(t.un
 
 @dataclass(frozen=True)
 class Entry:
-    """One Megatron parameter and the Hugging Face tensors it is made of."""
+    """The Hugging Face tensors that one Megatron parameter is made of."""
 
     megatron: str
     hf: tuple[str, ...]
@@ -64,7 +64,9 @@ class Entry:
 
 
 def expert_number(name: str) -> int | None:
-    """Return the expert that a Megatron parameter belongs to, None where it is no expert's. Experts are cut by tensor
-    parallelism of their own, and spread over expert parallelism."""
+    """Return the expert that a Megatron parameter belongs to; None where it is no expert's.
+
+    Experts are cut by tensor parallelism of their own, and spread over expert parallelism.
+    """
     found = re.search(r"\.local_experts\.(\d+)\.", name)
     return int(found[1]) if found else None

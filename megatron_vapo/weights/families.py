@@ -67,7 +67,7 @@ def _no_refusal(_: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of decoder-only models; `config` is an object of transformers' configuration class for it."""
+    """The facts of one family of decoder-only models; `config` is an object of transformers' class for its settings."""
 
     architectures: tuple[str, ...]
     """Names in `architectures` of config.json; those that end in SequenceClassification are reward models."""

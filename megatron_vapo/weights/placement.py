@@ -16,7 +16,7 @@ from megatron_vapo.weights.table import FUSED_NORMS, entries, hf_shapes, shard
 
 @dataclass(frozen=True)
 class StackedSlice:
-    """One parameter's place in a tensor that stacks layers and experts: tensor[index] is the parameter."""
+    """The place of one parameter in a tensor that stacks layers and experts: tensor[index] is the parameter."""
 
     key: str
     index: tuple[int, ...]
@@ -25,7 +25,7 @@ class StackedSlice:
 
     @property
     def extra_state(self) -> str | None:
-        """Key of the (empty) object that Megatron stores, and asks for, beside each linear layer of a block."""
+        """The key of the (empty) object that Megatron stores, and asks for, beside each linear layer of a block."""
         if not (self.stack and re.search(r"linear_\w+\.weight$", self.key)):
             return None
         module = self.key.removesuffix("weight")
@@ -33,8 +33,11 @@ class StackedSlice:
 
 
 def slice_of(entry: Entry, architecture: Architecture) -> StackedSlice:
-    """`decoder.layers.3.mlp.experts.local_experts.5.x` is `decoder.layers.mlp.experts.experts.x`[3, 5]."""
-    key, index, stack = entry.megatron, [], []
+    """Return where an entry stands: `decoder.layers.3.mlp.experts.local_experts.5.x` is
+    `decoder.layers.mlp.experts.experts.x`[3, 5]."""
+    key = entry.megatron
+    index: list[int] = []
+    stack: list[int] = []
     for pattern, replacement, size in (
         (r"decoder\.layers\.(\d+)\.", "decoder.layers.", architecture.layers),
         (r"local_experts\.(\d+)\.", "experts.", architecture.experts),
@@ -51,13 +54,13 @@ def slice_of(entry: Entry, architecture: Architecture) -> StackedSlice:
 
 
 def parameter_shape(entry: Entry, shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> tuple[int, ...]:
-    """Shape of the whole, unpadded parameter; `shapes` are those of the Hugging Face tensors."""
+    """Return the shape of the whole, unpadded parameter; `shapes` are those of the Hugging Face tensors."""
     parts = [torch.empty(shapes[name], device="meta") for name in entry.hf]
     return tuple(shard(entry, parts, architecture, 0, 1).shape)
 
 
 def stacked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Key and shape of every tensor that a checkpoint of the model holds; vocabularies without padding."""
+    """Return key and shape of every tensor that a checkpoint of the model holds; vocabularies without padding."""
     shapes = hf_shapes(architecture)
     stacked = {}
     for entry in entries(architecture):
@@ -68,7 +71,7 @@ def stacked_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def padded_keys(architecture: Architecture) -> set[str]:
-    """Keys whose first dimension a checkpoint may hold padded."""
+    """Return the keys whose first dimension a checkpoint may hold padded."""
     return {entry.megatron for entry in entries(architecture) if entry.layout is VOCABULARY}
 
 

@@ -25,7 +25,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Box(NamedTuple):
-    """Rows [top, bottom) and columns [left, right) of one Hugging Face tensor; a vector [n] counts as [n, 1]."""
+    """The rows [top, bottom) and columns [left, right) of one Hugging Face tensor; a vector [n] counts as [n, 1]."""
 
     tensor: str
     top: int
@@ -35,11 +35,11 @@ class Box(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """The numbers in it."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     def intersection(self, other: Box) -> Box | None:
-        """What both hold of one tensor; None where that is nothing."""
+        """Return what both hold of one tensor; None where that is nothing."""
         top, bottom = max(self.top, other.top), min(self.bottom, other.bottom)
         left, right = max(self.left, other.left), min(self.right, other.right)
         return Box(self.tensor, top, bottom, left, right) if top < bottom and left < right else None
@@ -47,14 +47,14 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter as one rank holds it."""
+    """The part of a parameter that one rank holds."""
 
     name: str
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
 
     def stacked(self) -> Iterator[tuple[int, Box]]:
-        """Each box and the row of the parameter that it starts at."""
+        """Yield each box and the row of the parameter that it starts at."""
         row = 0
         for box in self.boxes:
             yield row, box
@@ -62,12 +62,12 @@ class Parameter:
 
     @property
     def filled_rows(self) -> int:
-        """Rows that boxes fill; those below are padding."""
+        """The rows that boxes fill; those below are padding."""
         return sum(box.bottom - box.top for box in self.boxes)
 
     @property
     def size(self) -> int:
-        """Numbers in it, padding included."""
+        """The numbers in it, padding included."""
         return math.prod(self.shape)
 
 
@@ -77,7 +77,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def as_bytes(tensor: Tensor) -> np.ndarray:
-    """A host tensor's bytes, [n] uint8; no copy where it is contiguous.
+    """Return a host tensor's bytes, [n] uint8; no copy where it is contiguous.
 
     Not by `Tensor.numpy`, after which torch refuses for ever to empty the storage (`models.offload`).
     """
@@ -85,31 +85,31 @@ def as_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def whole(tensor: str, shapes: Shapes) -> Box:
-    """All of a tensor."""
+    """Return the box that is all of a tensor."""
     shape = shapes[tensor]
     return Box(tensor, 0, shape[0], 0, shape[1] if len(shape) == 2 else 1)
 
 
 def rows_part(box: Box, part: int, parts: int) -> Box:
-    """The part-th of equal parts of its rows."""
+    """Return the part-th of equal parts of its rows."""
     height = (box.bottom - box.top) // parts
     return box._replace(top=box.top + part * height, bottom=box.top + (part + 1) * height)
 
 
 def columns_part(box: Box, part: int, parts: int) -> Box:
-    """The part-th of equal parts of its columns."""
+    """Return the part-th of equal parts of its columns."""
     width = (box.right - box.left) // parts
     return box._replace(left=box.left + part * width, right=box.left + (part + 1) * width)
 
 
 def vocabulary_part(box: Box, part: int, parts: int, padded: int) -> Box:
-    """The rows that the part-th of equal parts of a vocabulary of `padded` rows has; empty in pure padding."""
+    """Return the rows that the part-th of equal parts of a vocabulary of `padded` rows has; empty in pure padding."""
     height = padded // parts
     return box._replace(top=min(part * height, box.bottom), bottom=min((part + 1) * height, box.bottom))
 
 
 def megatron_parameter(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Parameter:
-    """What one tensor-parallel rank holds of an entry: the same as `weights.table.shard`, as boxes."""
+    """Return what one tensor-parallel rank holds of an entry: the same as `weights.table.shard`, as boxes."""
     boxes = tuple(_megatron_boxes(entry, a, shapes, tp_rank, tp_size))
     rows = sum(box.bottom - box.top for box in boxes)
     if entry.layout is VOCABULARY:

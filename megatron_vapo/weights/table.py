@@ -27,7 +27,7 @@ VALUE_HEAD = Entry("output_layer.weight", ("score.weight",), WHOLE)
 
 
 def table_name(name: str) -> str:
-    """A Megatron parameter's name in this table, where layers are Megatron's local ones, from either kind's name.
+    """Return a parameter's name in Megatron's local layers, which this table has, from its name in either kind.
 
     Transformer Engine's layers hold a norm in the linear layer after it, and a rank's experts in one module.
     """
@@ -37,10 +37,10 @@ def table_name(name: str) -> str:
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
-    """All entries of a model with layer and expert numbers filled in; the head is left out where it is tied."""
+    """Yield all entries of a model with layer and expert numbers filled in; the head is left out where it is tied."""
     for entry in FAMILIES[architecture.family].entries:
         layers = range(architecture.layers) if "{i}" in entry.megatron else [0]
-        experts = range(architecture.experts or 0) if "{e}" in entry.megatron else [0]
+        experts = range(architecture.experts) if "{e}" in entry.megatron else [0]
         for i in layers:
             for e in experts:
                 names = [name.replace("{i}", str(i)).replace("{e}", str(e)) for name in (entry.megatron, *entry.hf)]
@@ -52,11 +52,11 @@ def entries(architecture: Architecture) -> Iterator[Entry]:
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that the Hugging Face checkpoint must hold."""
+    """Return name and shape of every tensor that the Hugging Face checkpoint must hold."""
     a = architecture
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    ffn = a.expert_ffn if a.experts else a.ffn
-    by_suffix = {
+    ffn = a.expert_ffn or a.ffn
+    by_suffix: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (a.vocab, a.hidden),
         "lm_head.weight": (a.vocab, a.hidden),
         "score.weight": (1, a.hidden),
@@ -98,13 +98,13 @@ def unshard(entry: Entry, shards: list[Tensor], architecture: Architecture) -> d
 
 
 def split_whole(entry: Entry, parameter: Tensor, architecture: Architecture) -> dict[str, Tensor]:
-    """`unshard` of a parameter that is not cut, without copying: views of it wherever its layout allows."""
+    """Unshard a parameter that is not cut, without copying: views of it wherever its layout allows."""
     tensors = entry.layout.split(_as_joined(entry, parameter, architecture), architecture)
     return dict(zip(entry.hf, tensors, strict=True))
 
 
 def padded_vocabulary(vocab: int, tp_size: int) -> int:
-    """Rows of embedding and head after padding to a multiple of the tensor-parallel size."""
+    """Return the rows of embedding and head after padding to a multiple of the tensor-parallel size."""
     return -(-vocab // tp_size) * tp_size
 
 

@@ -13,8 +13,8 @@ from megatron_vapo.weights.table import entries
 
 @dataclass(frozen=True)
 class TrainingRank:
-    """One rank of the world: its Megatron parameters (layer and expert numbers are global; a tied head goes by the
-    embedding's name) and its place in tensor parallelism, that of experts apart."""
+    """The holdings of one rank of the world: its Megatron parameters (layer and expert numbers are global; a tied head
+    goes by the embedding's name) and its place in tensor parallelism, that of experts apart."""
 
     names: frozenset[str]
     tp_rank: int
@@ -23,13 +23,13 @@ class TrainingRank:
     etp_size: int = 1
 
     def cut(self, name: str) -> tuple[int, int]:
-        """Rank and size of the tensor parallelism that cuts this parameter."""
+        """Return rank and size of the tensor parallelism that cuts this parameter."""
         return (self.etp_rank, self.etp_size) if expert_number(name) is not None else (self.tp_rank, self.tp_size)
 
 
 @dataclass(frozen=True)
 class TrainingLayout:
-    """Sizes of Megatron's parallelism; what is left of the world is data parallelism."""
+    """The sizes of Megatron's parallelism; what is left of the world is data parallelism."""
 
     world: int
     tp: int = 1
@@ -44,7 +44,7 @@ class TrainingLayout:
 
 
 def training_ranks(architecture: Architecture, layout: TrainingLayout) -> list[TrainingRank]:
-    """The layout by Megatron's rules: ranks in the order tp-cp-ep-dp-pp, layers in order over virtual stages.
+    """Return what each rank holds by Megatron's rules: ranks in the order tp-cp-ep-dp-pp, layers over virtual stages.
 
     Raises:
         LayoutError: the sizes do not divide the world.

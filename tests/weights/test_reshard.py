@@ -86,9 +86,9 @@ def models(draw: st.DrawFn) -> Architecture:
         norm_epsilon=1e-6,
         max_positions=8,
         rope_base=1e4,
-        experts=4 if moe else None,
-        experts_per_token=2 if moe else None,
-        expert_ffn=draw(st.sampled_from([4, 8])) if moe else None,
+        experts=4 if moe else 0,
+        experts_per_token=2 if moe else 0,
+        expert_ffn=draw(st.sampled_from([4, 8])) if moe else 0,
     )
 
 

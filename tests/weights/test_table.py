@@ -46,9 +46,9 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
         norm_epsilon=1e-6,
         max_positions=8,
         rope_base=1e4,
-        experts=3 if moe else None,
-        experts_per_token=2 if moe else None,
-        expert_ffn=tp * draw(st.integers(1, 2)) if moe else None,
+        experts=3 if moe else 0,
+        experts_per_token=2 if moe else 0,
+        expert_ffn=tp * draw(st.integers(1, 2)) if moe else 0,
         classifier=classifier,
     )
     return architecture, tp
