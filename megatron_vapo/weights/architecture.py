@@ -42,7 +42,7 @@ class Architecture:
     rope_factor: float | None = None
     """Factor of Llama 3's rope scaling; None where there is no scaling."""
     experts: int = 0
-    """Of each layer, in the place of one feed-forward part; 0 where there are none."""
+    """The experts of each layer, in the place of one feed-forward part; 0 where there are none."""
     experts_per_token: int = 0
     expert_ffn: int = 0
     normalize_expert_weights: bool = True

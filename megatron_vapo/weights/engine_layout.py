@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.entry import COLUMNS, QKV, VOCABULARY, WHOLE, Entry
+from megatron_vapo.weights.entry import QKV, Entry
 from megatron_vapo.weights.slices import (
     Box,
     Parameter,
     Shapes,
-    columns_part,
+    cut,
     rows_part,
-    vocabulary_part,
     whole,
 )
 from megatron_vapo.weights.table import entries, hf_shapes, padded_vocabulary
@@ -77,18 +76,11 @@ def _name(entry: Entry) -> str:
 
 
 def _boxes(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> list[Box]:
-    boxes = [whole(tensor, shapes) for tensor in entry.hf]
-    if entry.layout is WHOLE:
-        return boxes
-    if entry.layout is COLUMNS:
-        return [columns_part(boxes[0], tp_rank, tp_size)]
-    if entry.layout is VOCABULARY:
-        return [vocabulary_part(boxes[0], tp_rank, tp_size, _padded(a.vocab, tp_size))]
     if entry.layout is QKV and tp_size > a.kv_heads:
-        query, *key_and_value = boxes
+        query, *key_and_value = (whole(tensor, shapes) for tensor in entry.hf)
         head = tp_rank * a.kv_heads // tp_size
         return [rows_part(query, tp_rank, tp_size), *(rows_part(box, head, a.kv_heads) for box in key_and_value)]
-    return [rows_part(box, tp_rank, tp_size) for box in boxes]
+    return cut(entry, shapes, tp_rank, tp_size, _padded(a.vocab, tp_size))
 
 
 def _shape(name: str, boxes: list[Box], a: Architecture, shapes: Shapes, tp_size: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.entry import COLUMNS, GATE_UP, QKV, VOCABULARY, WHOLE, Entry
+from megatron_vapo.weights.entry import COLUMNS, QKV, VOCABULARY, WHOLE, Entry
 from megatron_vapo.weights.table import padded_vocabulary
 
 Shapes = dict[str, tuple[int, ...]]
@@ -108,28 +108,36 @@ def vocabulary_part(box: Box, part: int, parts: int, padded: int) -> Box:
     return box._replace(top=min(part * height, box.bottom), bottom=min((part + 1) * height, box.bottom))
 
 
+def cut(entry: Entry, shapes: Shapes, part: int, parts: int, padded: int) -> list[Box]:
+    """Return the boxes that the part-th of equal parts of an entry has, where each tensor is cut by itself.
+
+    Args:
+        padded: rows of a vocabulary with its padding.
+    """
+    boxes = [whole(tensor, shapes) for tensor in entry.hf]
+    if entry.layout is WHOLE:
+        return boxes
+    if entry.layout is COLUMNS:
+        return [columns_part(box, part, parts) for box in boxes]
+    if entry.layout is VOCABULARY:
+        return [vocabulary_part(box, part, parts, padded) for box in boxes]
+    return [rows_part(box, part, parts) for box in boxes]
+
+
 def megatron_parameter(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Parameter:
     """Return what one tensor-parallel rank holds of an entry: the same as `weights.table.shard`, as boxes."""
-    boxes = tuple(_megatron_boxes(entry, a, shapes, tp_rank, tp_size))
-    rows = sum(box.bottom - box.top for box in boxes)
-    if entry.layout is VOCABULARY:
-        rows = padded_vocabulary(a.vocab, tp_size) // tp_size
+    padded = padded_vocabulary(a.vocab, tp_size)
+    if entry.layout is QKV:
+        boxes = tuple(_groups(entry, a, shapes, tp_rank, tp_size))
+    else:
+        boxes = tuple(cut(entry, shapes, tp_rank, tp_size, padded))
+    rows = padded // tp_size if entry.layout is VOCABULARY else sum(box.bottom - box.top for box in boxes)
     one_dimensional = len(shapes[entry.hf[0]]) == 1
     return Parameter(entry.megatron, (rows,) if one_dimensional else (rows, boxes[0].right - boxes[0].left), boxes)
 
 
-def _megatron_boxes(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Iterator[Box]:
-    boxes = [whole(tensor, shapes) for tensor in entry.hf]
-    if entry.layout is WHOLE:
-        yield from boxes
-    elif entry.layout is COLUMNS:
-        yield columns_part(boxes[0], tp_rank, tp_size)
-    elif entry.layout is VOCABULARY:
-        yield vocabulary_part(boxes[0], tp_rank, tp_size, padded_vocabulary(a.vocab, tp_size))
-    elif entry.layout is QKV:
-        groups = a.kv_heads // tp_size
-        for group in range(tp_rank * groups, (tp_rank + 1) * groups):
-            yield from (rows_part(box, group, a.kv_heads) for box in boxes)
-    else:  # ROWS, and GATE_UP, which stacks its two tensors' parts
-        assert entry.layout is GATE_UP or len(boxes) == 1
-        yield from (rows_part(box, tp_rank, tp_size) for box in boxes)
+def _groups(entry: Entry, a: Architecture, shapes: Shapes, tp_rank: int, tp_size: int) -> Iterator[Box]:
+    """Each group's queries, then its key and value, one group after another."""
+    groups = a.kv_heads // tp_size
+    for group in range(tp_rank * groups, (tp_rank + 1) * groups):
+        yield from (rows_part(whole(tensor, shapes), group, a.kv_heads) for tensor in entry.hf)

@@ -170,7 +170,8 @@ def assert_same_checkpoint(first: dict[str, set[tuple]], second: dict[str, set[t
 def values(model: Any) -> tuple[Tensor, ...]:
     from megatron_vapo.models.parameters import hf_tensors
 
-    return tuple(tensor.clone() for _, tensor in hf_tensors(model))
+    tensors = {name: tensor.clone() for name, tensor in hf_tensors(model)}
+    return tuple(tensors[name] for name in sorted(tensors))
 
 
 def assert_same_parameters(first: Any, second: Any) -> None:
