@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,18 +58,16 @@ def load_hf(model: ParallelModel, folder: str | Path) -> dict[torch.nn.Parameter
     return exact
 
 
-def hf_tensors(
-    model: ParallelModel, ranks: Sequence[int] = (0,), bucket_bytes: int = DEFAULT_BUCKET_BYTES
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's Hugging Face tensors, whole, in no particular order, on the given ranks; nothing on others.
+def hf_tensors(model: ParallelModel, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's Hugging Face tensors, whole, in no particular order, on rank 0; nothing on others.
 
-    All ranks must iterate to the end, one model after another. Each number that a rank lacks travels to it once. What
-    needs no assembly is the parameter itself, not a copy.
+    All ranks must iterate to the end, one model after another. Each number that rank 0 lacks travels once. What needs
+    no assembly is the parameter itself, not a copy.
 
     Args:
         bucket_bytes: most that a rank sends, and most that it receives, at a time.
     """
-    plan = reshard_plan(model, whole_model(model.architecture, list(ranks)), bucket_bytes)
+    plan = reshard_plan(model, whole_model(model.architecture, [0]), bucket_bytes)
     yield from stream(plan, held_tensors(model), TorchTransport())
 
 
