@@ -66,7 +66,7 @@ class Sampler:
         """Return `samples` scored responses to each prompt, those of a prompt one after another."""
         groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
         self._write(groups, sampling, quota=None)
-        return [sample.scored for group in groups for sample in group.samples]
+        return [sample.result for group in groups for sample in group.samples]
 
     def experience(
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
@@ -95,7 +95,7 @@ class Sampler:
         chosen = (kept + passed_over)[:count]
         self.unfinished = self.unfinished + kept[count:] if settings.partial else []
         self._count("rollout/sampled_tokens", sampled)
-        rows = [(group.prompt, sample.scored) for group in chosen for sample in group.samples]
+        rows = [(group.prompt, sample.result) for group in chosen for sample in group.samples]
         return self._pack(rows, samples), rows
 
     def metrics(self) -> dict[str, float]:
@@ -154,7 +154,7 @@ class Sampler:
         for group in mine:
             for sample in group.samples:
                 if sample.score is not None:
-                    sample.scored, sample.score = replace(sample.scored, outcome=next(outcomes)), None
+                    sample.scored, sample.score = replace(sample.result, outcome=next(outcomes)), None
         self._share(groups, [group.samples for group in mine])
 
     def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
@@ -214,18 +214,19 @@ class Sampler:
 
         The end token is no part of the text, whether or not the tokenizer counts it among its special tokens.
         """
-        ended = sample.begun.finish_reason == "stop"
-        written = sample.begun.token_ids[:-1] if ended else sample.begun.token_ids
-        text = self._tokenizer.decode(written, skip_special_tokens=True)
-        sample.scored = Scored(sample.begun, text, -1.0)
+        response = sample.written
+        ended = response.finish_reason == "stop"
+        written = response.token_ids[:-1] if ended else response.token_ids
+        text = str(self._tokenizer.decode(written, skip_special_tokens=True))
+        sample.scored = Scored(response, text, -1.0)
         if ended:
             sample.score = self.scorer.begin(text, prompt.answer)
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
         """Give all processes what each one's engine wrote."""
-        shares = [samples for samples in gather_objects((self.engine.index, mine)) if samples[0] is not None]
-        for index, written in shares:
-            for group, samples in zip(groups[index.engine :: index.engines], written, strict=True):
+        for index, written in gather_objects((self.engine.index, mine)):
+            share = groups[index.engine :: index.engines] if index else []
+            for group, samples in zip(share, written, strict=True):
                 group.samples = samples
 
     def _pack(self, rows: list[tuple[Prompt, Scored]], samples: int) -> Experience:

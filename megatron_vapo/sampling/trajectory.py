@@ -38,6 +38,18 @@ class Sample:
         """Return whether the response has ended, by itself or by a limit."""
         return self.begun is not None and self.begun.finish_reason != "abort"
 
+    @property
+    def written(self) -> Response:
+        """What has been written, of a sample that has begun."""
+        assert self.begun is not None, "nothing is written yet"
+        return self.begun
+
+    @property
+    def result(self) -> Scored:
+        """The response and its reward, of a finished sample."""
+        assert self.scored is not None, "a sample is scored once it is finished"
+        return self.scored
+
     def request(self, prompt: Prompt) -> Request:
         """Return the request for what is left to write."""
         written = tuple(self.begun.token_ids.tolist()) if self.begun else ()
@@ -100,8 +112,8 @@ class Group:
 
     @property
     def teaches(self) -> bool:
-        """Whether its outcomes differ."""
-        return len({sample.scored.outcome for sample in self.samples}) > 1
+        """Whether the outcomes of a complete group differ."""
+        return len({sample.result.outcome for sample in self.samples}) > 1
 
 
 def joined(first: Response, then: Response) -> Response:

@@ -57,7 +57,7 @@ class PhaseMemory:
         if phase not in NEEDED:
             return
         resident = [model.offloader.resident() for model in self._models.values()]
-        found = {kind: sum(of_role[kind] for of_role in resident) for kind in KINDS}
+        found: dict[str, int] = {kind: sum(of_role[kind] for of_role in resident) for kind in KINDS}
         if torch.cuda.is_available():
             found["allocated"] = torch.cuda.max_memory_allocated()
         for name, size in found.items():

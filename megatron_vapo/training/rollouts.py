@@ -52,13 +52,16 @@ class Rollouts:
         self._order.load_state_dict(position.order)
         self._sampler.unfinished = [Group.of(state, self._prompts) for state in position.unfinished]
 
-    def replayed(self, purpose: StepKind, step: int) -> Rollout:
-        """Return what another run saved for the step, in `rollout.replay`.
+    def replayed(self, purpose: StepKind, step: int) -> Rollout | None:
+        """Return what another run saved for the step, in `rollout.replay`; None where the recipe samples.
 
         Raises:
             DataError: it did not.
         """
-        path = Path(self._recipe.rollout.replay, f"{_name(purpose, step)}.safetensors")
+        folder = self._recipe.rollout.replay
+        if not folder:
+            return None
+        path = Path(folder, f"{_name(purpose, step)}.safetensors")
         if not path.is_file():
             raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
         return Rollout(Experience.load(path), metrics={}, failures=(0, 0))

@@ -68,27 +68,32 @@ class Run:
     @property
     def actor(self) -> Actor:
         """Return the policy that is trained."""
-        return self.trainers["actor"].model
+        model = self.trainers["actor"].model
+        assert isinstance(model, Actor)
+        return model
 
     @property
     def critic(self) -> Critic:
         """Return the critic; only where `recipe.uses_critic`."""
-        return self.trainers["critic"].model
+        model = self.trainers["critic"].model
+        assert isinstance(model, Critic)
+        return model
 
     @property
     def state(self) -> RunState:
-        """How far the run has come."""
+        """Return how far the run has come."""
         return self.snapshot.state
 
     @property
     def over(self) -> bool:
-        """Whether the last training step is done."""
+        """Return whether the last training step is done."""
         return self.recipe.ends_at(self.state.steps, self.state.sampled_tokens)
 
     def rollout(self, purpose: StepKind, step: int) -> Rollout:
         """Group-sample the next prompts with the present policy and score the responses."""
-        if self.recipe.rollout.replay:
-            return self._rollouts.replayed(purpose, step)
+        replayed = self._rollouts.replayed(purpose, step)
+        if replayed is not None:
+            return replayed
         with self._phase(Phase.ROLLOUT):
             rollout = self._rollouts.stored(purpose, step)
             if rollout is not None:

@@ -184,3 +184,21 @@ def test_times_and_amounts_are_short():
         "3.4M",
         "2G",
     ]
+
+
+def test_without_naming_a_bar_the_innermost_moves(clock):
+    console = plain_console()
+    with ProgressDisplay(console) as display:
+        display.activity("weight sync")  # no bar yet: nothing
+        display.add(1)
+        display.advance(METRICS)
+        with display.bar("train", total=10) as train:
+            display.activity("rollout")
+            display.add(50)
+            with display.bar("evaluate", total=1) as evaluation:
+                display.activity("evaluation")
+                display.advance(METRICS)
+            display.add(25)
+            assert train._activity.done == 75
+            display.advance(METRICS)
+    assert (train.done, evaluation.done) == (1, 1)
