@@ -28,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 
 # Tests run in two processes where there are two cores; a module, with its servers and models, belongs to one of them.
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 1 : 2)))
-PYTEST := python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 .PHONY: setup sglang-cpu latest train test test-minutes test-fast test-slow test-latest lint layouts doctor gpu-check clean
 

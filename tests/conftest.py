@@ -1,6 +1,7 @@
 """Tiny checkpoints that tests share, made from scratch: every dimension differs, so that no transpose hides.
 
-`pytest -n 2` gives every module to one process, so that its servers and models are made once.
+`pytest -n 2 --dist loadscope --no-loadscope-reorder` gives every module to one process, so that its servers and models
+are made once.
 """
 
 from __future__ import annotations
@@ -36,18 +37,31 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/")
+"""Tests of several processes each, of which one at a time is enough for a machine."""
+
+
+def unit_of(nodeid: str) -> str:
+    """What one process of tests runs whole: a module, or all of `RANKS`."""
+    return "ranks" if nodeid.startswith(RANKS) else nodeid.partition("::")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Make each module one group unless it names a group that it shares; the groups that take longest come first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
-    slow = Counter(_group(item) for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[_group(item)])
+    """Begin with the units that have most slow tests, so that no process is left with a long one at the end."""
+    slow = Counter(unit_of(item.nodeid) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[unit_of(item.nodeid)])
 
 
-def _group(item: pytest.Item) -> str:
-    return item.get_closest_marker("xdist_group").args[0]
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Give every unit to one process. (pytest-xdist 3.8's own loadgroup has no effect under pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return Units(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

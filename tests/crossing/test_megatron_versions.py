@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("crossing_ranks.py")
 REPOSITORY = Path(__file__).resolve().parents[2]
 OLDER, NEWER = MEGATRON_VERSIONS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import torch
 from megatron_vapo.errors import MachineError
 from tests.records import records, timeless
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "checkpoint.every=1",
          "rollout.max_response_tokens=24", "value_pretraining.max_steps=1", "evaluation.problems=8",

@@ -13,7 +13,7 @@ SAME, OTHER, FIRST = 0.01, 0.1, 0.25
 numbers to the next FP8 number, 6 percent away; FP8 against float32 is above OTHER. Delayed scaling rounds the first
 step's gradients as they are, and the loss is scaled by the data-parallel size: there the scales are what must agree."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 def test_layouts_take_the_same_updates_in_emulated_fp8(tmp_path, world):

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.layout_cases import CASES
 from benchmarks.layouts import LOSS_TOLERANCE, PARAMETER_TOLERANCE, run_cases, table
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

@@ -16,7 +16,7 @@ from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.training_layout import TrainingLayout, training_ranks
 from tests.weights.golden_engine import golden
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 WORLD = 4
 TIED, FOUR_HEADS = {"tie_word_embeddings": True}, {"num_key_value_heads": 4}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.xdist_group("sglang")]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 PIPELINES = ["ROLE.tensor_parallel=2", "ROLE.pipeline_parallel=2"]
 CASES = {

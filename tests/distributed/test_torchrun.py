@@ -17,7 +17,7 @@ import torch
 from megatron_vapo.weights.torch_dist import TorchDistReader
 from tests.records import records, timeless
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_prompt=4",

@@ -33,7 +33,7 @@ from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.rollout_store import Rollout
 from megatron_vapo.training.run import Run
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.xdist_group("sglang")]
+pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 SETTINGS = {
     "name": "servers",

@@ -32,7 +32,6 @@ SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_
 WHY_NOT = private_cluster.missing()
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.xdist_group("ranks"),
     pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
 ]
 

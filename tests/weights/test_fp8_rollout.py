@@ -131,7 +131,6 @@ def test_an_evaluated_folders_tensors_are_the_fp8_checkpoint(folders):
 
 
 @pytest.mark.sglang
-@pytest.mark.xdist_group("sglang")
 def test_sglangs_own_model_holds_the_same_as_one_that_read_the_checkpoint(folders, tmp_path, sglang_python):
     """One rank, by SGLang's own classes and loaders (its FP8 servers need a GPU)."""
     from megatron_vapo.rollout.sglang.engine import cache_scales
