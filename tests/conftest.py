@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/")
+RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/", "tests/rollout/test_sglang_engine.py")
 """Tests of several processes each, of which one at a time is enough for a machine."""
 
 
