@@ -10,15 +10,12 @@ from __future__ import annotations
 import logging
 import queue
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -133,8 +130,3 @@ class OwnProduct(ABC):
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
         return self.product(input, weight, bias)
-
-
-def no_transfers() -> list[tuple[ModuleType, str, Callable]]:
-    """Return stand-ins (module, name, function) with which pipeline stages neither send nor receive."""
-    return [(p2p_communication, "_batched_p2p_ops", lambda **_: []), (p2p_communication, "_p2p_ops", lambda **_: {})]

@@ -45,15 +45,24 @@ class ParallelModel(ABC):
         architecture: of the Hugging Face checkpoint it is loaded from.
         dtype: of parameters and activations.
         layout: process groups; equal layouts may be shared between roles.
+        device: of parameters and activations; None: this process's.
+        config: Megatron's configuration; None: what role and architecture ask for on this machine.
     """
 
     def __init__(
-        self, name: str, role: RoleConfig, architecture: Architecture, dtype: torch.dtype, layout: ParallelLayout
+        self,
+        name: str,
+        role: RoleConfig,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        device: torch.device | None = None,
+        config: TransformerConfig | None = None,
     ) -> None:
         self.name, self.role, self.architecture, self.layout = name, role, architecture, layout
-        self.device = torch.device(torch.cuda.current_device())
+        self.device = device or torch.device(torch.cuda.current_device())
         self.backend = machine_backend(dtype, role.precision)
-        self.config = transformer_config(architecture, role, dtype, self.backend)
+        self.config = config or transformer_config(architecture, role, dtype, self.backend)
         with layout.active():
             self.modules: list[GPTModel] = build_chunks(
                 self.config, architecture, self._module, self.device, role.precision

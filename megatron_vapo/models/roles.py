@@ -34,8 +34,10 @@ class Actor(ParallelModel):
         dtype: torch.dtype,
         layout: ParallelLayout,
         temperature: float = 1.0,
+        device: torch.device | None = None,
+        config: TransformerConfig | None = None,
     ) -> None:
-        super().__init__("actor", role, architecture, dtype, layout)
+        super().__init__("actor", role, architecture, dtype, layout, device, config)
         self.temperature = temperature
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
@@ -84,9 +86,15 @@ class Critic(ParallelModel):
     sampling temperature."""
 
     def __init__(
-        self, role: RoleConfig, architecture: Architecture, dtype: torch.dtype, layout: ParallelLayout
+        self,
+        role: RoleConfig,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        device: torch.device | None = None,
+        config: TransformerConfig | None = None,
     ) -> None:
-        super().__init__("critic", role, architecture, dtype, layout)
+        super().__init__("critic", role, architecture, dtype, layout, device, config)
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         return ValueModel(config=config, **stage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.plan.memory import Model
-from megatron_vapo.plan.rehearsal import smallest_world
+from megatron_vapo.plan.pretended import smallest_world
 from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import entries, hf_shapes
 

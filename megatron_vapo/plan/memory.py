@@ -18,7 +18,8 @@ from megatron_vapo.config import CriticConfig, Recipe, RoleConfig
 from megatron_vapo.models.offload import NEEDED, Kind
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
-from megatron_vapo.plan.rehearsal import Rehearsal, parameter_shapes, rehearse, smallest_world
+from megatron_vapo.plan.meta_step import StepMeasurement, measure_step, parameter_shapes
+from megatron_vapo.plan.pretended import smallest_world
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_parameters
@@ -116,9 +117,9 @@ class Model:
         """Return the bytes of one parameter."""
         return torch_dtype(self.dtype).itemsize
 
-    def rehearsal(self, stage: int) -> Rehearsal:
-        """Activations, operations and traffic of a pipeline stage."""
-        return _rehearsed(_Key(self, stage))
+    def step(self, stage: int) -> StepMeasurement:
+        """Return activations, operations and traffic of a pipeline stage."""
+        return _measured(_Key(self, stage))
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the parameters of a rank of the smallest world."""
@@ -190,9 +191,9 @@ class _Key:
 
 
 @cache
-def _rehearsed(key: _Key) -> Rehearsal:
+def _measured(key: _Key) -> StepMeasurement:
     model = key.model
-    return rehearse(_kind(model), model.role, model.architecture, torch_dtype(model.dtype), key.place)
+    return measure_step(_kind(model), model.role, model.architecture, torch_dtype(model.dtype), key.place)
 
 
 @cache
@@ -239,7 +240,7 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
     room = {"left for weight syncs": free} if free else {}
     yield PhaseMemoryUse(Phase.ROLLOUT, rank, sampling | room | {"keys and values": cache_bytes})
     for model in models.values():
-        seen = model.rehearsal(rank * model.role.pipeline_parallel // cluster.world)
+        seen = model.step(rank * model.role.pipeline_parallel // cluster.world)
         forward, update = PASSES[model.name]
         yield PhaseMemoryUse(forward, rank, base(forward) | resting | {"working memory": seen.forward_peak})
         saved, working = seen.saved, max(seen.training_peak - seen.saved, 0)

@@ -87,7 +87,7 @@ class Traffic:
 
 def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traffic:
     """Return what a step sends. Collectives inside layers are a measured micro-batch's, scaled to the step's tokens."""
-    batch, sums = batch_of(recipe, cluster), Counter()
+    batch, sums = batch_of(recipe, cluster), Counter[str]()
     for name, model in models.items():
         role = model.role
         updates, passes = updates_of(recipe, name), epochs_of(recipe, name)
@@ -101,7 +101,7 @@ def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traff
         tokens = batch.tokens / (copies // role.context_parallel)
         micro_batches = tokens / role.micro_batch_tokens * passes
         stages = range(role.pipeline_parallel)
-        sums["inside"] += int(micro_batches * max(sum(model.rehearsal(s).sent.values()) for s in stages))
+        sums["inside"] += int(micro_batches * max(sum(model.step(s).sent.values()) for s in stages))
         crossing = 2 * model.architecture.hidden * model.itemsize / role.context_parallel
         if role.sequence_parallel:
             crossing /= role.tensor_parallel

@@ -13,7 +13,7 @@ import torch
 from megatron_vapo.config import CriticConfig, RoleConfig
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.memory import Model
-from megatron_vapo.plan.rehearsal import rehearse, rehearse_whole
+from megatron_vapo.plan.meta_step import measure_step, measure_whole
 from megatron_vapo.plan.work import training_flops
 from tests.plan import plan_ranks
 from tests.ranks import run_ranks
@@ -45,7 +45,7 @@ def test_peak_memory_is_within_10_percent(name: str, measured: dict[str, list[di
     model = model_of(plan_ranks.CASES[name])
     for rank, found in enumerate(measured[name]):
         stage = rank * model.role.pipeline_parallel // WORLD
-        planned = sum(model.standing(stage, WORLD).values()) + model.rehearsal(stage).training_peak
+        planned = sum(model.standing(stage, WORLD).values()) + model.step(stage).training_peak
         assert planned == pytest.approx(found["peak"], rel=0.1), (rank, planned / found["peak"])
 
 
@@ -77,15 +77,15 @@ def test_operations_are_within_10_percent(name: str, measured: dict[str, list[di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", plan_ranks.CASES)
-def test_rehearsed_operations_are_those_of_each_rank(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
+def test_measured_operations_are_those_of_each_rank(name: str, measured: dict[str, list[dict[str, float]]]) -> None:
     """To the last one, but where a router sends tokens unevenly to experts."""
     model = model_of(plan_ranks.CASES[name])
     role = model.role
     near = 0.1 if model.architecture.experts else 1e-9
     for rank, found in enumerate(measured[name]):
-        rehearsed = model.rehearsal(rank * role.pipeline_parallel // WORLD).flops * micro_batches(role)
+        planned = model.step(rank * role.pipeline_parallel // WORLD).flops * micro_batches(role)
         real = found["products"] + found["attention"] * causal_share(role)
-        assert rehearsed == pytest.approx(real, rel=near), (rank, rehearsed / real)
+        assert planned == pytest.approx(real, rel=near), (rank, planned / real)
 
 
 def micro_batches(role: RoleConfig) -> int:
@@ -95,7 +95,7 @@ def micro_batches(role: RoleConfig) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", plan_ranks.CASES)
-def test_two_short_models_tell_a_deep_one(name: str) -> None:
+def test_two_short_models_measure_a_deep_one(name: str) -> None:
     case = plan_ranks.CASES[name]
     role, architecture = case.build()
     if role.first_stage_layers:
@@ -103,18 +103,18 @@ def test_two_short_models_tell_a_deep_one(name: str) -> None:
     deep = type(architecture)(**(vars(architecture) | {"layers": 32}))
     kind = Critic if isinstance(role, CriticConfig) else Actor
     for stage in range(role.pipeline_parallel):
-        told = rehearse(kind, role, deep, getattr(torch, case.dtype), stage)
-        whole = rehearse_whole(kind, role, deep, getattr(torch, case.dtype), stage)
+        short = measure_step(kind, role, deep, getattr(torch, case.dtype), stage)
+        whole = measure_whole(kind, role, deep, getattr(torch, case.dtype), stage)
         for key in ("training_peak", "saved", "forward_peak", "flops"):
-            assert getattr(told, key) == pytest.approx(getattr(whole, key), rel=0.01), key
-        assert told.sent == pytest.approx(whole.sent, rel=0.01)
+            assert getattr(short, key) == pytest.approx(getattr(whole, key), rel=0.01), key
+        assert short.sent == pytest.approx(whole.sent, rel=0.01)
 
 
 def test_kernels_are_planned_as_the_chunks_that_they_replace() -> None:
     """Also where neither Triton nor a GPU is, as on the machine that plans."""
     role, architecture = plan_ranks.CASES["TP2 SP full fused"].build()
     chunks, kernels = (
-        rehearse_whole(Actor, replace(role, logprobs=way), architecture, torch.float32, 0)
+        measure_whole(Actor, replace(role, logprobs=way), architecture, torch.float32, 0)
         for way in ("chunked", "triton")
     )
     assert kernels == chunks
