@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +78,7 @@ def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: 
 @contextmanager
 def _plain(folder: str | Path) -> Iterator[Path]:
     """Yield the folder itself, or a passing copy with FP8 weights as ordinary numbers: FP8 computes on a GPU only."""
-    config = read_json(Path(folder) / "config.json")
-    if config.pop("quantization_config", None) is None:
+    if "quantization_config" not in read_json(Path(folder) / "config.json"):
         yield Path(folder)
         return
     source = HFFolder(folder)
@@ -89,5 +87,4 @@ def _plain(folder: str | Path) -> Iterator[Path]:
         names = sorted(source.names)
         specs = [TensorSpec(name, source.shape(name), source.dtype(name)) for name in names]
         write_hf_folder(copy, specs, ((name, source.read(name)) for name in names), folder)
-        (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
         yield copy

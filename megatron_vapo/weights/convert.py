@@ -22,7 +22,7 @@ from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
 from megatron_vapo.weights.entry import Entry
 from megatron_vapo.weights.hf_folder import HFFolder
-from megatron_vapo.weights.hf_writer import ShardWriter, TensorSpec, keep_files
+from megatron_vapo.weights.hf_writer import ShardWriter, TensorSpec, describe_types, keep_files
 from megatron_vapo.weights.pickled_folder import open_folder
 from megatron_vapo.weights.placement import StackedSlice, padded_keys, slice_of, stacked_shapes
 from megatron_vapo.weights.table import VALUE_HEAD, entries, hf_shapes, shard, split_whole
@@ -104,7 +104,9 @@ def megatron_to_hf(
     done = 0
     with new_folder(out, total) as part:
         keep_files(base, part)
-        _write_config(part, architecture, specs[0].dtype, fp8_blocks)
+        # The type of what is not in FP8; the scales of what is are float32 whatever that is.
+        describe_types(part, [spec for spec in specs if not spec.name.endswith(fp8.SCALE_SUFFIX)])
+        _write_config(part, architecture, fp8_blocks)
         with ShardWriter(part, specs) as writer:
             for entry in entries(architecture):
                 for name, tensor in _read_entry(reader, entry, architecture):
@@ -212,22 +214,15 @@ def _check_checkpoint(reader: TorchDistReader, architecture: Architecture, base:
         raise CheckpointError(f"{reader.folder}: not a checkpoint of {base}: {'; '.join(found)}")
 
 
-def _write_config(folder: Path, architecture: Architecture, dtype: torch.dtype, fp8_blocks: bool) -> None:
-    """Change in the base model's config.json only what the export changes."""
+def _write_config(folder: Path, architecture: Architecture, fp8_blocks: bool) -> None:
+    """Let config.json say which head the model has, and what its FP8 blocks are."""
     path = folder / "config.json"
     config = read_json(path)
-    changed = config | _dtype_setting(config, dtype) | _head_setting(config, architecture)
-    changed.pop("quantization_config", None)
+    changed = config | _head_setting(config, architecture)
     if fp8_blocks:
         changed["quantization_config"] = fp8.quantization_config(architecture)
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
-
-
-def _dtype_setting(config: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
-    """Return the type under the name that the configuration uses: older ones say torch_dtype."""
-    name = "torch_dtype" if "torch_dtype" in config else "dtype"
-    return {name: str(dtype).removeprefix("torch.")}
 
 
 def _head_setting(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

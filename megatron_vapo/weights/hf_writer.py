@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_vapo.runtime.durable import new_folder
 from megatron_vapo.runtime.manifest import MANIFEST
+from megatron_vapo.weights.architecture import read_json
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.slices import as_bytes
 
@@ -56,6 +57,8 @@ def write_hf_folder(
 ) -> None:
     """Write tensors beside the base model's configuration and tokenizer, all or nothing (`runtime.durable`).
 
+    Of the configuration it changes what is no longer true: the tensors' type and quantisation (`describe_types`).
+
     Args:
         specs: all of the tensors, in the order in which they are dealt out to files.
         tensors: in any order, on any device.
@@ -67,6 +70,7 @@ def write_hf_folder(
     """
     with new_folder(folder, sum(spec.nbytes for spec in specs), replace) as part:
         keep_files(base, part)
+        describe_types(part, specs)
         with ShardWriter(part, specs, shard_bytes) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor)
@@ -79,6 +83,21 @@ def keep_files(base: str | Path, folder: Path) -> None:
         for source in sorted(Path(base).glob(pattern)):
             if not source.name.endswith(".index.json") and source.name != MANIFEST:
                 shutil.copyfile(source, folder / source.name)
+
+
+def describe_types(folder: Path, specs: Sequence[TensorSpec]) -> None:
+    """Let config.json say what the tensors are: whoever loads the folder rounds them to the type that stands there.
+
+    The base model's `quantization_config` is dropped; what writes FP8 blocks adds its own.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    widest = max((spec.dtype for spec in specs), key=lambda dtype: dtype.itemsize)
+    name = "torch_dtype" if "torch_dtype" in config else "dtype"  # older ones say torch_dtype
+    changed = config | {name: str(widest).removeprefix("torch.")}
+    changed.pop("quantization_config", None)
+    if changed != config:
+        path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
 class ShardWriter:

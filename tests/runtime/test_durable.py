@@ -70,6 +70,7 @@ def write_folder(folder: Path, value: float) -> None:
 def write_export(folder: Path, value: float) -> None:
     base = folder.parent.parent / "base"
     base.mkdir(exist_ok=True)
+    (base / "config.json").write_text('{"dtype": "float32"}')
     specs = [TensorSpec(name, (9,), torch.float32) for name in "ab"]
     tensors = ((name, torch.full((9,), value)) for name in "ab")
     write_hf_folder(folder, specs, tensors, base, shard_bytes=40, replace=True)

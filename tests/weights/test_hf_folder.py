@@ -185,6 +185,24 @@ def test_an_export_keeps_tokenizer_and_configuration(base, tensors, tmp_path):
     assert all(written[name] == kept[name] for name in kept)
 
 
+@pytest.mark.parametrize(
+    "said", [{"dtype": "bfloat16"}, {"torch_dtype": "bfloat16"}, {"quantization_config": {"bits": 8}}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_configuration_says_what_the_tensors_are(base, tensors, tmp_path, said, dtype):
+    """Transformers rounds to the type that config.json names: weights trained in float32 from a bfloat16 base."""
+    from transformers import AutoModelForCausalLM
+
+    changed = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    config.pop("dtype", None)
+    (changed / "config.json").write_text(json.dumps(config | said))
+    trained = {name: (tensor + 1e-5).to(dtype) for name, tensor in tensors.items()}
+    write_hf_folder(tmp_path / "export", specs_of(trained), trained.items(), changed)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "export").named_parameters())
+    assert all(loaded[name].dtype == dtype and torch.equal(loaded[name], trained[name]) for name in trained)
+
+
 def test_the_base_models_own_index_is_not_kept(make_model, tensors, tmp_path):
     make_model("qwen2").save_pretrained(tmp_path / "base", max_shard_size="20KB")
     write_hf_folder(tmp_path / "export", specs_of(tensors), tensors.items(), tmp_path / "base")
