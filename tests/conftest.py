@@ -37,8 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/", "tests/rollout/test_sglang_engine.py")
-"""Tests of several processes each, of which one at a time is enough for a machine."""
+RANKS = ("tests/crossing/", "tests/distributed/", "tests/rollout/test_sglang_engine.py")
+"""Tests of several busy processes each, of which one at a time is enough for a machine. Slurm's mostly wait."""
 
 
 def unit_of(nodeid: str) -> str:
@@ -48,7 +48,8 @@ def unit_of(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the units that have most slow tests, so that no process is left with a long one at the end."""
-    slow = Counter(unit_of(item.nodeid) for item in items if item.get_closest_marker("slow"))
+    marks = ("slow", "sglang", "slurm")
+    slow = Counter(unit_of(item.nodeid) for item in items if any(map(item.get_closest_marker, marks)))
     items.sort(key=lambda item: -slow[unit_of(item.nodeid)])
 
 
@@ -224,6 +225,7 @@ def run_tool(
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(REPOSITORY / "tools" / name), *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.syspath_prepend(REPOSITORY / "tools")  # as Python does for a script
         capsys.readouterr()
         code = 0
         try:

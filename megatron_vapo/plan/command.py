@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,13 +21,26 @@ from megatron_vapo.plan.report import as_json, draw, make_plan_of, show
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
 
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Silence Megatron's and torch's hints, which are about runs, not plans."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+@_hushed()
 def run_plan(recipe: Recipe, options: argparse.Namespace) -> bool:
     """Print the plan of a recipe, and return whether it fits.
 
     Raises:
         UserError: no configuration of the model, a layout that cannot be, an unknown assumption.
     """
-    _hush()
     console = Console(stderr=options.json)
     architectures = read_architectures(recipe, console)
     cluster = Cluster(GPUS[options.gpu], options.nodes, assumptions_of(options.assume), engine_gpus(recipe))
@@ -84,9 +99,3 @@ def assumptions_of(changes: list[str]) -> Assumptions:
         if values[name] <= 0:
             raise RecipeError(f"--assume {change}: must be above 0")
     return Assumptions(**values)
-
-
-def _hush() -> None:
-    """Silence Megatron's and torch's hints, which are about runs, not plans."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
