@@ -37,8 +37,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-RANKS = ("tests/crossing/", "tests/distributed/", "tests/rollout/test_sglang_engine.py")
-"""Tests of several busy processes each, of which one at a time is enough for a machine. Slurm's mostly wait."""
+RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/", "tests/rollout/test_sglang_engine.py")
+"""Tests of several processes each, of which one at a time is enough for a machine."""
 
 
 def unit_of(nodeid: str) -> str:
@@ -48,8 +48,7 @@ def unit_of(nodeid: str) -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the units that have most slow tests, so that no process is left with a long one at the end."""
-    marks = ("slow", "sglang", "slurm")
-    slow = Counter(unit_of(item.nodeid) for item in items if any(map(item.get_closest_marker, marks)))
+    slow = Counter(unit_of(item.nodeid) for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[unit_of(item.nodeid)])
 
 
