@@ -158,12 +158,9 @@ def number(answer: str) -> Fraction | None:
         return None
     match = found[0]
     before, after = text[: match.start()], text[match.end() :]
-    around = f"{before} | {after}"
-    if "\\" in around or _CHANGES.search(around):
+    if not (_UNIT.fullmatch(before) and _UNIT.fullmatch(after)) or _CHANGES.search(f"{before} | {after}"):
         return None
-    if not _UNIT.fullmatch(before) or not _UNIT.fullmatch(after) or re.search(r"[-+(]\s*$", before):
-        return None
-    if re.match(r"[.,]?\d|\(", after):
+    if re.search(r"[-+(]\s*$", before) or after.startswith("("):
         return None
     return _value(match)
 

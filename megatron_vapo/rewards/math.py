@@ -28,7 +28,7 @@ _WORDS = re.compile(r"\\(?:text|mbox|textbf|overline)\{([^{}]*)\}")
 
 
 def math_dapo(response: str, answer: str) -> float:
-    """Return +1 if the last `Answer: ...` of the final 300 characters equals `answer`, both normalised, else -1.
+    r"""Return +1 if the last `Answer: ...` of the final 300 characters equals `answer`, both normalised, else -1.
 
     The rule of DAPO's released recipe, whose normalisation is Minerva's (arXiv 2206.14858, appendix D.1). It compares
     strings, so these are wrong where the reference is 34: `**Answer:** 34`, `34.`, `34.0`, `034`; and so are
@@ -51,19 +51,20 @@ def math_verify_reward(response: str, answer: str) -> float:
     Raises:
         ValueError: the library cannot read the reference.
     """
-    given = final_answer(response)
-    if given is None:
+    written = final_answer(response)
+    if written is None:
         return -1.0
-    expected, found = number(plain(answer)), number(plain(given))
+    given, reference = plain(written), plain(answer)
+    found, expected = number(given), number(reference)
     if expected is not None and found is not None:
         return 1.0 if found == expected else -1.0
-    if expected is not None and not is_one_expression(plain(given)):
+    if expected is not None and not is_one_expression(given):
         return -1.0
     parse, verify = _math_verify()
-    gold = parse(f"\\boxed{{{plain(answer)}}}")
+    gold = parse(f"\\boxed{{{reference}}}")
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-    return 1.0 if verify(gold, parse(f"\\boxed{{{plain(given)}}}")) else -1.0
+    return 1.0 if verify(gold, parse(f"\\boxed{{{given}}}")) else -1.0
 
 
 def _last_answer(tail: str) -> str | None:
