@@ -193,8 +193,8 @@ class Checkpoints:
         mine = generators[dist.get_rank()] if len(generators) == dist.get_world_size() else None
         if mine is None:
             self._note(f"{len(generators)} processes before, {dist.get_world_size()} now: global generators start anew")
-        position = SamplingPosition(_read_state(checkpoint)["prompt_order"], unfinished)
-        return Snapshot(read_state(checkpoint), position, mine)
+        state, prompt_order = _read_state(checkpoint)
+        return Snapshot(state, SamplingPosition(prompt_order, unfinished), mine)
 
 
 class _Pending:
@@ -241,16 +241,15 @@ def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:
 
 def read_state(checkpoint: Path) -> RunState:
     """Return the state that a checkpoint holds."""
-    saved = _read_state(checkpoint)
-    return RunState(**{field.name: saved[field.name] for field in fields(RunState)})
+    return _read_state(checkpoint)[0]
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def _read_state(checkpoint: Path) -> tuple[RunState, Any]:
+    """Return what state.json holds: the state, and the order of prompts."""
     path = checkpoint / _STATE
-    wanted = {field.name for field in fields(RunState)} | {"prompt_order"}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return {name: saved[name] for name in wanted}
+        return RunState(**{field.name: saved[field.name] for field in fields(RunState)}), saved["prompt_order"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint's state: {first_line(error)}") from error
 

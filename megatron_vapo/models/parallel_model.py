@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,6 @@ class ParallelModel(ABC):
     """The Megatron model of a role, without gradients or optimizer.
 
     Args:
-        name: "actor" or "critic", for messages.
         role: layout, batching and what may leave the device.
         architecture: of the Hugging Face checkpoint it is loaded from.
         dtype: of parameters and activations.
@@ -49,9 +48,11 @@ class ParallelModel(ABC):
         config: Megatron's configuration; None: what role and architecture ask for on this machine.
     """
 
+    name: ClassVar[str]
+    """The role's name, in checkpoints and messages."""
+
     def __init__(
         self,
-        name: str,
         role: RoleConfig,
         architecture: Architecture,
         dtype: torch.dtype,
@@ -59,7 +60,7 @@ class ParallelModel(ABC):
         device: torch.device | None = None,
         config: TransformerConfig | None = None,
     ) -> None:
-        self.name, self.role, self.architecture, self.layout = name, role, architecture, layout
+        self.role, self.architecture, self.layout = role, architecture, layout
         self.device = device or torch.device(torch.cuda.current_device())
         self.backend = machine_backend(dtype, role.precision)
         self.config = config or transformer_config(architecture, role, dtype, self.backend)

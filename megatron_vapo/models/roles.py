@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Outputs
-from megatron_vapo.config import ActorConfig, RoleConfig
+from megatron_vapo.config import ActorConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parallel_model import ParallelModel
@@ -26,6 +26,8 @@ from megatron_vapo.weights.architecture import Architecture
 
 class Actor(ParallelModel):
     """The policy. Its outputs are log-prob and entropy of each response token at the sampling temperature."""
+
+    name = "actor"
 
     def __init__(
         self,
@@ -37,7 +39,7 @@ class Actor(ParallelModel):
         device: torch.device | None = None,
         config: TransformerConfig | None = None,
     ) -> None:
-        super().__init__("actor", role, architecture, dtype, layout, device, config)
+        super().__init__(role, architecture, dtype, layout, device, config)
         self.temperature = temperature
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
@@ -85,16 +87,7 @@ class Critic(ParallelModel):
     """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
     sampling temperature."""
 
-    def __init__(
-        self,
-        role: RoleConfig,
-        architecture: Architecture,
-        dtype: torch.dtype,
-        layout: ParallelLayout,
-        device: torch.device | None = None,
-        config: TransformerConfig | None = None,
-    ) -> None:
-        super().__init__("critic", role, architecture, dtype, layout, device, config)
+    name = "critic"
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         return ValueModel(config=config, **stage)
