@@ -1,4 +1,4 @@
-"""What a run survives: kill -9 in every phase, damaged checkpoints, full disks, a second run, a clock that jumps.
+"""The faults that a run survives: kill -9 in every phase, damaged checkpoints, full disks, a second run, clock jumps.
 
     python -m benchmarks.faults --base artifacts/tiny --folder FOLDER [--kills 24 12] [--write docs/reliability.md]
 
@@ -63,7 +63,7 @@ PHASES = (Phase.ROLLOUT, Phase.VALUES, Phase.LOGPROBS, Phase.CRITIC_UPDATE, Phas
 
 @dataclass
 class Findings:
-    """What was seen, for the document."""
+    """The observations, for the document."""
 
     kills: Counter[str] = field(default_factory=Counter)
     lost_steps: list[int] = field(default_factory=list)
@@ -109,7 +109,7 @@ class Ranks:
         ]
 
     def said(self) -> Iterator[str]:
-        """What rank 0 announces, until it ends."""
+        """Yield what rank 0 announces, until it ends."""
         for line in self.processes[0].stdout:
             if line.startswith("@"):
                 yield line[1:].strip()
@@ -205,7 +205,7 @@ def records(run_dir: Path) -> list[dict]:
 
 
 def compare(run_dir: Path, reference: Path) -> list[str]:
-    """What differs: metrics, sampled responses, a byte of tensors, optimizer states, generators, progress, export."""
+    """Return what differs: metrics, sampled responses, tensors, optimizer states, generators, progress, export."""
     differing = [] if records(run_dir) == records(reference) else ["metrics"]
     newest = reference / "checkpoints" / "latest"
     files = [newest / "state.json", newest / "sampling.pt", *newest.glob("*/*.distcp"), *reference.rglob("samples/*")]

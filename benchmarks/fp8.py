@@ -1,4 +1,4 @@
-"""What FP8 does to VAPO: recipes/tiny.yaml, shortened, with emulated FP8 training and FP8 rollout beside float32.
+"""The effect of FP8 on VAPO: recipes/tiny.yaml, shortened, with emulated FP8 training and FP8 rollout beside float32.
 
     python -m benchmarks.fp8 --folder DIR [--bases DIR ...] [--steps 14] [--write docs/benchmarks_fp8.md]
 
@@ -216,7 +216,7 @@ def logprob_table(differences: dict[str, dict[str, tuple[float, float]]]) -> str
 
 
 def batch_report(weights: dict[str, Path], rollouts: Path) -> str:
-    """What one batch shows, without training."""
+    """Return what one batch shows, without training."""
     errors = {
         f"{name}, {loss}": gradient_errors(folder, rollouts, signed)
         for loss, signed in (("policy loss", True), ("mean log-prob", False))

@@ -1,4 +1,4 @@
-"""What parts of `gpu_check` share, and those of them that speak of the machine alone, without Megatron."""
+"""The common ground of `gpu_check`'s parts, and those of them that speak of the machine alone, without Megatron."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Numbers = dict[str, float | str]
 
 
 class NotAvailable(Exception):
-    """What is missing here."""
+    """Something is missing here; the message says what."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What parts share."""
+    """The folder and findings that all parts share."""
 
     folder: Path
     found: dict[str, Numbers]

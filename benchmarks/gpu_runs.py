@@ -83,7 +83,7 @@ def updates_1_5b(work: Workplace) -> Numbers:
 
 
 def memory_against_plan(work: Workplace) -> Numbers:
-    """What the larger of the runs above had in each phase, against `megatron-vapo plan` of its recipe."""
+    """Return what the larger of the runs above had in each phase, against `megatron-vapo plan` of its recipe."""
     name = next(name for name in ("updates at 1.5B", "tiny updates") if name in work.found)
     run = _run_folder(work, name)
     command = ["plan", str(run / "recipe.yaml"), "--nodes", "1", "--assume", "gpus_per_node=1", "--json"]
@@ -176,7 +176,7 @@ def _run_folder(work: Workplace, name: str) -> Path:
 
 
 def _settings(work: Workplace, shape: dict[str, Any]) -> list[str]:
-    """What all runs here share."""
+    """Return the settings that all runs here share."""
     return [
         f"model.path={_model(work, shape)}",
         f"data.train={make_prompts(work.folder / 'prompts.jsonl')}",
@@ -214,7 +214,7 @@ def _opened(recipe: Recipe) -> Iterator[Run]:
 
 
 def _step(run: Run, step: int) -> None:
-    """As in `megatron_vapo.training.loop`."""
+    """Take one step as `megatron_vapo.training.loop` does."""
     rollout = run.rollout("train", step)
     batch = run.logprobs(run.values(rollout.batch))
     batch = with_advantages(batch, run.recipe.algorithm)
@@ -228,7 +228,7 @@ def _training_seconds(record: dict[str, Any]) -> float:
 
 
 def _model_flops(folder: Path, batch: Experience) -> float:
-    """Of actor and critic, forward once and forward and backward once."""
+    """Return the operations of actor and critic, forward once and forward and backward once."""
     actor = read_architecture(folder)
     critic = replace(actor, classifier=True, tied_embeddings=False)
     return sum(4 * n * forward_flops(a, n) for a in (actor, critic) for n in batch.sequence_lengths.tolist())

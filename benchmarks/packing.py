@@ -1,4 +1,4 @@
-"""How well micro-batches are filled and shared: useful tokens over computed tokens, and the slowest rank over the mean.
+"""The filling of micro-batches, useful tokens over computed ones, and their balance, the slowest rank over the mean.
 
     python -m benchmarks.packing [--responses 512] [--seeds 5]
 

@@ -1,4 +1,4 @@
-"""What a weight sync moves, against what it must move and against gathering everything; and how long it takes.
+"""The bytes that a weight sync moves, against what it must move and against gathering everything; and its time.
 
     python -m benchmarks.reshard [--write docs/benchmarks_reshard.md]
 

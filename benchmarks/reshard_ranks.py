@@ -1,4 +1,4 @@
-"""What `benchmarks/reshard.py` and the tests run in each of their real ranks: weight syncs over gloo."""
+"""The work of each real rank of `benchmarks/reshard.py` and the tests: weight syncs over gloo."""
 
 from __future__ import annotations
 

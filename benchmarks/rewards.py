@@ -64,7 +64,7 @@ CHANGES: dict[str, Callable[[int], str]] = {
 
 @dataclass
 class Errors:
-    """Of one checker in one phrasing."""
+    """The errors of one checker in one phrasing."""
 
     rejected: int = 0
     accepted: int = 0

@@ -1,4 +1,4 @@
-"""What rollouts cost: SGLang beside the embedded engine, the parts of a step's cycle, our client beside SGLang's own.
+"""The cost of rollouts: SGLang beside the embedded engine, the parts of a step's cycle, our client beside SGLang's own.
 
     python -m benchmarks.rollout [--repeats 5] [--python .venv-sglang/bin/python] [--write docs/benchmarks_rollout.md]
 

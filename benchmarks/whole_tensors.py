@@ -1,4 +1,4 @@
-"""What leaving a trained layout costs each rank: an export, where rank 0 takes whole Hugging Face tensors, and an
+"""The cost to each rank of leaving a trained layout: an export, where rank 0 takes whole Hugging Face tensors, and an
 evaluation, where SGLang's ranks take their shards of a model that has neither gradients nor optimizer."""
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class RolloutError(UserError):
 
 
 class MachineError(UserError):
-    """What the machine did to a run: out of memory, a full disk, a process that no longer answers. The same command may
+    """The machine failed a run: out of memory, a full disk, a process that no longer answers. The same command may
     go on from the last checkpoint once that is mended."""
 
     exit_code = 8

@@ -1,4 +1,4 @@
-"""What the two tools that make the tiny models share: optimiser steps, batches, sampling, progress."""
+"""The common part of the two tools that make the tiny models: optimiser steps, batches, sampling, progress."""
 
 import signal
 import sys

@@ -106,7 +106,7 @@ def slurm_executor(options: argparse.Namespace) -> SlurmExecutor:
 
 
 def slurm_script(options: argparse.Namespace) -> Script:
-    """What runs on each node."""
+    """Return the script that runs on each node."""
     import nemo_run as run
 
     command = shlex.join(["bash", "slurm/node.sh", "train", options.recipe, *options.overrides])

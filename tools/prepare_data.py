@@ -38,7 +38,7 @@ Problem = tuple[tuple[Message, ...], str]
 
 @dataclass
 class Report:
-    """What became of the rows of one file."""
+    """The fate of the rows of one file."""
 
     rows: int = 0
     kept: int = 0

@@ -41,7 +41,7 @@ error of at most sqrt(0.25 / 960) = 1.6 points, a difference 2.3, and 1.96 of th
 
 
 def analyse(results: Results) -> dict[str, Any]:
-    """What document and figures show."""
+    """Return all that document and figures show."""
     differences = _differences(results)
     return {
         "arms": {name: _arm(runs, differences.get(name)) for name, runs in results.items() if runs},
@@ -111,7 +111,7 @@ def _differences(results: Results) -> dict[str, dict[str, Any]]:
 
 
 def _order(results: Results, names: tuple[str, ...]) -> dict[str, Any] | None:
-    """How the order of these arms agrees with the paper's; None below two seeds with which all of them are complete."""
+    """Return how these arms' order agrees with the paper's; None where all are complete with fewer than two seeds."""
     names = tuple(sorted(names, key=lambda name: PAPER[name]))
     seeds = common_seeds(results, names)
     if len(seeds) < 2:

@@ -1,4 +1,5 @@
-"""What is compared, and what the paper measured (VAPO, arXiv 2504.05118, table 1 and figure 1: AIME 2024, avg@32)."""
+"""The arms that are compared, and the paper's numbers (VAPO, arXiv 2504.05118, table 1 and figure 1: AIME 2024,
+avg@32)."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def _beside(file: Path, document: Path) -> str:
 
 
 def _runs(results: Results, arms: list[Arm], seeds: list[int]) -> dict[str, Any]:
-    """What ran, when, from which sources."""
+    """Say what ran, when, from which sources."""
     every = [run for runs in results.values() for run in runs.values()]
     origins = [run.origin for run in every]
     missing = {arm.name: [s for s in seeds if s not in results.get(arm.name, {})] for arm in arms}
@@ -114,7 +114,7 @@ def _runs_text(numbers: dict[str, Any]) -> list[str]:
 
 
 def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
-    """What VAPO's runs were told, in a sentence, and what came of it."""
+    """Say what VAPO's runs were told, in a sentence, and what came of it."""
     if "vapo" not in results:
         return []
     vapo, scaled = (_recipe(results, name) for name in ("vapo", "ppo_scaled"))
@@ -134,7 +134,7 @@ def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
 
 
 def _recipe(results: Results, name: str) -> DictConfig | None:
-    """Of an arm's first run."""
+    """Return the settings of an arm's first run."""
     return next(iter(results[name].values())).recipe if name in results else None
 
 
@@ -162,7 +162,7 @@ def _tables(numbers: dict[str, Any]) -> list[str]:
 
 
 def _on_the_way(numbers: dict[str, Any]) -> list[str]:
-    """What training looked like in each arm."""
+    """Say what training looked like in each arm."""
     rows = []
     for arm in ARMS:
         if arm.name in numbers["arms"]:

@@ -62,7 +62,7 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
 def _new_figure(
     columns: int, rows: int = 1, height: float = 3.4, width: float = 4.6, shared: bool = False
 ) -> tuple[Figure, np.ndarray]:
-    """Of panels so high and wide (inches), which may share their axes."""
+    """Return figure and axes of panels so high and wide (inches), which may share their axes."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -211,6 +211,6 @@ def _lambda(results: Results) -> Figure | None:
 
 
 def _lengths(runs: Iterable[Result], index: int) -> list[int]:
-    """Of the sampled held-out responses that each run kept of its first (0) or last (-1) evaluation."""
+    """Return the lengths of the held-out responses that each run kept of its first (0) or last (-1) evaluation."""
     files = [sorted((run.folder / "evaluation" / "samples").glob("*.jsonl"))[index] for run in runs]
     return [json.loads(line)["tokens"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What the arms of a seed share, each made once: base model and problems, reward model, pretrained critic.
+"""The pieces that the arms of a seed share, each made once: base model and problems, reward model, pretrained critic.
 
 OUT/bases/3/                     of seed 3; tuning seeds have theirs here too
     base/  train.jsonl  heldout.jsonl  reward_model/
@@ -46,7 +46,7 @@ def critic_folder(seed_folder: Path, arm: Arm) -> Path:
 
 
 def overrides(arm: Arm, seed: int, base: Path, run_dir: Path) -> list[str]:
-    """What makes an arm's recipe one of a seed's runs."""
+    """Return the overrides that make an arm's recipe one of a seed's runs."""
     places = {
         "seed": seed,
         "run_dir": run_dir,

@@ -69,7 +69,7 @@ class Result:
 
     @property
     def commit(self) -> str:
-        """Of the sources that made it, and whether they differed from it."""
+        """The commit of the sources that made it, and whether they differed from it."""
         return self.origin["commit"][:10] + (" (changed)" if self.origin["changed"] else "")
 
     @property
@@ -98,7 +98,7 @@ class Result:
 
 
 def read_result(folder: Path) -> Result:
-    """Of a complete run; the critic's value pretraining is found beside it."""
+    """Read a complete run; the critic's value pretraining is found beside it."""
     recipe = OmegaConf.load(folder / "recipe.yaml")
     evaluations, train = read_metrics(folder, "evaluate"), read_metrics(folder, "train")
     sampled = {0: 0.0} | {record["step"]: record["tokens/sampled"] for record in train}
@@ -127,7 +127,7 @@ def read_results(out: Path, names: list[str], seeds: list[int]) -> dict[str, dic
 
 
 def _pretraining_tokens(recipe: DictConfig) -> int:
-    """What the pretrained critic that the run was given had cost."""
+    """Return what the pretrained critic that the run was given had cost."""
     if recipe.algorithm.advantage != "gae" or not recipe.value_pretraining.checkpoint:
         return 0
     critic = Path(recipe.value_pretraining.checkpoint).parent

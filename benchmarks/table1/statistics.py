@@ -42,7 +42,7 @@ def mean_interval(values_S: np.ndarray) -> Interval:
 
 
 def paired(differences_S: np.ndarray) -> Paired:
-    """Of at least two seeds."""
+    """Return mean, interval and test of paired differences [S], of at least two seeds."""
     deviation = float(differences_S.std(ddof=1))
     p = float(stats.ttest_1samp(differences_S, 0.0).pvalue) if deviation > 0 else float(not differences_S.any())
     return Paired(

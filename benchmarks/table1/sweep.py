@@ -43,7 +43,7 @@ COMPARED = ("steps", "limits.sampled_tokens", "evaluation.every")
 
 @dataclass(frozen=True)
 class Size:
-    """How large a sweep is, besides the number of arms and seeds."""
+    """The size of a sweep, besides the number of arms and seeds."""
 
     settings: tuple[str, ...] = ()
     """`key=value` overrides of every run."""
@@ -235,7 +235,7 @@ class _Left:
 
 
 def sweep_jobs(out: Path, arms: list[Arm], seeds: range, rates: dict[str, float]) -> Iterator[Job]:
-    """Of the table: seed by seed all arms, each with its family's learning rate."""
+    """Return the runs of the table: seed by seed all arms, each with its family's learning rate."""
     for seed in seeds:
         folder = out / "runs" / f"seed_{seed:03d}"
         for arm in arms:

@@ -1,4 +1,4 @@
-"""What a run is between two steps, besides its models' tensors."""
+"""The state of a run between two steps, besides its models' tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ StepKind = Literal["pretrain", "train"]
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run has come, as of the end of its last finished step or evaluation."""
+    """The progress of a run, as of the end of its last finished step or evaluation."""
 
     pretraining_steps: int = 0
     pretraining_done: bool = False
@@ -64,7 +64,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds besides the models, on one rank; a resumed run goes on from it."""
+    """The content of a checkpoint besides the models, on one rank; a resumed run goes on from it."""
 
     state: RunState
     position: SamplingPosition

@@ -63,7 +63,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What was found here. `version` gives the installed version of a distribution, or None."""
+    """The inventory of this machine. `version` gives the installed version of a distribution, or None."""
 
     version: Callable[[str], str | None]
     requirements: Sequence[str]

@@ -1,4 +1,4 @@
-"""Where sampling stands, as plain values that checkpoints and stored rollouts hold."""
+"""The position of sampling, as plain values that checkpoints and stored rollouts hold."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _EmulatedFP8(OwnProduct):
-    """What both kinds of parallel layers share: the product, and the state of delayed scaling in checkpoints."""
+    """The common part of both kinds of parallel layers: the product, and delayed scaling's state in checkpoints."""
 
     precision: PrecisionConfig
     """Set on the class, of which each specification has its own: some places of Megatron take a class alone."""

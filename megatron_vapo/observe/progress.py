@@ -43,7 +43,7 @@ SHOWN = (
 
 @dataclass
 class Activity:
-    """What the current step is doing, such as `rollout`; `total` in any unit (tokens, micro-batches) or unknown."""
+    """The activity of the current step, such as `rollout`; `total` in any unit (tokens, micro-batches) or unknown."""
 
     name: str
     total: float | None

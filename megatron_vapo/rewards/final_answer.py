@@ -40,7 +40,7 @@ def final_answer(response: str) -> str | None:
 
 
 def _first_block(text: str) -> str:
-    """The first line that says something, or the display formula that begins there."""
+    """Return the first line that says something, or the display formula that begins there."""
     text = _MARKS.sub("", text)
     for opening, closing in _FENCES:
         if text.startswith(opening):
@@ -51,7 +51,7 @@ def _first_block(text: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    """What stands in the last box, braces balanced; None without a box, and for one that is not closed."""
+    """Return what stands in the last box, braces balanced; None without a box, and for one that is not closed."""
     boxes = list(_BOX.finditer(text))
     if not boxes:
         return None
@@ -64,7 +64,7 @@ def _last_box(text: str) -> str | None:
 
 
 def _braced(text: str) -> str | None:
-    """The content of the braces with which the text begins."""
+    """Return the content of the braces with which the text begins."""
     depth = 0
     for end, character in enumerate(text):
         escaped = end > 0 and text[end - 1] == "\\"

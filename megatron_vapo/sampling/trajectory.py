@@ -40,7 +40,7 @@ class Sample:
 
     @property
     def written(self) -> Response:
-        """What has been written, of a sample that has begun."""
+        """Return what has been written of a sample that has begun."""
         assert self.begun is not None, "nothing is written yet"
         return self.begun
 

@@ -1,4 +1,4 @@
-"""What a run writes of its steps into its folder: metrics, and responses to read."""
+"""The records of a run's steps in its folder: metrics, and responses to read."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Rollouts:
 
     @property
     def position(self) -> SamplingPosition:
-        """Where sampling stands."""
+        """The position of sampling."""
         return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
 
     def go_to(self, position: SamplingPosition) -> None:

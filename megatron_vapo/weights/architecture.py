@@ -1,4 +1,4 @@
-"""What a Hugging Face checkpoint folder says about its model, without loading it."""
+"""The facts that a Hugging Face checkpoint folder states about its model, without loading it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks of a rollout engine want to hold: whole Hugging Face tensors, or shards in SGLang's own parameters.
+"""The parameters of a rollout engine's ranks: whole Hugging Face tensors, or shards in SGLang's own parameters.
 
 SGLang (0.5.23), of each tensor-parallel rank: `qkv_proj` is [q; k; v] of its heads, a key-value head being on several
 ranks where there are fewer heads than ranks; `gate_up_proj` is [gate; up]; experts are stacked into `w13_weight`
@@ -95,7 +95,8 @@ def _shape(name: str, boxes: list[Box], a: Architecture, shapes: Shapes, tp_size
 
 
 def _padded(vocab: int, tp_size: int) -> int:
-    """Where a multiple of 64 does not divide, SGLang on CPU takes 64 * tp_size (on GPU it refuses to start)."""
+    """Return the padded vocabulary: where a multiple of 64 does not divide, SGLang on CPU takes one of 64 * tp_size (on
+    GPU it refuses to start)."""
     rows = padded_vocabulary(vocab, _VOCABULARY_MULTIPLE)
     return rows if rows % tp_size == 0 else padded_vocabulary(vocab, _VOCABULARY_MULTIPLE * tp_size)
 

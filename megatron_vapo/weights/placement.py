@@ -1,4 +1,4 @@
-"""Where a Megatron parameter stands in a torch_dist checkpoint, as `GPTModel.sharded_state_dict` of Megatron Core
+"""The place of a Megatron parameter in a torch_dist checkpoint, as `GPTModel.sharded_state_dict` of Megatron Core
 0.16.1 puts it: layers and experts are stacked into one tensor, and a norm has the name that it has in Transformer
 Engine's layers, which fuse it with its linear layer (not with a layer of experts)."""
 
