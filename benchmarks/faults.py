@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.records import records, timeless
 from megatron_vapo.config import ActorConfig, CheckpointConfig
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.errors import CheckpointError
@@ -188,7 +189,7 @@ def start_and_kill(ranks: Ranks, plan: list[str], dice: random.Random, found: Fi
 
 def steps_done(run_dir: Path) -> int:
     """Training steps in the record."""
-    return sum(record["kind"] == "train" for record in records(run_dir))
+    return len(records(run_dir, "train"))
 
 
 def checkpointed(run_dir: Path) -> int:
@@ -196,17 +197,9 @@ def checkpointed(run_dir: Path) -> int:
     return int(found[-1].name.removeprefix("step_")) if found else 0
 
 
-def records(run_dir: Path) -> list[dict]:
-    """Metrics without what depends on the clock."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    clock = ("seconds/", "cpu_seconds/", "throughput/", "time")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(clock)} for line in lines]
-
-
 def compare(run_dir: Path, reference: Path) -> list[str]:
     """Return what differs: metrics, sampled responses, tensors, optimizer states, generators, progress, export."""
-    differing = [] if records(run_dir) == records(reference) else ["metrics"]
+    differing = [] if timeless(run_dir) == timeless(reference) else ["metrics"]
     newest = reference / "checkpoints" / "latest"
     files = [newest / "state.json", newest / "sampling.pt", *newest.glob("*/*.distcp"), *reference.rglob("samples/*")]
     files.append(reference / "export" / "model.safetensors")
@@ -341,8 +334,8 @@ def bookkeeping(base: list[str], folder: Path) -> dict[str, float]:
              "rollout.max_response_tokens=200", "value_pretraining.enabled=false", "checkpoint.every=0"]  # fmt: skip
     said = run_to_the_end(Ranks(1, folder / "bookkeeping", [*base, *sizes]))
     spent = float(said.split()[1])
-    rows = [json.loads(line) for line in (folder / "bookkeeping" / "metrics.jsonl").read_text().splitlines()]
-    steps = sum(v for r in rows if r["kind"] == "train" for k, v in r.items() if k.startswith("seconds/"))
+    rows = records(folder / "bookkeeping", "train")
+    steps = sum(v for row in rows for k, v in row.items() if k.startswith("seconds/"))
     return {"bookkeeping": spent / 4, "bookkeeping share": spent / steps}
 
 

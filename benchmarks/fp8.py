@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import shutil
 import statistics
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.records import records
 from megatron_vapo.config import ActorConfig, AlgorithmConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.fp8 import from_blocks, goes_in_blocks, to_blocks
@@ -63,7 +63,7 @@ def run(variant: str, seed: int, base: Path, folder: Path, steps: int) -> list[d
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         settings = [f"run_dir={run_dir}", *data, *shorter, *VARIANTS[variant]]
         subprocess.run([*command, *settings], check=True, env=environment, stdout=subprocess.DEVNULL)
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return records(run_dir)
 
 
 def make_trainer(recipe: str | None, weights: Path) -> Trainer:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks.records import records
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYOUTS = {
@@ -41,7 +42,7 @@ def run(world: int, folder: Path, steps: int, overrides: list[str]) -> list[dict
     settings = [f"run_dir={folder / str(world)}", f"steps={steps}", *evaluation, *replay, *LAYOUTS[world], *overrides]
     train = ["-m", "megatron_vapo", "train", str(ROOT / "recipes" / "tiny.yaml"), *settings]
     subprocess.run([*command, *train], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return [json.loads(line) for line in (folder / str(world) / "metrics.jsonl").read_text().splitlines()]
+    return records(folder / str(world))
 
 
 def differences(alone: list[dict], together: list[dict], step: int) -> dict[str, tuple[float, float]]:

@@ -20,9 +20,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from benchmarks.records import records
 from megatron_vapo.cli import main
 from megatron_vapo.runtime.manifest import write_manifest
-from tests.records import records
 
 REWARD = "def even(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
 """A reward that random models get right about half of the time."""

@@ -18,8 +18,8 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.records import records, timeless
 from megatron_vapo.errors import MachineError
-from tests.records import records, timeless
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from benchmarks.records import records
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -71,7 +72,7 @@ def test_servers_hold_the_actor_and_agree_with_it(
     assert done.returncode == 0, done.stdout[-4000:]
     server_ranks = 2 if "separate" in case or world == 2 else 4
     assert f"compared {server_ranks * PARAMETERS_OF_A_RANK} parameters" in done.stdout
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    differences = [row["rollout/logprob_difference_max"] for row in rows if row["kind"] == "train"]
+    rows = records(tmp_path / "run", "train")
+    differences = [row["rollout/logprob_difference_max"] for row in rows]
     assert len(differences) == 2
     assert max(differences) < 1e-4

@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.records import records, timeless
 from megatron_vapo.weights.torch_dist import TorchDistReader
-from tests.records import records, timeless
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.records import records
 from examples.my_engine import UniformEngine
 from megatron_vapo.cli import main
 from megatron_vapo.config import SamplingConfig
@@ -93,7 +93,7 @@ def test_a_run_trains_on_it(
 
     monkeypatch.setattr(build, "build_engine", build_engine)
     assert main(["train", str(path)]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = records(tmp_path / "run")
     assert [line["kind"] for line in lines] == ["pretrain", "train"]
     assert all(math.isfinite(line["critic/loss"]) for line in lines)
     assert engines[0].version == 1

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.records import records, timeless
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.table import hf_shapes
-from tests.records import records, timeless
 from tests.slurm import private_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]

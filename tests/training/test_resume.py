@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.records import timeless
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.checkpoint.run_folder import open_run_folder
 from megatron_vapo.config import LimitsConfig
@@ -31,7 +32,6 @@ from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.training.loop import train
 from megatron_vapo.training.run import Run
 from megatron_vapo.weights.torch_dist import TorchDistReader
-from tests.records import timeless
 
 SETTINGS = {
     "name": "resume",

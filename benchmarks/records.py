@@ -1,4 +1,4 @@
-"""What runs of tests wrote down."""
+"""The records that runs of benchmarks and tests have written."""
 
 from __future__ import annotations
 
