@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,6 +57,7 @@ class Prompt:
     source: file and line (from 1) or row (from 0) it was read from, for messages.
     context: the chat before `text`: a system prompt, worked examples. Empty in all published data.
     token_ids: filled by `tokenize_prompts`.
+    row: all columns of the row it was read from, for rewards (`rewards.RewardInput.row`).
     """
 
     text: str
@@ -65,6 +66,7 @@ class Prompt:
     source: str
     context: tuple[Message, ...] = ()
     token_ids: tuple[int, ...] = ()
+    row: Mapping[str, object] = field(default_factory=dict, compare=False)
 
 
 def read_prompts(path: str | Path, *, template: str | None = None, limit: int | None = None) -> list[Prompt]:

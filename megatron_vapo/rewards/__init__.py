@@ -4,9 +4,32 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_vapo.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """A response, and all that is known of it and its prompt: what a reward may judge by."""
+
+    prompt: str
+    """The text of the prompt, without the chat before it."""
+    response: str
+    """The decoded text, without end token and special tokens."""
+    answer: str
+    """The row's reference answer."""
+    row: Mapping[str, object]
+    """All columns of the row of data that the prompt was read from."""
+    prompt_tokens: int
+    response_tokens: int
+    """Tokens of the response, the end token included."""
+    finish_reason: str
+    """`stop`: it ended by itself. `length`: it was cut off."""
+    source: str = ""
+    """File and line or row of the data, for messages."""
 
 
 class Reward(Protocol):
