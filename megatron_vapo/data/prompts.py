@@ -6,7 +6,8 @@ Three containers (JSONL, Parquet, a folder of `datasets.save_to_disk`), each wit
     {"question": text, "answer": "reasoning #### answer"}                           GSM8K
     {"prompt": messages, "reward_model": {"ground_truth": answer, ...}, ...}        DAPO-Math-17k, AIME-2024
 
-where messages are [{"role": ..., "content": ...}, ...], the last one from the user.
+where messages are [{"role": ..., "content": ...}, ...], the last one from the user. All other columns are kept,
+for rewards.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ MATH_TEMPLATE = (
 )
 """The template of DAPO's data, which VAPO trains and evaluates with ("identical settings")."""
 
-_COLUMNS = ("prompt", "question", "answer", "reward_model")
 _ROLES = ("system", "user", "assistant")
 _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 """Characters that no tokenizer takes: NUL, and halves of surrogate pairs (broken escapes such as "\\ud83d")."""
@@ -57,7 +57,8 @@ class Prompt:
     source: file and line (from 1) or row (from 0) it was read from, for messages.
     context: the chat before `text`: a system prompt, worked examples. Empty in all published data.
     token_ids: filled by `tokenize_prompts`.
-    row: all columns of the row it was read from, for rewards (`rewards.RewardInput.row`).
+    row: all columns of the row it was read from, as they were, for rewards (`rewards.RewardInput.row`). Of identical
+        prompts it is the first one's.
     """
 
     text: str
@@ -99,7 +100,8 @@ def read_prompts(path: str | Path, *, template: str | None = None, limit: int | 
             )
         if first is None and len(prompts) == limit:
             break
-        prompts.setdefault((context, text), Prompt(text, answer, len(prompts), source, context))
+        if first is None and isinstance(row, dict):  # what `parse_row` takes is one
+            prompts[context, text] = Prompt(text, answer, len(prompts), source, context, row=row)
     if not prompts:
         raise DataError(f"{path} holds no prompts: expected at least one row with prompt and answer")
     return list(prompts.values())
@@ -221,8 +223,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
     try:
         with pq.ParquetFile(path) as file:
-            columns = _known_columns(file.schema_arrow.names, path)
-            batches = file.iter_batches(columns=columns)  # the public DAPO-Math-17k has 1.8 million rows
+            _check_columns(file.schema_arrow.names, path)
+            batches = file.iter_batches()  # the public DAPO-Math-17k has 1.8 million rows
             for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches)):
                 yield f"{path}, row {number}", row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -238,15 +240,15 @@ def _folder_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} is not a folder of datasets.Dataset.save_to_disk: {error}") from error
     if isinstance(dataset, DatasetDict):
         raise DataError(f"{path} holds several splits: name one, such as {path / next(iter(dataset), 'train')}")
-    for number, row in enumerate(dataset.select_columns(_known_columns(dataset.column_names, path))):
+    _check_columns(dataset.column_names, path)
+    batches = dataset.with_format("arrow").iter(batch_size=1000)  # as Parquet gives them: images stay bytes
+    for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches)):
         yield f"{path}, row {number}", row
 
 
-def _known_columns(names: Sequence[str], path: Path) -> list[str]:
-    columns = [name for name in names if name in _COLUMNS]
-    if not columns:
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    if not set(names) & {"prompt", "question"}:
         raise DataError(f"{path} has columns {', '.join(names) or '(none)'}, but needs prompt and answer")
-    return columns
 
 
 # Rows: each to (context, text, answer).

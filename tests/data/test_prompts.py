@@ -80,7 +80,13 @@ def test_plain_rows(tmp_path: Path) -> None:
     first, second = read_prompts(path)
 
     assert first == Prompt(text=" a+b= ", answer="3", index=0, source=f"{path}, line 1")
-    assert (second.text, second.answer, second.index) == ("c", "4", 1)
+    assert (second.text, second.answer, second.index, second.row) == ("c", "4", 1, {"prompt": "c", "answer": 4, "other": None})
+
+
+def test_the_whole_row_is_kept(tmp_path: Path) -> None:
+    """Columns of one's own too; of identical prompts, the first one's."""
+    row = {"prompt": "p", "answer": "1", "tests": ["f(1) == 2"], "level": 3}
+    assert [prompt.row for prompt in read_prompts(jsonl(tmp_path, row, row | {"level": 4}))] == [row]
 
 
 def test_gsm8k_answer_is_what_follows_the_last_marker(tmp_path: Path) -> None:
@@ -106,8 +112,10 @@ def test_dapo_rows_are_read_alike_from_every_container(tmp_path: Path) -> None:
     rows = [dapo_row("one", "1"), dapo_row("two", "2"), dapo_row("one", "1")]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "folder"))
     for path in (jsonl(tmp_path, *rows), parquet(tmp_path, rows), tmp_path / "folder"):
-        found = [(prompt.text, prompt.answer, prompt.index) for prompt in read_prompts(path)]
+        prompts = read_prompts(path)
+        found = [(prompt.text, prompt.answer, prompt.index) for prompt in prompts]
         assert found == [("one", "1", 0), ("two", "2", 1)], path
+        assert prompts[1].row == rows[1], path
 
 
 def test_a_folder_with_gsm8k_rows(tmp_path: Path) -> None:
