@@ -10,11 +10,17 @@ if [ -n "${VAPO_INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$VAPO_INTERFACE GLOO_SOCKET_IFNAME=$VAPO_INTERFACE
 fi
 
-# Signals reach all processes of the job. The trainer acts on them; torchrun must not, it would kill the trainer.
-trap '' TERM USR1
-
-exec "$VAPO_PYTHON" -m torch.distributed.run \
-    --nnodes="$SLURM_NNODES" --nproc-per-node="$VAPO_PROCESSES" --node-rank="$SLURM_NODEID" \
-    --master-addr="$VAPO_MASTER" --master-port="$VAPO_PORT" --max-restarts=0 --signals-to-handle=SIGINT \
-    --log-dir="$VAPO_LOGS/node$SLURM_NODEID" --redirects=3 --tee=0:3 \
-    slurm/rank.py "$@"
+# Most clusters (proctrack/cgroup) send a step's signals to this shell alone, others to all processes of the job. So this
+# shell leaves a file that the ranks look for (runtime/signals.py); torchrun hears nothing, for it would kill them.
+trap 'touch "$VAPO_STOP"' TERM USR1
+(
+    trap '' TERM USR1
+    exec "$VAPO_PYTHON" -m torch.distributed.run \
+        --nnodes="$SLURM_NNODES" --nproc-per-node="$VAPO_PROCESSES" --node-rank="$SLURM_NODEID" \
+        --master-addr="$VAPO_MASTER" --master-port="$VAPO_PORT" --max-restarts=0 --signals-to-handle=SIGINT \
+        --log-dir="$VAPO_LOGS/node$SLURM_NODEID" --redirects=3 --tee=0:3 \
+        slurm/rank.py "$@"
+) &
+launched=$!
+while wait "$launched"; kill -0 "$launched" 2> /dev/null; do :; done  # a signal ends `wait` before the process ends
+wait "$launched"

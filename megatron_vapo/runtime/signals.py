@@ -3,6 +3,8 @@
 * The first SIGINT (Ctrl-C), SIGTERM or SIGUSR1 that any process gets asks the whole run to stop with a checkpoint. More
   of SIGTERM and SIGUSR1 change nothing: a launcher that passes a signal on, and Slurm that sends its own, count as one.
   Whoever wants the end at once has SIGKILL.
+* So does a file at the path VAPO_STOP (environment). Slurm's signals reach the launcher and not its ranks on most
+  clusters; a file is seen from any node and container, and stays for a process that is still starting.
 * A second Ctrl-C, a second or more after the first, ends the process at once; the last complete checkpoint stays.
 * Rollouts under way get `limits.grace_seconds` and are then abandoned; a step whose updates have begun is finished.
   A stop that falls between abandons the step. The checkpoint is that of the last finished step.
@@ -41,6 +43,7 @@ class Interrupt:
         minutes = limits.wall_clock_minutes
         self._deadline = None if minutes is None else monotonic() + 60 * minutes
         self._grace = limits.grace_seconds
+        self._stop_file = os.environ.get("VAPO_STOP")
         self._asked_at: float | None = None
         self._first_ctrl_c: float | None = None
         self.on_overdue: Callable[[], None] = lambda: None
@@ -97,6 +100,8 @@ class Interrupt:
                     return
                 for number in set(heard) & set(SIGNALS):
                     self._hear(signal.Signals(number))
+            if self._stop_file and os.path.exists(self._stop_file):
+                self.ask(f"{self._stop_file} is there")
             if self.overdue():
                 self.on_overdue()
 

@@ -38,6 +38,7 @@ parser.add_argument("--report")
 parser.add_argument("--mode", default="serve")
 parser.add_argument("--flag", action="store_true")
 arguments = parser.parse_args()
+signal.signal(signal.SIGTERM, lambda *_: os._exit(4))  # SGLang has a handler of its own too
 with open(arguments.config) as config:
     key = config.read().split('"')[1]
 readable_by_others = os.stat(arguments.config).st_mode & 0o077
@@ -166,6 +167,17 @@ def test_a_server_starts_and_stops_with_all_its_processes(start: Callable[..., S
     assert not server.running
     assert not any(process.is_running() for process in processes), "they are gone when stop returns"
     server.stop()
+
+
+def test_signals_to_the_whole_job_leave_a_server_alone(start: Callable[..., Server]) -> None:
+    """Slurm with proctrack/linuxproc sends time limits and pre-emption to all processes; the trainer answers them."""
+    server = start()
+    processes = tree(os.getpid())
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        for process in processes:
+            process.send_signal(number)
+    assert answers(server.address) and server.running
+    assert all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def test_the_key_is_seen_by_nobody(start: Callable[..., Server], settings: ServerSettings, tmp_path: Path) -> None:

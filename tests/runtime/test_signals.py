@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,21 @@ def test_handlers_are_given_back(world: None) -> None:
 def test_the_wall_clock_limit_asks(world: None) -> None:
     assert not Interrupt(LimitsConfig(wall_clock_minutes=60)).asked()
     assert Interrupt(LimitsConfig(wall_clock_minutes=1e-9)).asked()
+
+
+def test_a_stop_file_asks_also_before_the_run_listens(
+    world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As slurm/node.sh leaves it, which hears the signals that ranks do not."""
+    monkeypatch.setenv("VAPO_STOP", str(tmp_path / "stop"))
+    ended = threading.Event()
+    interrupt = Interrupt(LimitsConfig(grace_seconds=0))
+    interrupt.on_overdue = ended.set
+    (tmp_path / "stop").touch()
+    with interrupt:
+        assert ended.wait(10)
+        with pytest.raises(StopRequested):
+            interrupt.check()
 
 
 def test_rollouts_are_ended_once_the_grace_is_over(world: None) -> None:

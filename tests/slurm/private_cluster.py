@@ -20,12 +20,15 @@ from textwrap import dedent
 
 SUBNET = "10.213.77"
 BRIDGE = "vapo-slurm"
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "gcc")
+HEADER = Path("/usr/include/slurm/slurm.h")
+HERE = Path(__file__).parent
 
 
 def missing() -> str | None:
     """Why there can be no cluster here, or None."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=program_path()) is None]
+    absent += [] if HEADER.is_file() else [str(HEADER)]
     if absent:
         return f"{', '.join(absent)} not installed (tests/slurm/install.sh)"
     if os.geteuid() != 0:
@@ -100,11 +103,32 @@ class Cluster:
     @contextlib.contextmanager
     def plugin(self, source: Path) -> Iterator[None]:
         """Jobs that start meanwhile have a SPANK plugin, built from C."""
-        library, configuration = self.folder / f"{source.stem}.so", self.folder / "plugstack.conf"
-        subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True)
+        library, configuration = self._built(source), self.folder / "plugstack.conf"
         configuration.write_text(f"required {library}\n")
         yield
         configuration.unlink()
+
+    def _built(self, source: Path, *options: object) -> Path:
+        library = self.folder / f"{source.stem}.so"
+        subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source, *options], check=True)
+        return library
+
+    def _build_process_tracking(self) -> Path:
+        """Build proctrack/task_only from Slurm's own proctrack/linuxproc; return the folder of Slurm's plugins."""
+        original = next(Path("/usr/lib").glob("*/slurm-wlm/proctrack_linuxproc.so"))
+        where = f'-DWHOLE_TREE="{self.folder}/whole_tree"'
+        self._built(HERE / "proctrack_task_only.c", where, original, f"-Wl,-rpath,{original.parent}")
+        return original.parent
+
+    @contextlib.contextmanager
+    def signals_to_all_processes(self) -> Iterator[None]:
+        """Meanwhile signals reach every process of a job, as proctrack/linuxproc sends them, not its tasks alone."""
+        mark = self.folder / "whole_tree"
+        mark.touch()
+        try:
+            yield
+        finally:
+            mark.unlink()
 
     def kill_node(self, node: str) -> None:
         """As if it lost power: its daemon and all processes on it."""
@@ -132,6 +156,7 @@ class Cluster:
             (folder / "devices" / f"nvidia{i}").symlink_to("/dev/null")
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
+        plugins = self._build_process_tracking()
         host = socket.gethostname().split(".")[0]
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (folder / "gres.conf").write_text(
@@ -154,7 +179,8 @@ class Cluster:
             SlurmdLogFile={folder}/slurmd-%n.log
             SlurmctldPort=16817
             SlurmdPort=16818
-            ProctrackType=proctrack/linuxproc
+            PluginDir={folder}:{plugins}
+            ProctrackType=proctrack/task_only
             TaskPlugin=task/none
             SelectType=select/cons_tres
             SelectTypeParameters=CR_CPU_Memory

@@ -153,6 +153,7 @@ def test_a_run_over_two_nodes_is_the_local_run(user: User, settings: list[str], 
 
 @pytest.mark.slow
 def test_a_pre_empted_run_goes_on_where_it_was(user: User, settings: list[str], local: list[dict]) -> None:
+    """Pre-emption sends SIGTERM to the steps; with Slurm's default process tracking no rank hears it."""
     run = user.folder / "run"
     job = user.submit("--partition=low", "slurm/vapo_tiny.sh", *settings, f"run_dir={run}")
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
@@ -171,8 +172,10 @@ def test_the_time_limit_requeues_with_a_checkpoint(user: User, settings: list[st
     run = user.folder / "run"
     job = user.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={run}")
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
-    user.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
-    wait(lambda: "requeued to go on" in job.log, 120, job.outputs)
+    with user.cluster.signals_to_all_processes():  # and to the steps by a user, so that every process hears one
+        user.cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+        user.cluster.run("scancel", "--signal=USR1", job.number)
+        wait(lambda: "requeued to go on" in job.log, 120, job.outputs)
     assert 1 <= train_steps(run) < STEPS and list((run / "checkpoints").glob("step_*"))
     job.wait_for("COMPLETED", "FAILED", requeued=True)
     assert job.state == "COMPLETED", job.outputs()
