@@ -335,8 +335,7 @@ def bookkeeping(base: list[str], folder: Path) -> dict[str, float]:
     said = run_to_the_end(Ranks(1, folder / "bookkeeping", [*base, *sizes]))
     spent = float(said.split()[1])
     rows = records(folder / "bookkeeping", "train")
-    steps = sum(v for row in rows for k, v in row.items() if k.startswith("seconds/"))
-    return {"bookkeeping": spent / 4, "bookkeeping share": spent / steps}
+    return {"bookkeeping": spent / 4, "bookkeeping share": spent / sum(row["seconds/step"] for row in rows)}
 
 
 def document(found: Findings) -> str:

@@ -318,7 +318,12 @@ class ValuePretrainingConfig:
 class SamplingConfig:
     """The way tokens are drawn; log-probs are always those of log_softmax(logits / temperature), before top-p."""
 
-    temperature: float = setting(1.0, "Divides the logits.", ABOVE_0)
+    temperature: float = setting(
+        1.0,
+        "Divides the logits. 0, in evaluation only: each token is the likeliest one (greedy; the k responses to a "
+        "problem are then alike), and its log-prob that of temperature 1.",
+        AT_LEAST_0,
+    )
     top_p: float = setting(1.0, "Probability of the likeliest tokens, of which one is drawn.", SHARE)
 
 

@@ -140,7 +140,7 @@ def progress(title: str, total: int) -> Iterator[Report]:
         return
     from rich.progress import Progress, TextColumn
 
-    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}")) as bar:
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[note]}", markup=False)) as bar:
         task = bar.add_task(title, total=total, note="")
         yield lambda done, note: bar.update(task, completed=done, note=note)
 

@@ -18,22 +18,29 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_vapo.config import RoleConfig
+from megatron_vapo.errors import LayoutError
 from megatron_vapo.models.megatron_versions import read_globals, write_globals
 from megatron_vapo.runtime.collectives import use_gloo_for_control
 
+_LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def init_world() -> None:
-    """Join the processes that torchrun or srun started; alone, be a world of one."""
+    """Join the processes that torchrun or srun started; alone, be a world of one.
+
+    Raises:
+        LayoutError: the launcher's variables are there in part.
+    """
     if dist.is_initialized():
         return
+    launched = _launched()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         # Megatron starts a collective before the product that is to hide it; with more queues the order is not kept.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if "RANK" in os.environ:
+    if launched:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -42,6 +49,20 @@ def init_world() -> None:
     else:
         # Gloo's threads must have ended before C++ takes its objects down, else a finished process may yet abort.
         atexit.register(_leave_world)
+
+
+def _launched() -> bool:
+    """Return whether a launcher started this process among others."""
+    missing = [name for name in _LAUNCHER_SETS if name not in os.environ]
+    if {"RANK", "WORLD_SIZE"} <= set(missing):
+        return False
+    if missing:
+        there = [name for name in _LAUNCHER_SETS if name in os.environ]
+        raise LayoutError(
+            f"{', '.join(there)} set, but not {', '.join(missing)}: start processes with torchrun (or slurm/job.sh), "
+            "which sets all four; for one process alone unset RANK and WORLD_SIZE"
+        )
+    return True
 
 
 def _leave_world() -> None:

@@ -18,7 +18,7 @@ def byte_progress(title: str) -> Iterator[Callable[[int, int], None]]:
     if not Console().is_terminal:
         yield _lines(title)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TextColumn("ETA"), TimeRemainingColumn()) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -142,7 +142,7 @@ def show(plan: CapacityPlan, console: Console, watts: float) -> None:
         highlight=False,
     )
     console.print(_memory_table(plan))
-    console.print(_verdict(plan) + "\n", highlight=False)
+    console.print(_verdict(plan) + "\n", markup=False, highlight=False)
     console.print(_time_table(plan))
     console.print(_summary(plan, watts), markup=False, highlight=False)
 

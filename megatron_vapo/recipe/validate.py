@@ -69,6 +69,11 @@ def _validate_algorithm(recipe: Recipe) -> None:
 
 def _validate_rollout(recipe: Recipe) -> None:
     rollout, algorithm = recipe.rollout, recipe.algorithm
+    if rollout.sampling.temperature == 0:
+        raise RecipeError(
+            f"rollout.sampling.temperature={rollout.sampling.temperature}: must be above 0: training learns from "
+            "responses that differ (evaluation.sampling.temperature=0 is greedy evaluation)"
+        )
     if rollout.partial and rollout.over_sampling == 1:
         raise RecipeError("rollout.partial keeps what rollout.over_sampling leaves unfinished: set that above 1")
     if rollout.partial and rollout.max_version_lag == 0:

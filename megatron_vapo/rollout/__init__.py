@@ -33,7 +33,7 @@ class Response:
     token_ids: Tensor
     """[l] int64, the end token included; l >= 1, or 0 where an abort came first."""
     logprobs: Tensor
-    """[l] float32, of softmax(logits / temperature) over the whole vocabulary."""
+    """[l] float32, of softmax(logits / temperature) over the whole vocabulary; at temperature 0, of softmax(logits)."""
     finish_reason: FinishReason
     """abort: `RolloutEngine.abort` ended it early."""
     weight_version: int

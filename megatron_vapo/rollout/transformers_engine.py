@@ -233,9 +233,13 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingConfig) -> tuple[Ten
         uniform: [b] float64 in [0, 1), one number per token drawn.
 
     Returns:
-        token ids [b] int64, log-probs [b] float32 of softmax(logits / temperature).
+        token ids [b] int64, log-probs [b] float32 of softmax(logits / temperature). At temperature 0 the likeliest
+        tokens, and log-probs of temperature 1, as SGLang has it.
     """
-    all_logprobs = torch.log_softmax(logits.float() / sampling.temperature, dim=-1)
+    all_logprobs = torch.log_softmax(logits.float() / (sampling.temperature or 1.0), dim=-1)
+    if sampling.temperature == 0:
+        likeliest = all_logprobs.max(dim=-1)
+        return likeliest.indices, likeliest.values
     probs = all_logprobs.double().exp()
     if sampling.top_p < 1:
         probs = _nucleus(probs, sampling.top_p)

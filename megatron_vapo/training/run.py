@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,12 @@ class Run:
         self.interrupt, self._watchdog = interrupt, watchdog
         self.folder, self.first_rank = Path(recipe.run_dir), dist.get_rank() == 0
         self.timer = PhaseTimer()
+        with ExitStack() as opened:  # closed where something else cannot be built
+            self._build(opened)
+            self._opened = opened.pop_all()
+
+    def _build(self, opened: ExitStack) -> None:
+        recipe, inputs, display = self.recipe, self.inputs, self.display
         for choice in build.backend_choices(recipe):
             display.note(choice)
         self.trainers = build.build_trainers(recipe, inputs)
@@ -54,14 +60,18 @@ class Run:
         self._layouts = list({id(model.layout): model.layout for model in models.values()}.values())
         self._memory, self._updates = PhaseMemory(models), MinibatchUpdates(recipe)
         self.engine = build.build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
+        opened.callback(self.engine.close)
         self._sync = build.build_weight_sync(recipe, self.actor, self.engine)
-        self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, interrupt.overdue)
+        self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, self.interrupt.overdue)
+        opened.callback(self.sampler.scorer.close)
         self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
-        interrupt.on_overdue = self.engine.abort
+        self.interrupt.on_overdue = self.engine.abort
         self._rollouts = Rollouts(recipe, inputs.prompts, self.sampler, self._layouts, self._sleep)
         self.checkpoints = build.build_checkpoints(recipe, self.trainers, display.note)
         self.snapshot = self._restore()
         self._records = Records(recipe, self.state) if self.first_rank else None
+        if self._records is not None:
+            opened.callback(self._records.close)
         self.sync_weights()
         self._advance(self.state)
 
@@ -181,11 +191,8 @@ class Run:
             self._rollouts.forget(covered)
 
     def close(self) -> None:
-        """Close records and end worker processes."""
-        if self._records is not None:
-            self._records.close()
-        self.sampler.scorer.close()
-        self.engine.close()
+        """Close records and end worker processes; all of them, whatever one of them meets."""
+        self._opened.close()
 
     def leave_groups(self) -> None:
         """Give the models' process groups back; nothing can be trained any more."""

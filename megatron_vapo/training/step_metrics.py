@@ -11,6 +11,7 @@ from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
+from megatron_vapo.observe.timer import STEP
 from megatron_vapo.sampling.trajectory import Scored
 
 POSITION_BINS = 10
@@ -27,17 +28,16 @@ def of_step(
 
     Args:
         updates: the updates' own metrics.
-        seconds: by phase, `seconds/rollout` and the like (`PhaseTimer.step_seconds`).
+        seconds: by phase, `seconds/rollout` and the like, and the step's (`PhaseTimer.step_seconds`).
         state: after the step.
     """
-    spent = sum(value for name, value in seconds.items() if name.startswith("seconds/"))
     tokens = int(batch.cu_seqlens[-1])
     return (
         rollout_metrics(batch)
         | token_metrics(batch)
         | updates
         | seconds
-        | {"throughput/tokens_per_second": tokens / spent, "tokens/sampled": state.sampled_tokens}
+        | {"throughput/tokens_per_second": tokens / seconds[STEP], "tokens/sampled": state.sampled_tokens}
         | {"reward/failures": state.reward_failures, "reward/timeouts": state.reward_timeouts}
     )
 

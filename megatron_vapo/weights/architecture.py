@@ -108,6 +108,7 @@ def _library_config(path: Path, raw: dict[str, Any]) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
+    _refuse_nested_rope(path, raw)
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (StrictDataclassError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -116,6 +117,19 @@ def _library_config(path: Path, raw: dict[str, Any]) -> Any:
         if getattr(config, key) < 1:
             raise CheckpointError(f"{path}: {key}={getattr(config, key)}, must be at least 1")
     return config
+
+
+def _refuse_nested_rope(path: Path, raw: dict[str, Any]) -> None:
+    """Refuse rotary parameters by type of layer: of the families here, transformers 5 fails on them or, without a word,
+    takes its own defaults."""
+    for key in ("rope_parameters", "rope_scaling"):
+        given = raw.get(key)
+        nested = {k: v for k, v in given.items() if isinstance(v, dict)} if isinstance(given, dict) else {}
+        if nested:
+            raise CheckpointError(
+                f"{path}: {key} by type of layer ({', '.join(nested)}) is not supported; where all layers have the "
+                f"same, write it once, as {key}={json.dumps(next(iter(nested.values())))}"
+            )
 
 
 def _from_config(family: str, config: Any, classifier: bool) -> Architecture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,8 +13,13 @@ from megatron_vapo.errors import CheckpointError, few
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import read_json
 
+logger = logging.getLogger(__name__)
+
 _HEAD = "lm_head.weight"
 """May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
+_FREQUENCIES = ".rotary_emb.inv_freq"
+"""End of the names of what old checkpoints hold in each layer although config.json says it; transformers too leaves it
+aside."""
 
 
 class HFFolder:
@@ -34,6 +40,10 @@ class HFFolder:
             if absent:
                 raise CheckpointError(f"{self.folder}/{self.INDEX}: {path.name} does not hold {few(absent)}")
             self._files |= dict.fromkeys(held, path)
+        frequencies = sorted(name for name in self._files if name.endswith(_FREQUENCIES))
+        if frequencies:
+            logger.debug("%s: not read, for config.json says it: %s", self.folder, few(frequencies))
+            self._files = {name: path for name, path in self._files.items() if name not in frequencies}
 
     @property
     def names(self) -> set[str]:

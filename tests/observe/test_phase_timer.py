@@ -32,6 +32,7 @@ def test_seconds_add_up_in_the_step_and_in_the_run(clock):
         "cpu_seconds/rollout": 1.0,
         "seconds/reward": 4.0,
         "cpu_seconds/reward": 0.0,
+        "seconds/step": 5.0,
     }
     assert timer.run_seconds()["seconds/rollout"] == 6.0
     assert timer.run_seconds()["cpu_seconds/rollout"] == 1.75
@@ -47,11 +48,23 @@ def test_a_phase_that_fails_is_counted_and_its_error_passes(clock):
 
 def test_nested_phases_both_count_their_common_time(clock):
     timer = PhaseTimer()
-    with timer("step"):
+    with timer("rollout"):
         clock["wall"] += 1.0
-        spend(timer, clock, "rollout", 2.0, 0.0)
-    assert timer.step_seconds()["seconds/step"] == 3.0
-    assert timer.step_seconds()["seconds/rollout"] == 2.0
+        spend(timer, clock, "sleep", 2.0, 0.0)
+    assert timer.step_seconds()["seconds/rollout"] == 3.0
+    assert timer.step_seconds()["seconds/sleep"] == 2.0
+
+
+def test_a_steps_seconds_count_nothing_twice_and_nothing_between_steps(clock):
+    timer = PhaseTimer()
+    spend(timer, clock, "evaluation", 1000.0, 0.0)
+    with timer("checkpoint"):
+        spend(timer, clock, "sleep", 500.0, 0.0)
+    with timer("rollout"):
+        spend(timer, clock, "weight_sync", 1.0, 0.0)
+        spend(timer, clock, "sleep", 2.0, 0.0)
+    spend(timer, clock, "actor_update", 4.0, 0.0)
+    assert timer.step_seconds()["seconds/step"] == 7.0
 
 
 def test_returned_seconds_do_not_change_later(clock):

@@ -326,8 +326,8 @@ OUT_OF_BOUNDS = {
         *("algorithm.importance_cap", "rollout.sglang.concurrency"),
     ),
     "above 0": (
-        *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.temperature", "rollout.sampling.top_p"),
-        *("evaluation.sampling.temperature", "evaluation.sampling.top_p", "rollout.step_seconds"),
+        *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.top_p", "evaluation.sampling.top_p"),
+        *("rollout.step_seconds",),
         *("rollout.sglang.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
         *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
     ),
@@ -339,7 +339,8 @@ OUT_OF_BOUNDS = {
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),
         *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.sglang.retries", "rollout.sglang.max_restarts"),
         *("rollout.check_weights_every", "actor.precision.first_layers", "actor.precision.last_layers"),
-        *("checkpoint.keep_every", "limits.grace_seconds"),
+        *("checkpoint.keep_every", "limits.grace_seconds", "rollout.sampling.temperature"),
+        *("evaluation.sampling.temperature",),
     ),
     "between 0 and 1": ("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic"),
 }
@@ -410,6 +411,10 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["algorithm.importance=mask", "algorithm.old_logprobs=rollout"],
             ["algorithm.importance=mask", "algorithm.old_logprobs=rollout", "turn one of them off"],
         ),
+        (
+            ["rollout.sampling.temperature=0"],
+            ["rollout.sampling.temperature=0", "above 0", "evaluation.sampling.temperature=0"],
+        ),
         (["critic.init=reward_model"], ["critic.reward_model", "critic.init to actor or fresh_head"]),
         (["critic.reward_model=rm"], ["critic.reward_model", "critic.init=actor", "critic.init=reward_model"]),
         (
@@ -449,6 +454,7 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
         ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
         ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.sglang.request_seconds=30"],
         ["algorithm.importance=truncate", "algorithm.importance_cap=1"],
+        ["evaluation.sampling.temperature=0", "evaluation.samples=1"],
         ["algorithm.old_logprobs=rollout", "rollout.max_logprob_difference=0.05", "rollout.check_weights_every=0"],
     ],
 )

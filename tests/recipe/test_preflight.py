@@ -25,6 +25,7 @@ from megatron_vapo.recipe.preflight import (
 )
 from megatron_vapo.weights.architecture import read_architecture
 
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -166,6 +167,12 @@ def test_a_configuration_that_says_nothing(refusal: Callable[..., str], base: Pa
         ({"max_position_embeddings": 0}, "max_position_embeddings=0, must be at least 1"),
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "rope_type=yarn"),
+        (
+            {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+            "by type of layer (full_attention, sliding_attention) is not supported; where all layers have the same, "
+            f"write it once, as rope_parameters={json.dumps(ROPE)}",
+        ),
+        ({"rope_scaling": {"full_attention": ROPE}}, "rope_scaling by type of layer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

@@ -122,18 +122,18 @@ def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
     prompts = [prompt.token_ids for prompt in run.inputs.prompts[:6]]
     if run.engine.asleep:
         run.sync_weights()
-    greedy = SamplingConfig(temperature=1.0, top_p=1e-6)
+    greedy = SamplingConfig(temperature=0.0)
     for prompt, response in zip(prompts, in_order(run.engine.generate([Request(p, 0) for p in prompts], greedy, 12))):
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
         assert response.token_ids.tolist() == expected.tolist()
         assert response.finish_reason == ("stop" if expected[-1] in run.inputs.end_ids else "length")
-    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.7, top_p=0.8)):
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.7, top_p=0.8), greedy):
         requests = [Request(prompt, 0, written=prompts[0][:2]) for prompt in prompts]
         for request, response in zip(requests, in_order(run.engine.generate(requests, sampling, 12))):
             before = request.prompt_ids + request.written
             assert len(response.token_ids) <= 10
             ids = torch.tensor([before + tuple(response.token_ids.tolist())])
-            logits = model(ids).logits[0, len(before) - 1 : -1] / sampling.temperature
+            logits = model(ids).logits[0, len(before) - 1 : -1] / (sampling.temperature or 1.0)
             expected = torch.log_softmax(logits, -1).gather(-1, response.token_ids[:, None]).squeeze(-1)
             torch.testing.assert_close(response.logprobs, expected.detach(), rtol=0, atol=2e-5)
 

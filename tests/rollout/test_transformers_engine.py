@@ -25,7 +25,7 @@ FAMILIES = {
     "qwen3_moe": ("qwen3_moe", {}),
 }
 PROMPTS = [(5, 9, 12), (7,), (30, 31, 2, 17, 8, 9), (22, 4)]
-GREEDY = SamplingConfig(temperature=1e-4)
+GREEDY = SamplingConfig(temperature=0.0)
 MAX_TOKENS = 12
 
 
@@ -70,11 +70,11 @@ def test_greedy_decoding_and_its_log_probs(make_checkpoint, make_model, name):
         ids = torch.tensor([prompt])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
         assert response.token_ids.tolist() == expected[0, len(prompt) :].tolist()
-    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.8)):
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=0.6, top_p=0.8), GREEDY):
         for request, response in zip(
             requests(2), in_order(engine.generate(requests(2), sampling, MAX_TOKENS)), strict=True
         ):
-            expected = teacher_forced(model, request.prompt_ids, response.token_ids, sampling.temperature)
+            expected = teacher_forced(model, request.prompt_ids, response.token_ids, sampling.temperature or 1.0)
             assert response.logprobs.dtype == torch.float32
             torch.testing.assert_close(response.logprobs, expected, rtol=0, atol=1e-5)
 

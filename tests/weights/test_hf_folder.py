@@ -82,6 +82,20 @@ def test_a_tied_checkpoint_may_hold_its_head_too(make_checkpoint, tmp_path):
     check(folder)
 
 
+def test_rotary_frequencies_in_old_checkpoints_are_left_aside(copy, caplog):
+    """As transformers does, whatever they are."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(copy, **{name.replace(".", "__"): torch.full((3,), float("nan"))})
+    with caplog.at_level("DEBUG", logger="megatron_vapo"):
+        assert name not in HFFolder(copy).names
+    assert name in caplog.text
+    check(copy)
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(copy).state_dict()
+    assert all(torch.equal(HFFolder(copy).read(name), loaded[name]) for name in HFFolder(copy).names)
+
+
 def test_long_lists_are_cut(copy):
     architecture = read_architecture(copy)
     save_file({"odd": torch.ones(1)}, copy / "model.safetensors")
