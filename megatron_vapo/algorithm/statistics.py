@@ -41,11 +41,15 @@ def explained_variance(values_T: Tensor, targets_T: Tensor) -> float:
 
 def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Tensor:
     """Return means [K] over equal parts of each response's own length; NaN where a part has no token."""
-    length_T = to_tokens(response_lengths(cu_seqlens), cu_seqlens)
-    bin_T = token_positions(cu_seqlens) * bins // length_T
+    bin_T = relative_position_bins(cu_seqlens, bins)
     zeros_K = torch.zeros(bins, dtype=torch.float64, device=x_T.device)
     x_64 = x_T.detach().double()
     return zeros_K.index_add(0, bin_T, x_64) / zeros_K.index_add(0, bin_T, torch.ones_like(x_64))
+
+
+def relative_position_bins(cu_seqlens: Tensor, bins: int) -> Tensor:
+    """Return the part [T] of its response's own length, 0 to K - 1, that each token lies in."""
+    return token_positions(cu_seqlens) * bins // to_tokens(response_lengths(cu_seqlens), cu_seqlens)
 
 
 def logprob_difference(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float) -> dict[str, float]:

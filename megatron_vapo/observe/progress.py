@@ -36,6 +36,7 @@ SHOWN = (
     Shown("evaluate/length_mean", "length", "6,.0f"),
     Shown("actor/entropy", "entropy", "5.3f"),
     Shown("critic/explained_variance", "expl. var.", "+6.3f"),
+    Shown("critic/explained_variance_tenth_10", "at the end", "+6.3f"),
     Shown("throughput/tokens_per_second", "tok/s", "7,.0f"),
 )
 """The few metrics that tell whether a run is healthy; all others are in metrics.jsonl only."""

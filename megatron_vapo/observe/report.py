@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, told apart with any colour vision (jfly.uni-koeln.de/color); its yellow is too pale."""
 
-LineStyle = Literal["-", "--"]
-LINE_STYLES: tuple[LineStyle, ...] = ("-", "--")
+LineStyle = Literal["-", "--", "-.", ":"]
+LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 STEPS_TO_SMOOTH = 80
 """A run of this many steps is drawn as means over 3 steps, one of twice as many over 5; shorter runs raw."""
 
@@ -61,8 +61,19 @@ PANELS = (
     Panel(
         "Explained variance of the critic (cut at -1)",
         (
-            Series("train", "critic/explained_variance", "training", least=-1.0),
-            Series("pretrain", "critic/explained_variance", "value pretraining", least=-1.0),
+            Series("train", "critic/explained_variance", "all tokens", least=-1.0),
+            Series("train", "critic/explained_variance_tenth_10", "last tenth", least=-1.0),
+            Series("pretrain", "critic/explained_variance", "all tokens, value pretraining", least=-1.0),
+            Series("pretrain", "critic/explained_variance_tenth_10", "last tenth, value pretraining", least=-1.0),
+        ),
+    ),
+    Panel(
+        "Mean value of right and wrong responses",
+        (
+            Series("train", "critic/value_right_tenth_10", "right, last tenth"),
+            Series("train", "critic/value_right_tenth_1", "right, first tenth"),
+            Series("train", "critic/value_wrong_tenth_10", "wrong, last tenth"),
+            Series("train", "critic/value_wrong_tenth_1", "wrong, first tenth"),
         ),
     ),
     Panel(

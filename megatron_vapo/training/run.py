@@ -165,7 +165,9 @@ class Run:
             metrics: of the updates.
         """
         self._advance(self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures))
-        everything = step_metrics.of_step(batch, metrics, self.timer.step_seconds(), self.state)
+        everything = step_metrics.of_step(
+            batch, metrics, self.timer.step_seconds(), self.state, self.recipe.algorithm.gamma
+        )
         self._record(kind, step, everything | rollout.metrics | self._memory.metrics())
         self.timer.start_step()
 

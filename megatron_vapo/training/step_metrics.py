@@ -6,13 +6,19 @@ from typing import Any
 
 import torch
 
-from megatron_vapo.algorithm.statistics import explained_variance, logprob_difference, mean_by_relative_position
+from megatron_vapo.algorithm.statistics import (
+    explained_variance,
+    logprob_difference,
+    mean_by_relative_position,
+    relative_position_bins,
+)
 from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.observe.timer import STEP
 from megatron_vapo.sampling.trajectory import Scored
+from megatron_vapo.training.objectives import monte_carlo_returns
 
 POSITION_BINS = 10
 """Tenths of a response: a critic whose start biases it shows in the first (VC-PPO, figure 2)."""
@@ -22,7 +28,7 @@ MISMATCH_THRESHOLD = 0.1
 
 
 def of_step(
-    batch: Experience, updates: dict[str, float], seconds: dict[str, float], state: RunState
+    batch: Experience, updates: dict[str, float], seconds: dict[str, float], state: RunState, gamma: float
 ) -> dict[str, float]:
     """Return the metrics of a finished step.
 
@@ -30,11 +36,13 @@ def of_step(
         updates: the updates' own metrics.
         seconds: by phase, `seconds/rollout` and the like, and the step's (`PhaseTimer.step_seconds`).
         state: after the step.
+        gamma: discount of the returns that the critic's values are compared with.
     """
     tokens = int(batch.cu_seqlens[-1])
     return (
         rollout_metrics(batch)
         | token_metrics(batch)
+        | critic_metrics(batch, gamma)
         | updates
         | seconds
         | {"throughput/tokens_per_second": tokens / seconds[STEP], "tokens/sampled": state.sampled_tokens}
@@ -98,12 +106,33 @@ def token_metrics(batch: Experience) -> dict[str, float]:
     if batch.advantages is not None:
         metrics["advantage/mean"] = float(batch.advantages.mean())
         metrics |= _by_position("advantage", batch.advantages, batch)
-    if batch.returns is not None:
-        values = batch.require("values")
-        metrics["critic/explained_variance"] = explained_variance(values, batch.returns)
-        metrics["critic/value_mean"] = float(values.mean())
-        metrics["critic/value_deviation"] = float(values.std(correction=0))
-        metrics |= _by_position("critic/value", values, batch)
+    return metrics
+
+
+def critic_metrics(batch: Experience, gamma: float) -> dict[str, float]:
+    """Return how well the values foretell what the responses got in the end: returns at lambda 1, whatever the targets.
+
+    By tenth of the response too, and the mean value of right and of wrong ones: a critic that sees tells them apart
+    towards the end; one that only knows the batch has the same value everywhere.
+    """
+    if batch.values is None:
+        return {}
+    values, returns = batch.values, monte_carlo_returns(batch, gamma).require("returns")
+    metrics = {
+        "critic/explained_variance": explained_variance(values, returns),
+        "critic/value_mean": float(values.mean()),
+        "critic/value_deviation": float(values.std(correction=0)),
+    }
+    tenth = relative_position_bins(batch.cu_seqlens, POSITION_BINS)
+    for k in range(POSITION_BINS):
+        metrics[f"critic/explained_variance_tenth_{k + 1}"] = explained_variance(
+            values[tenth == k], returns[tenth == k]
+        )
+    metrics |= _by_position("critic/value", values, batch)
+    for name, chosen in (("right", batch.correct), ("wrong", ~batch.correct)):
+        if chosen.any():
+            part = batch.select(chosen.nonzero().flatten())
+            metrics |= _by_position(f"critic/value_{name}", part.require("values"), part)
     return metrics
 
 

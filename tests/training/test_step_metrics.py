@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
-from megatron_vapo.training.step_metrics import check_logprobs, rollout_metrics
+from megatron_vapo.training.step_metrics import check_logprobs, critic_metrics, rollout_metrics
 
 
 @pytest.fixture
@@ -48,3 +49,32 @@ def test_the_spread_of_weight_versions(batch: Experience) -> None:
     assert "rollout/version_spread" not in rollout_metrics(batch)
     mixed = replace(batch, weight_versions=torch.tensor([5, 3, 4]))
     assert rollout_metrics(mixed)["rollout/version_spread"] == 2
+
+
+def test_the_critic_is_compared_with_what_came_in_the_end_whatever_its_targets(
+    make_experience: Callable[..., Experience],
+) -> None:
+    lengths = [20, 10, 35]
+    batch = make_experience([2, 3, 2], lengths, samples=1, values=torch.randn(65, generator=torch.manual_seed(1)))
+    batch = replace(batch, rewards=torch.tensor([1.0, -1.0, -1.0]), outcomes=torch.tensor([1.0, -1.0, -1.0]))
+    found = critic_metrics(replace(batch, returns=torch.zeros(65)), gamma=1.0)
+
+    value = batch.values.double().split(lengths)
+    outcome = [[reward] * length for reward, length in zip((1.0, -1.0, -1.0), lengths)]
+
+    def explained(begins: float, ends: float) -> float:
+        pairs = [
+            (float(value[b][t]), outcome[b][t])
+            for b, length in enumerate(lengths)
+            for t in range(length)
+            if begins <= t * 10 // length < ends
+        ]
+        rests = [r - v for v, r in pairs]
+        return 1 - statistics.pvariance(rests) / statistics.pvariance([r for _, r in pairs])
+
+    assert found["critic/explained_variance"] == pytest.approx(explained(0, 10), rel=1e-4)
+    assert found["critic/explained_variance_tenth_10"] == pytest.approx(explained(9, 10), rel=1e-4)
+    assert found["critic/value_right_tenth_1"] == pytest.approx(float(value[0][:2].mean()), rel=1e-4)
+    last = torch.cat([value[1][9:], value[2][32:]])  # 31 * 10 // 35 is 8
+    assert found["critic/value_wrong_tenth_10"] == pytest.approx(float(last.mean()), rel=1e-4)
+    assert critic_metrics(replace(batch, values=None), gamma=1.0) == {}
