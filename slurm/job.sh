@@ -85,7 +85,7 @@ train() {
     overrides+=("$@")
     local arguments=(train "$recipe" ${overrides[@]+"${overrides[@]}"})
 
-    export VAPO_PROCESSES=$processes VAPO_LOGS=$logs VAPO_STOP=$logs/stop VAPO_PORT=$((20000 + SLURM_JOB_ID % 20000))
+    export VAPO_PROCESSES=$processes VAPO_LOGS=$logs VAPO_PORT=$((20000 + SLURM_JOB_ID % 20000))
     VAPO_MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export VAPO_MASTER VAPO_PYTHON=$python
     echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST)" \
@@ -102,8 +102,8 @@ train() {
     "${on_each_node[@]}" --nodes="$SLURM_JOB_NUM_NODES" --output="$logs/node%n.log" bash slurm/node.sh "${arguments[@]}" &
     local launched=$! code
     # The batch shell alone is told of the time limit.
-    trap 'echo "time limit is near: asking the run to stop"; touch "$VAPO_STOP"' USR1
-    trap 'echo "job is to end: asking the run to stop"; touch "$VAPO_STOP"' TERM
+    trap 'echo "time limit is near: asking the run to stop"; touch "$logs/stop"' USR1
+    trap 'echo "job is to end: asking the run to stop"; touch "$logs/stop"' TERM
     while wait "$launched"; kill -0 "$launched" 2> /dev/null; do :; done  # a signal ends `wait` before srun ends
     wait "$launched"
     code=$?

@@ -12,6 +12,7 @@ fi
 
 # Most clusters (proctrack/cgroup) send a step's signals to this shell alone, others to all processes of the job. So this
 # shell leaves a file that the ranks look for (runtime/signals.py); torchrun hears nothing, for it would kill them.
+export VAPO_STOP=$VAPO_LOGS/stop
 trap 'touch "$VAPO_STOP"' TERM USR1
 (
     trap '' TERM USR1

@@ -85,7 +85,7 @@ def slurm_executor(options: argparse.Namespace) -> SlurmExecutor:
     else:
         tunnel = run.LocalTunnel(job_dir="")  # elsewhere than in NEMORUN_HOME it would not find its own script
     ports = "$((20000 + SLURM_JOB_ID % 20000))"
-    logs = f"{options.repository}/logs/{options.name}-$SLURM_JOB_ID/0"
+    logs = f"{options.repository}/logs/{options.name}-$SLURM_JOB_ID/${{SLURM_RESTART_COUNT:-0}}"
     return run.SlurmExecutor(
         account=options.account,
         partition=options.partition,

@@ -35,7 +35,7 @@ def task(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     launcher.write_text(LAUNCHER.format(python=sys.executable))
     launcher.chmod(0o755)
     environment = {
-        "VAPO_PYTHON": launcher, "VAPO_PROCESSES": 1, "VAPO_LOGS": tmp_path, "VAPO_STOP": tmp_path / "stop",
+        "VAPO_PYTHON": launcher, "VAPO_PROCESSES": 1, "VAPO_LOGS": tmp_path,
         "VAPO_MASTER": "node1", "VAPO_PORT": 1, "SLURM_NNODES": 1, "SLURM_NODEID": 0,
     }  # fmt: skip
     with subprocess.Popen(
