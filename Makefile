@@ -17,6 +17,8 @@ SGLANG_INSTALLED := $(SGLANG_VENV)/.installed
 PYTHON_LATEST ?= python3.12
 LATEST_VENV ?= .venv-latest
 LATEST_INSTALLED := $(LATEST_VENV)/.installed
+# The environment of a GPU node, made by hand.
+GPU_PYTHON ?= python
 # What proves the core there: models, layouts, weights, checkpoints, resuming, whole runs on 1, 2 and 4 processes.
 LATEST_TESTS ?= tests/runtime/test_versions.py tests/models tests/weights/test_convert.py \
 	tests/weights/test_convert_layouts.py tests/checkpoint/test_checkpoints.py tests/training/test_resume.py tests/training/test_learning.py \
@@ -35,9 +37,14 @@ PYTEST := python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 setup: $(INSTALLED)
 
 # An environment of this package in folder $(1) with interpreter $(2). torch comes first: a CPU build of exactly this
-# version, where there is one, keeps gigabytes of CUDA packages away.
+# version, where there is one, keeps gigabytes of CUDA packages away. An environment made by hand, such as a GPU node's
+# (docs/install.md), is never installed over.
 define install
+	@[ ! -e $(1)/pyvenv.cfg ] || [ -e $(1)/.made-by-make ] || [ -e $(1)/.installed ] || { \
+		echo "$(1) was not made by make, which would install other versions over it: use its megatron-vapo and python"; \
+		echo "directly (docs/install.md), or let make have another folder: make $(MAKECMDGOALS) VENV=.venv-cpu"; exit 1; }
 	$(2) -m venv $(1)
+	touch $(1)/.made-by-make
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check \
 		"torch==2.13.0; python_version < '3.12'" "torch==2.14.1; python_version >= '3.12'"
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --editable .[dev]
@@ -94,9 +101,10 @@ lint: $(INSTALLED)
 layouts: $(INSTALLED)
 	$(BIN)/python -m benchmarks.layouts --write docs/layouts.md
 
-# What only a GPU can show, in minutes; writes docs/verified-on-gpu.md where there is one.
-gpu-check: $(INSTALLED)
-	$(BIN)/python -m benchmarks.gpu_check
+# What only a GPU can show, in minutes; writes docs/verified-on-gpu.md where there is one. It runs in the environment that is
+# active (docs/install.md), and makes none.
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 doctor: $(INSTALLED)
 	$(BIN)/megatron-vapo doctor
