@@ -585,6 +585,41 @@ class ObserveConfig:
 
 
 @dataclass(frozen=True)
+class AlarmsConfig:
+    """The bound of each alarm, by its name (docs/alarms.md), and the alarms that stop the run."""
+
+    stop: list[str] = group(
+        list,
+        "Names of alarms that stop the run with a checkpoint and exit code 6, in the step that raises them. The same "
+        "command then goes on, and stops when one is raised anew.",
+    )
+    steps: int = setting(5, "Steps in a row that a fault must last, and that means are taken over.", AT_LEAST_1)
+    critic_collapse: float | None = setting(
+        0.05, "Explained variance below which a critic that was above has collapsed. null: no alarm.", FRACTION
+    )
+    value_scale: float | None = setting(
+        1.5, "Root mean square of return - value over that of the return; zeros have 1. null: no alarm.", ABOVE_0
+    )
+    critic_gradient: float | None = setting(
+        10.0, "The critic's gradient norm over its median in the steps before. null: no alarm.", ABOVE_1
+    )
+    flat_values: float | None = setting(
+        0.005,
+        "Standard deviation of values within a response, mean over responses, in units of reward. null: no alarm.",
+        AT_LEAST_0,
+    )
+    truncation: float | None = setting(
+        0.2, "Rise of the share of truncated responses above its least. null: no alarm.", FRACTION
+    )
+    entropy_collapse: float | None = setting(
+        0.01, "Nats a token; the policy's entropy at the tokens it drew. null: no alarm.", AT_LEAST_0
+    )
+    logprob_drift: float | None = setting(
+        0.02, "Nats; rise of the mean |actor's - engine's log-prob| above its least. null: no alarm.", ABOVE_0
+    )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The settings of one run. The paper's values are the defaults where it states them (docs/method.md)."""
 
@@ -625,6 +660,7 @@ class Recipe:
     checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints in the run's folder.", resume=True)
     limits: LimitsConfig = group(LimitsConfig, "When a run ends early.", resume=True)
     observe: ObserveConfig = group(ObserveConfig, "What a run writes besides.", resume=True)
+    alarms: AlarmsConfig = group(AlarmsConfig, "When a run warns, and of what it stops.", resume=True)
 
     @property
     def uses_critic(self) -> bool:

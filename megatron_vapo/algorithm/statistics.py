@@ -39,6 +39,26 @@ def explained_variance(values_T: Tensor, targets_T: Tensor) -> float:
     return 1 - float(residual_variance) / float(target_variance) if target_variance > 0 else 0.0
 
 
+def relative_error(values_T: Tensor, returns_T: Tensor) -> float:
+    """Return the root mean square of `R - V` over that of R: 0 for a perfect critic, 1 for one that says 0 everywhere.
+
+    Unlike explained variance it sees a constant bias. Returns that are all 0 give no scale: 0.
+    """
+    error, scale = ((x_T.detach().double()).square().mean() for x_T in (returns_T - values_T, returns_T))
+    return math.sqrt(float(error) / float(scale)) if scale > 0 else 0.0
+
+
+def mean_deviation_within(x_T: Tensor, cu_seqlens: Tensor) -> float:
+    """Return the standard deviation of the numbers within each response, mean over responses."""
+    lengths_B = response_lengths(cu_seqlens)
+    x_64 = x_T.detach().double()
+    means_B = torch.zeros_like(lengths_B, dtype=torch.float64)
+    response_T = to_tokens(torch.arange(len(lengths_B), device=x_T.device), cu_seqlens)
+    means_B = means_B.index_add(0, response_T, x_64) / lengths_B
+    squares_B = torch.zeros_like(means_B).index_add(0, response_T, (x_64 - means_B[response_T]).square())
+    return float((squares_B / lengths_B).sqrt().mean())
+
+
 def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Tensor:
     """Return means [K] over equal parts of each response's own length; NaN where a part has no token."""
     bin_T = relative_position_bins(cu_seqlens, bins)

@@ -108,6 +108,7 @@ def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
     except StopRequested:
         run.save()
         run.settle(wait=True)
+        run.raise_alarm()
         return False
     except RolloutError:  # on all ranks together, and engines are asked between updates only: nothing is half done
         run.save()

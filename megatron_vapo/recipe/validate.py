@@ -6,6 +6,7 @@ import math
 
 from megatron_vapo.config import Bounds, Recipe, RoleConfig
 from megatron_vapo.errors import RecipeError
+from megatron_vapo.observe.alarms import ALARMS
 from megatron_vapo.recipe.precision import validate_precision
 from megatron_vapo.recipe.schema import SCHEMA, value_of
 
@@ -22,6 +23,7 @@ def validate(recipe: Recipe) -> None:
     _validate_batches(recipe)
     _validate_algorithm(recipe)
     _validate_rollout(recipe)
+    _validate_alarms(recipe)
     for name, role in recipe.roles.items():
         _validate_role(name, role)
         validate_precision(name, role, recipe.model.dtype)
@@ -90,6 +92,16 @@ def _validate_rollout(recipe: Recipe) -> None:
             f"algorithm.importance={algorithm.importance} corrects the actor's log-probs by the engine's, and "
             "algorithm.old_logprobs=rollout trains on the engine's: turn one of them off"
         )
+
+
+def _validate_alarms(recipe: Recipe) -> None:
+    names = [alarm.name for alarm in ALARMS]
+    unknown = [name for name in recipe.alarms.stop if name not in names]
+    if unknown:
+        raise RecipeError(f"alarms.stop: no alarm is called {', '.join(unknown)}; there are {', '.join(names)}")
+    off = [name for name in recipe.alarms.stop if getattr(recipe.alarms, name) is None]
+    if off:
+        raise RecipeError(f"alarms.stop names {', '.join(off)}, and alarms.{off[0]}=null turns it off: choose one")
 
 
 def _validate_role(name: str, role: RoleConfig) -> None:

@@ -1,13 +1,14 @@
-"""The records of a run's steps in its folder: metrics, and responses to read."""
+"""The records of a run's steps in its folder: metrics with the alarms that they raise, and responses to read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_vapo.checkpoint.snapshot import RunState
+from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.observe import alarms
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
 from megatron_vapo.observe.report import write_samples
 from megatron_vapo.sampling.evaluation import Evaluation
@@ -38,10 +39,20 @@ class Records:
             tensorboard=recipe.observe.tensorboard,
             wandb={"project": project, "name": recipe.name} if project else None,
         )
+        self._alarms = recipe.alarms
+        self._history = alarms.read_history(self._folder)
 
     def metrics(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of a step or an evaluation."""
+        """Append the metrics of an evaluation."""
         self._metrics.write(step, metrics, kind)
+
+    def step(self, kind: StepKind, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Append the metrics of a step; return the warnings of the alarms that it raises anew, by name."""
+        record = {"kind": kind, "step": step, **metrics}
+        found = alarms.judge([*self._history, record], self._alarms)
+        self._history.append(record | found)
+        self._metrics.write(step, {**metrics, **found}, kind)
+        return {a.name: a.said(record, self._alarms) for a in alarms.ALARMS if found[a.metric] == 1}
 
     def samples(self, step: int, rows: list[tuple[Prompt, Scored]]) -> None:
         """Write some of a training step's responses."""

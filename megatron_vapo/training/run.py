@@ -13,13 +13,14 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.errors import TrainingError
 from megatron_vapo.models import generators
 from megatron_vapo.models.layout import init_world
 from megatron_vapo.models.roles import Actor, Critic
-from megatron_vapo.observe.metrics import Kind
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.timer import PhaseTimer
 from megatron_vapo.recipe.preflight import Inputs
+from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
@@ -72,6 +73,7 @@ class Run:
         self._records = Records(recipe, self.state) if self.first_rank else None
         if self._records is not None:
             opened.callback(self._records.close)
+        self._stopped_by: str | None = None
         self.sync_weights()
         self._advance(self.state)
 
@@ -150,8 +152,9 @@ class Run:
         with self.display.bar("evaluate", total=1):
             with self._phase(Phase.EVALUATION):
                 found = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
-            self._record("evaluate", step, found.metrics)
+            self.display.advance(found.metrics)
         if self._records is not None:
+            self._records.metrics("evaluate", step, found.metrics)
             self._records.evaluation(step, self.inputs.held_out, found, settings.samples)
         self._advance(self.state.after_evaluation(found.metrics["evaluate/accuracy"], self.sampler.new_failures()))
 
@@ -168,7 +171,10 @@ class Run:
         everything = step_metrics.of_step(
             batch, metrics, self.timer.step_seconds(), self.state, self.recipe.algorithm.gamma
         )
-        self._record(kind, step, everything | rollout.metrics | self._memory.metrics())
+        everything |= rollout.metrics | self._memory.metrics()
+        warnings = {} if self._records is None else self._records.step(kind, step, everything)
+        self.display.advance(everything)
+        self._warn(warnings)
         self.timer.start_step()
 
     def end_pretraining(self) -> None:
@@ -191,6 +197,19 @@ class Run:
             covered = self.checkpoints.settle(wait)
         if covered is not None:
             self._rollouts.forget(covered)
+
+    def raise_alarm(self) -> None:
+        """Refuse to go on, on all ranks, where an alarm of `alarms.stop` has stopped the run.
+
+        Raises:
+            TrainingError: its warning.
+        """
+        text = on_first_rank(lambda: self._stopped_by)
+        if text is not None:
+            raise TrainingError(
+                f"{text} It is among alarms.stop: the run has stopped, with a checkpoint. The same command goes on "
+                "from there, and stops again only when an alarm is raised anew"
+            )
 
     def close(self) -> None:
         """Close records and end worker processes; all of them, whatever one of them meets."""
@@ -229,10 +248,13 @@ class Run:
         """Take the snapshot that belongs to a new state."""
         self.snapshot = Snapshot(state, self._rollouts.position, generators.read_generators(self._layouts))
 
-    def _record(self, kind: Kind, step: int, metrics: dict[str, float]) -> None:
-        if self._records is not None:
-            self._records.metrics(kind, step, metrics)
-        self.display.advance(metrics)
+    def _warn(self, warnings: dict[str, str]) -> None:
+        """Show the alarms of a step; ask the run to stop where one of them is to. They are known on the first rank."""
+        for name, text in warnings.items():
+            self.display.note(text)
+            if name in self.recipe.alarms.stop:
+                self._stopped_by = text
+                self.interrupt.ask(f"alarm {name} (alarms.stop)")
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:

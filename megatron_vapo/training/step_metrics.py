@@ -10,6 +10,8 @@ from megatron_vapo.algorithm.statistics import (
     explained_variance,
     logprob_difference,
     mean_by_relative_position,
+    mean_deviation_within,
+    relative_error,
     relative_position_bins,
 )
 from megatron_vapo.checkpoint.snapshot import RunState
@@ -122,6 +124,8 @@ def critic_metrics(batch: Experience, gamma: float) -> dict[str, float]:
         "critic/explained_variance": explained_variance(values, returns),
         "critic/value_mean": float(values.mean()),
         "critic/value_deviation": float(values.std(correction=0)),
+        "critic/value_deviation_within": mean_deviation_within(values, batch.cu_seqlens),
+        "critic/relative_error": relative_error(values, returns),
     }
     tenth = relative_position_bins(batch.cu_seqlens, POSITION_BINS)
     for k in range(POSITION_BINS):

@@ -14,7 +14,9 @@ from megatron_vapo.algorithm.statistics import (
     explained_variance,
     logprob_difference,
     mean_by_relative_position,
+    mean_deviation_within,
     pass_at_k,
+    relative_error,
 )
 
 some_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
@@ -33,6 +35,27 @@ def means_by(key, lengths: list[int], bins: int) -> list[float]:
         for position in range(length):
             binned[key(position, length)].append(next(x))
     return [statistics.fmean(members) if members else math.nan for members in binned]
+
+
+@given(some_lengths)
+def test_mean_deviation_within_by_definition(lengths):
+    x, cu_seqlens = ragged(lengths)
+    expected = statistics.fmean(statistics.pstdev(part.tolist()) for part in x.split(lengths))
+    assert mean_deviation_within(x, cu_seqlens) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_one_value_a_response_does_not_vary_within():
+    values = torch.tensor([0.7, -0.3]).repeat_interleave(torch.tensor([40, 60]))
+    assert mean_deviation_within(values, torch.tensor([0, 40, 100])) == pytest.approx(0, abs=1e-12)
+
+
+def test_relative_error_at_its_landmarks():
+    returns = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    assert relative_error(returns, returns) == 0
+    assert relative_error(torch.zeros(4), returns) == 1
+    assert relative_error(returns + 3, returns) == pytest.approx(3)  # a constant bias counts
+    assert relative_error(-returns, returns) == pytest.approx(2)
+    assert relative_error(returns, torch.zeros(4)) == 0  # nothing to compare with
 
 
 @given(st.integers(2, 200), st.integers(0, 2**32))

@@ -150,6 +150,8 @@ def test_arguments_that_are_not_known(capsys: pytest.CaptureFixture[str], argume
         (["train", "nowhere.yaml"], 2, "nowhere.yaml: no such recipe"),
         (["train", "recipe.yaml", "steps=soon"], 2, "steps=soon"),
         (["train", "recipe.yaml", "--dry-run", "stepz=3"], 2, "did you mean steps?"),
+        (["train", "recipe.yaml", "alarms.stop=[flat]"], 2, "alarms.stop: no alarm is called flat; there are critic_"),
+        (["train", "recipe.yaml", "alarms={stop: [truncation], truncation: null}"], 2, "choose one"),
         (["train", "recipe.yaml", "data.train=nowhere.jsonl"], 3, "nowhere.jsonl does not exist"),
         (["train", "recipe.yaml", "model.path=nowhere"], 4, "nowhere: no such checkpoint folder"),
         (["train", "recipe.yaml", "actor.tensor_parallel=2"], 5, "does not divide the 1 processes"),
@@ -261,6 +263,30 @@ def test_a_finished_run_says_so_again(trained: tuple[Path, str], command: Callab
     answer = command("train", "recipe.yaml", "run_dir=run", "seed=1")
     assert answer.code == 2 and "seed was 0, is 1" in answer.errors
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_alarm_stops_the_run_with_a_checkpoint(command: Callable[..., Answer], folder: Path) -> None:
+    """A critic whose head of zeros never learns is dead. The run goes on from there, since nothing is raised anew."""
+    dead = ["critic.init=actor", "critic.reward_model=null", "critic.optimizer.learning_rate=0"]
+    arguments = [
+        "train",
+        "recipe.yaml",
+        "run_dir=dead",
+        *dead,
+        "value_pretraining.enabled=false",
+        "evaluation.data=null",
+    ]
+    arguments += ["steps=3", "checkpoint.every=0", "alarms.steps=2", "alarms.stop=[flat_values]"]
+    answer = command(*arguments)
+    assert answer.code == 6
+    line = answer.errors.splitlines()[-1]
+    assert line.startswith("megatron-vapo: alarm flat_values (train step 2)") and "among alarms.stop" in line
+    assert "alarm flat_values (train step 2): For 2 steps" in answer.output
+    run = folder / "dead"
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["latest", "step_000002"]
+    assert command(*arguments).code == 0
+    assert [record["alarms/flat_values"] for record in records(run, "train")] == [0, 1, 2]
 
 
 @pytest.mark.slow
