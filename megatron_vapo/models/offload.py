@@ -206,6 +206,18 @@ def parameter_memory(modules: Iterable[torch.nn.Module]) -> Iterator[Tensor]:
                 yield parameter.data
 
 
+def drop_workspaces(modules: Iterable[torch.nn.Module]) -> None:
+    """Free the FP8 copies of weights that Transformer Engine's modules keep from a pass's first micro-batch on.
+
+    They are of use until the weights change or the pass is over, and no longer. Transformer Engine never frees them:
+    two bytes a parameter and role would stay on the device while the engine sizes its cache. (Without its cache,
+    `disable_parameter_transpose_cache`, each micro-batch in flight keeps a copy of its own until its backward pass.)
+    """
+    for module in (part for chunk in modules for part in chunk.modules()):
+        workspaces: dict[str, Any] = getattr(module, "_fp8_workspaces", {})
+        workspaces.clear()
+
+
 def gradient_memory(chunks: Iterable[DistributedDataParallel]) -> Iterator[Tensor]:
     """Yield the buffers that gradients are summed in."""
     for chunk in chunks:

@@ -26,7 +26,7 @@ from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro
 from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks
 from megatron_vapo.models.layout import ParallelLayout
-from megatron_vapo.models.offload import Offloader, parameter_memory
+from megatron_vapo.models.offload import Offloader, drop_workspaces, parameter_memory
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.runtime.kernels import machine_backend
@@ -124,7 +124,7 @@ class ParallelModel(ABC):
             What `finish` returned of each micro-batch, on the last pipeline stage.
         """
         with self.layout.active():
-            return get_forward_backward_func()(
+            parts = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, finish),
                 data_iterator=[iter(micros) for _ in chunks],
                 model=list(chunks),
@@ -133,6 +133,8 @@ class ParallelModel(ABC):
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        drop_workspaces(self.modules)
+        return parts
 
     def _forward_step(
         self, finish: Finish, micros: Iterator[MicroBatch], module: torch.nn.Module

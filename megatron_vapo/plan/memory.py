@@ -10,6 +10,7 @@ about those, all others about training's.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -158,6 +159,16 @@ class Model:
             if size and (kind in kept or not getattr(self.role.offload, kind))
         }
 
+    def workspaces(self, stage: int) -> int:
+        """Return the numbers of the weights that Transformer Engine copies to FP8 in a pass: a byte each by rows, and
+        another by columns where gradients are taken (`models.offload.drop_workspaces`)."""
+        precision = self.role.precision
+        if not precision.computes_in_fp8 or precision.fp8_parameters:
+            return 0
+        kept = range(precision.first_layers, self.architecture.layers - precision.last_layers)
+        shapes = self.shapes(stage * smallest_world(self.role) // self.role.pipeline_parallel)
+        return sum(math.prod(shape) for name, shape in shapes.items() if layer_of_linear(name) in kept)
+
     def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
         role = self.role
         shapes = self.shapes(stage * smallest_world(role) // role.pipeline_parallel)
@@ -202,6 +213,12 @@ def _shapes(key: _Key) -> dict[str, tuple[int, ...]]:
     return parameter_shapes(_kind(model), model.role, model.architecture, torch_dtype(model.dtype), key.place)
 
 
+def layer_of_linear(name: str) -> int | None:
+    """Return the layer whose linear layer this parameter is the weight of; None where it is none."""
+    found = re.fullmatch(r"decoder\.layers\.(\d+)\..*linear_\w+\.weight", name)
+    return int(found[1]) if found else None
+
+
 def _kind(model: Model) -> type[Actor] | type[Critic]:
     return Critic if isinstance(model.role, CriticConfig) else Actor
 
@@ -240,12 +257,14 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
     room = {"left for weight syncs": free} if free else {}
     yield PhaseMemoryUse(Phase.ROLLOUT, rank, sampling | room | {"keys and values": cache_bytes})
     for model in models.values():
-        seen = model.step(rank * model.role.pipeline_parallel // cluster.world)
+        stage = rank * model.role.pipeline_parallel // cluster.world
+        seen, copied = model.step(stage), model.workspaces(stage)
         forward, update = PASSES[model.name]
-        yield PhaseMemoryUse(forward, rank, base(forward) | resting | {"working memory": seen.forward_peak})
+        copies = {"FP8 copies of weights": copied} if copied else {}
+        yield PhaseMemoryUse(forward, rank, base(forward) | resting | copies | {"working memory": seen.forward_peak})
         saved, working = seen.saved, max(seen.training_peak - seen.saved, 0)
         activations = {"saved activations": saved, "working memory": working}
-        yield PhaseMemoryUse(update, rank, base(update) | resting | activations)
+        yield PhaseMemoryUse(update, rank, base(update) | resting | {n: 2 * c for n, c in copies.items()} | activations)
     buckets = {"reshard buckets": 2 * min(recipe.rollout.bucket_mib * 2**20, engine["engine weights"])}
     yield PhaseMemoryUse(Phase.WEIGHT_SYNC, rank, syncing | buckets)
 

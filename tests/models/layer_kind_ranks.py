@@ -97,12 +97,18 @@ def assert_fp8_covers_layers_alone(folder: Path, layout: dict[str, object], batc
 
     for recipe, multiple, first, last in (("blockwise", 128, 1, 1), ("tensorwise", 16, 0, 2), ("delayed", 16, 0, 0)):
         precision = PrecisionConfig("fp8", recipe, "hybrid", first_layers=first, last_layers=last)
-        model = build(folder, layout, FUSED, precision).model
+        trainer = build(folder, layout, FUSED, precision)
+        model = trainer.model
         (module,) = model.modules
         outside: list[bool] = []
         for part in (module.embedding, module.output_layer):
             part.register_forward_hook(partial(note, outside))
+        cached: list[int] = []
+        module.output_layer.register_forward_hook(partial(count_workspaces, cached, module))
         model.forward(batch)
+        trainer.update(batch, loss)
+        assert set(cached) == {4 * (len(module.decoder.layers) - first - last)}  # qkv, proj, fc1, fc2
+        assert not workspaces(module)  # two bytes a parameter that nobody planned
         assert outside and all(outside)
         for number, layer in enumerate(module.decoder.layers):
             inside = first <= number < len(module.decoder.layers) - last
@@ -113,6 +119,15 @@ def assert_fp8_covers_layers_alone(folder: Path, layout: dict[str, object], batc
                     tokens % (multiple * layout["tensor_parallel"]) == 0
                 )  # those of all ranks of sequence parallelism
                 assert not inside or used.fp8_format == "hybrid"
+
+
+def count_workspaces(counts: list[int], module: Any, *_: object) -> None:
+    counts.append(len(workspaces(module)))
+
+
+def workspaces(module: Any) -> list[Tensor]:
+    """Return the FP8 copies of weights that Transformer Engine's modules hold."""
+    return [copy for part in module.modules() for copy in getattr(part, "_fp8_workspaces", {}).values()]
 
 
 def build(folder: Path, layout: dict[str, object], backend: Backend, precision: PrecisionConfig = FULL) -> Any:

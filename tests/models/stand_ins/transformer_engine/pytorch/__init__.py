@@ -21,6 +21,11 @@ class _Module(torch.nn.Module):
     def set_extra_state(self, state):
         assert state is None or state.numel() == 0
 
+    def _cache(self, name, weight, is_first_microbatch):
+        """As Transformer Engine 2.20 (linear.py, `cache_name`): FP8 copies of weights stay until someone drops them."""
+        if fp8.FP8GlobalStateManager.is_fp8_enabled() and is_first_microbatch is not None:
+            self.__dict__.setdefault("_fp8_workspaces", {})[name] = weight.detach().to(torch.float8_e4m3fn)
+
 
 def _mark(parameter, dim):
     """Transformer Engine marks weights as tensor-parallel whatever the size."""
@@ -67,6 +72,7 @@ class Linear(_Module):
             else:
                 x = mappings().copy_to_tensor_model_parallel_region(x, group=self._group)
         self.seen = (fp8.FP8GlobalStateManager.recipe, x.shape[0])
+        self._cache("weight", self.weight, is_first_microbatch)
         out = linear(x, self.weight, self.bias if self.use_bias else None)
         if self._mode == "row":
             if self.sequence_parallel:
@@ -85,7 +91,8 @@ class LayerNormLinear(Linear):
         self.layer_norm_weight.sequence_parallel = rest["sequence_parallel"]
 
     def forward(self, x, is_first_microbatch=None):
-        return super().forward(rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self._eps))
+        normed = rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self._eps)
+        return super().forward(normed, is_first_microbatch)
 
 
 class RMSNorm(_Module):
@@ -150,6 +157,8 @@ class GroupedLinear(_Module):
 
     def forward(self, x, m_splits, is_first_microbatch=None):
         parts = x.split(m_splits)
+        for i in range(self.num_gemms):
+            self._cache(f"weight{i}", getattr(self, f"weight{i}"), is_first_microbatch)
         return torch.cat([linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)])
 
 
