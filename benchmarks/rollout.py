@@ -98,7 +98,7 @@ def measure(python: str, repeats: int, folder: Path) -> dict[str, list[float]]:
     make_model(folder)
     cpu = torch.device("cpu")
     embedded = TransformersEngine(folder, (), 0, IN_FLIGHT, torch.float32, cpu)
-    served = SGLangEngine(settings, folder, (), torch.float32, cpu, folder / "logs")
+    served = SGLangEngine(settings, folder, (), torch.float32, cpu, folder / "logs", longest=1024)
     source = HFFolder(folder)
 
     def load(engine: RolloutEngine, version: int) -> None:

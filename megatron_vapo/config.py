@@ -402,8 +402,16 @@ class RolloutConfig:
     )
     check_weights_every: int = setting(
         1,
-        "Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; 0 never proves it.",
+        "Weight syncs between two proofs, by checksums, that the engine holds the actor's weights; the first sync of a "
+        "process is always proven. 0 never proves anything.",
         AT_LEAST_0,
+        resume=True,
+    )
+    check_handover: bool = setting(
+        True,
+        "Compare after the other syncs too, and so after each time that an engine woke up or was restarted, what was "
+        "handed over with what the engine holds then, by checksums on the device: no transfer, one pass over the "
+        "weights. With rollout.sglang.update=direct and the embedded engine.",
         resume=True,
     )
     max_logprob_difference: float | None = setting(

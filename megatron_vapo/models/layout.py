@@ -39,6 +39,8 @@ def init_world() -> None:
     if torch.cuda.is_available():
         # Megatron starts a collective before the product that is to hide it; with more queues the order is not kept.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        # SGLang turns it off for itself; in a group of both (placement=separate) NCCL hangs unless all agree.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if launched:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)

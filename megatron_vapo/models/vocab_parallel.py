@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK_BYTES = 8 * 2**20
-"""Size of a block of float32 logits; about four of them exist at a time."""
+BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+"""Size of a block of float32 logits; about four of them exist at a time. A CPU's blocks stay in its cache; a GPU would
+spend its time on starting kernels and on passing the gradient of hidden states through memory once a block."""
 
 LOWEST = -1e30
 """Peak before any logit was seen; finite, so that it never makes NaN with a zero sum."""
@@ -56,11 +57,14 @@ class Vocabulary:
         """Return a float32 copy, divided by the temperature."""
         return logits.to(torch.float32, copy=True).div_(self.temperature)
 
-    def rows_in(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-        """Return the tokens whose target is in a block, and its column there."""
+    def targets_in(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+        """Return which tokens' targets are in a block [t], and their columns there [t, 1], any column for others.
+
+        A mask, not the list of those tokens: its length would be a number that the host has to wait for.
+        """
         column = targets - self.first - block.start
-        rows = ((column >= 0) & (column < block.stop - block.start)).nonzero().squeeze(-1)
-        return rows, column[rows]
+        width = block.stop - block.start
+        return (column >= 0) & (column < width), column.clamp(0, width - 1)[:, None]
 
     def reduce(self, tensor: Tensor, op: dist.ReduceOp) -> Tensor:
         """Reduce a tensor in place over the ranks that share the vocabulary."""
@@ -69,9 +73,9 @@ class Vocabulary:
         return tensor
 
 
-def _chunk(tokens: int) -> int:
-    """Columns of a block of float32 logits."""
-    return max(64, BLOCK_BYTES // (4 * max(tokens, 1)))
+def _chunk(tokens: int, device: torch.device) -> int:
+    """Columns of a block of float32 logits; a plan's meta device stands for a GPU."""
+    return max(64, BLOCK_BYTES["cpu" if device.type == "cpu" else "cuda"] // (4 * max(tokens, 1)))
 
 
 class _Sums:
@@ -84,8 +88,8 @@ class _Sums:
 
     def absorb(self, z: Tensor, block: slice) -> None:
         """Take in a block of scaled logits [t, w]; overwrites it."""
-        rows, columns = self._vocabulary.rows_in(self._targets, block)
-        self._target[rows] = z[rows, columns]
+        inside, columns = self._vocabulary.targets_in(self._targets, block)
+        self._target = torch.where(inside, z.gather(1, columns)[:, 0], self._target)
         self._move_peak(torch.maximum(self._peak, z.max(dim=-1).values))
         z -= self._peak[:, None]
         p = z.exp()
@@ -148,8 +152,8 @@ class Gradient:
             # -p (g + e (log p + H)), g and e the gradients of log-prob and entropy
             weight = log_p.add_(self.kept[1][:, None]).mul_(self.entropy[:, None]).add_(self.logprob[:, None])
             grad = p.mul_(weight).neg_()
-        rows, columns = self.vocabulary.rows_in(self.targets, block)
-        grad[rows, columns] += self.logprob[rows]
+        inside, columns = self.vocabulary.targets_in(self.targets, block)
+        grad.scatter_add_(1, columns, (self.logprob * inside)[:, None])
         return grad.div_(self.vocabulary.temperature)
 
 
@@ -162,7 +166,7 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
         sums = _Sums(targets, vocabulary)
-        for block in vocabulary.blocks(_chunk(len(logits))):
+        for block in vocabulary.blocks(_chunk(len(logits), logits.device)):
             sums.absorb(vocabulary.scaled(logits[:, block]), block)
         kept = _finish(sums.parts(), vocabulary)
         ctx.save_for_backward(logits, targets, kept)
@@ -176,7 +180,7 @@ class _FromLogits(torch.autograd.Function):
         gradient = _gradient(ctx, targets, kept, grad_logprob, grad_entropy)
         grad = torch.empty_like(logits)
         grad[:, ctx.vocabulary.columns :] = 0  # padding
-        for block in ctx.vocabulary.blocks(_chunk(len(logits))):
+        for block in ctx.vocabulary.blocks(_chunk(len(logits), logits.device)):
             grad[:, block] = gradient.of_block(ctx.vocabulary.scaled(logits[:, block]), block)
         return grad, None, None
 
@@ -201,20 +205,28 @@ class Chunks:
         """See `Inside.sums`."""
         sums = _Sums(targets, vocabulary)
         for block in vocabulary.blocks(self.width(hidden)):
-            sums.absorb(vocabulary.scaled(hidden @ weight[block].t()), block)
+            sums.absorb(_logits(hidden, weight[block], vocabulary), block)
         return sums.parts()
 
     def width(self, hidden: Tensor) -> int:
         """See `Inside.width`."""
-        return _chunk(len(hidden))
+        return _chunk(len(hidden), hidden.device)
 
     def gradient(self, hidden: Tensor, weight: Tensor, block: slice, gradient: Gradient) -> Tensor:
         """See `Inside.gradient`."""
-        z = gradient.vocabulary.scaled(hidden @ weight.t())
+        z = _logits(hidden, weight, gradient.vocabulary)
         return gradient.of_block(z, block).to(weight.dtype)
 
 
 CHUNKS = Chunks()
+
+
+def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return scaled logits [t, w] in float32: hidden [t, H], weight [w, H]. On a GPU the product's own sums, which are
+    float32, are not rounded to the type of the inputs first: 0.03 nats or more of a confident token's log-prob."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32).div_(vocabulary.temperature)
+    return vocabulary.scaled(hidden @ weight.t())
 
 
 class _FromHidden(torch.autograd.Function):

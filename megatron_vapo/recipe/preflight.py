@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_vapo.config import ActorConfig, CriticConfig, Recipe, RoleConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, Recipe, RoleConfig, SGLangConfig
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, tokenize_prompts
-from megatron_vapo.errors import CheckpointError, LayoutError, RecipeError, few, first_line
+from megatron_vapo.errors import CheckpointError, LayoutError, MachineError, RecipeError, few, first_line
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.rewards import Reward, get_reward
@@ -181,6 +181,8 @@ def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
         raise LayoutError(
             f"rollout.sglang.servers={settings.servers} must divide the {world} processes: each serves one group"
         )
+    if torch.cuda.is_available():
+        _check_devices(settings)
     multiple = _CPU_FFN_MULTIPLE * settings.tensor_parallel
     ffn = architecture.expert_ffn or architecture.ffn
     if not torch.cuda.is_available() and ffn % multiple:
@@ -195,6 +197,33 @@ def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
             f"rollout.sglang.python={settings.python}: {python} has no SGLang. Without a GPU run "
             "`make sglang-cpu` and set it to .venv-sglang/bin/python; with one, install sglang and name its interpreter"
         )
+
+
+def _check_devices(settings: SGLangConfig) -> None:
+    """Refuse servers for which this node has too few GPUs, and memory that cannot be handed to them."""
+    if settings.placement == "colocated":
+        variable = next((name for name in _ALLOCATOR if "expandable_segments:true" in _options(name)), None)
+        if variable is not None:
+            raise MachineError(
+                f"{variable}={os.environ[variable]}: weights cannot be handed to a colocated SGLang from expandable "
+                "segments; unset it, or take rollout.sglang.placement=separate"
+            )
+        return
+    trainers, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    servers = -(-trainers * settings.servers // world_size())
+    if trainers + servers * settings.tensor_parallel > devices:
+        raise LayoutError(
+            f"rollout.sglang.placement=separate: {trainers} processes and {servers} servers of "
+            f"{settings.tensor_parallel} GPUs (rollout.sglang.tensor_parallel) on a node of {devices} GPUs; start "
+            f"fewer processes a node, or take placement=colocated"
+        )
+
+
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def _options(variable: str) -> list[str]:
+    return os.environ.get(variable, "").replace(" ", "").lower().split(",")
 
 
 def _check_kernels(actor: ActorConfig) -> None:
@@ -212,6 +241,11 @@ def _check_fp8_rollout(architecture: Architecture, shards: list[RolloutShard]) -
         raise RecipeError(
             "rollout.quantization=fp8 with rollout.engine=sglang needs a GPU: SGLang on CPU serves FP8 only from "
             "weights repacked for AMX, which a weight sync cannot serve. rollout.engine=transformers emulates it"
+        )
+    if torch.cuda.get_device_capability() >= (10, 0):
+        raise RecipeError(
+            "rollout.quantization=fp8 with rollout.engine=sglang: on this GPU (Blackwell) SGLang changes the scales "
+            "after loading and does not change them back, so every sync after the first would go wrong; take none"
         )
     for shard in shards:
         check_cuts(shard.parameters, hf_shapes(architecture))

@@ -88,8 +88,9 @@ class RolloutEngine(Protocol):
         """Copy the actor's weights in and wake up; iterates to the end whatever happens."""
         ...
 
-    def digests(self) -> list[Mapping[str, str]]:
-        """Return the `digest` of every parameter held now; empty where this process cannot read them."""
+    def digests(self) -> list[Mapping[str, str | None]]:
+        """Return the `digest` of every parameter held now; empty where this process cannot read them. None stands for
+        a parameter that the engine keeps in a layout of its own."""
         ...
 
     def generate(

@@ -92,7 +92,7 @@ class TransformersEngine:
             raise CheckpointError(f"rollout engine: no weights came for {', '.join(sorted(missing))}")
         self.version = version
 
-    def digests(self) -> list[Mapping[str, str]]:
+    def digests(self) -> list[Mapping[str, str | None]]:
         """See `RolloutEngine.digests`."""
         return [{name: digest(parameter) for name, parameter in self._parameters.items()}]
 

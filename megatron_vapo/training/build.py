@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.runtime.kernels import linear_layers, machine_backend
 from megatron_vapo.sampling.sampler import Sampler
-from megatron_vapo.training.weight_sync import WeightSync
-from megatron_vapo.weights.fp8 import Form, in_blocks, in_full, rounded_in_blocks
+from megatron_vapo.training.weight_sync import Proofs, WeightSync
+from megatron_vapo.weights.fp8 import READ_AS, Form, in_blocks, in_full, rounded_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype
 
 
@@ -54,7 +55,8 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folde
     if recipe.rollout.engine == "sglang":
         from megatron_vapo.rollout.sglang.engine import SGLangEngine
 
-        return SGLangEngine(recipe.rollout, recipe.model.path, inputs.end_ids, dtype, device, log_folder)
+        longest = recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens
+        return SGLangEngine(recipe.rollout, recipe.model.path, inputs.end_ids, dtype, device, log_folder, longest)
     tokenizer = inputs.tokenizer
     return TransformersEngine(
         recipe.model.path,
@@ -69,7 +71,8 @@ def build_engine(recipe: Recipe, inputs: Inputs, device: torch.device, log_folde
 def build_weight_sync(recipe: Recipe, actor: Actor, engine: RolloutEngine) -> WeightSync:
     """Plan how the engine gets the actor's weights."""
     settings = recipe.rollout
-    return WeightSync(actor, engine, settings.check_weights_every, settings.bucket_mib * 2**20, engine_form(recipe))
+    proofs = Proofs(settings.check_weights_every, settings.check_handover, shown_form(recipe))
+    return WeightSync(actor, engine, proofs, settings.bucket_mib * 2**20, engine_form(recipe))
 
 
 def build_sampler(
@@ -98,3 +101,10 @@ def engine_form(recipe: Recipe) -> Form:
     if recipe.rollout.quantization == "none":
         return in_full
     return in_blocks if recipe.rollout.engine == "sglang" else rounded_in_blocks
+
+
+def shown_form(recipe: Recipe) -> Form:
+    """Return what an engine's checksum of a parameter is of: FP8 blocks count as the numbers that they stand for."""
+    if recipe.rollout.quantization == "fp8" and recipe.rollout.engine == "sglang":
+        return partial(rounded_in_blocks, dtype=READ_AS)
+    return engine_form(recipe)

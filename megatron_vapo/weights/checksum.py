@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.errors import TrainingError, few
+from megatron_vapo.weights.device_digest import device_digest
 from megatron_vapo.weights.reshard import Piece, RankPlan
 from megatron_vapo.weights.slices import Box, as_bytes, as_matrix
 from megatron_vapo.weights.transfer import Tensors, view
@@ -49,8 +50,11 @@ def verify(plan: RankPlan, source: Tensors, held: Iterable[tuple[str, Tensor]], 
 
 
 def digest(tensor: Tensor) -> str:
-    """Return the first 64 bits of SHA-256 of a tensor's bytes, as SGLang's weight checker gives them on CPU."""
-    return hashlib.sha256(as_bytes(tensor.cpu()).data).hexdigest()[:16]
+    """Return 64 bits of a tensor's bytes, as SGLang's weight checker gives them: of a sum that is computed on the GPU,
+    or on CPU the first of SHA-256."""
+    if tensor.is_cuda:
+        return device_digest(tensor)
+    return hashlib.sha256(as_bytes(tensor).data).hexdigest()[:16]
 
 
 @torch.no_grad()

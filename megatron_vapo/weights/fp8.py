@@ -93,10 +93,14 @@ def bytes_in_blocks(parameter: Parameter, itemsize: int) -> int:
     return numbers * torch.float8_e4m3fn.itemsize + math.prod(scales) * torch.float32.itemsize
 
 
-def rounded_in_blocks(parameter: Parameter, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield what `in_blocks` stands for, in the parameter's own dtype: for whole tensors in an engine without FP8."""
-    if goes_in_blocks(parameter.name):
-        tensor = from_blocks(*to_blocks(tensor), dtype=tensor.dtype)
+def rounded_in_blocks(
+    parameter: Parameter, tensor: Tensor, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `in_blocks` stands for, in the parameter's own dtype or another: what an engine without FP8 holds, and
+    what SGLang's checksums of an FP8 parameter are of."""
+    if goes_in_blocks(parameter.boxes[0].tensor):
+        codes, scales = to_blocks(as_matrix(tensor.contiguous()))
+        tensor = from_blocks(codes, scales, dtype or tensor.dtype).view(tensor.shape)
     yield parameter.name, tensor
 
 

@@ -8,9 +8,11 @@ import torch
 from megatron_vapo.config import ActorConfig
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
-from megatron_vapo.training.weight_sync import WeightSync
+from megatron_vapo.training.weight_sync import Proofs, WeightSync
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.hf_folder import HFFolder
+
+PROOFS = Proofs(every=1, handover=True, shown=fp8.rounded_in_blocks)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
@@ -18,7 +20,7 @@ def test_the_engine_holds_rounded_linear_layers_and_all_else_exactly(make_actor,
     folder = make_checkpoint(family, hidden_size=136, intermediate_size=140)
     actor = make_actor(folder, ActorConfig())
     engine = TransformersEngine(folder, [1], 0, 4, torch.float32, torch.device("cpu"))
-    WeightSync(actor, engine, check_every=1, bucket_bytes=2**16, form=fp8.rounded_in_blocks)(version=0)
+    WeightSync(actor, engine, PROOFS, bucket_bytes=2**16, form=fp8.rounded_in_blocks)(version=0)
     stored = HFFolder(folder)
     assert engine._parameters.keys() == set(stored.names)
     for name, held in engine._parameters.items():
@@ -35,7 +37,7 @@ def test_other_weights_than_the_quantised_ones_are_found(make_actor, make_checkp
     folder = make_checkpoint("qwen2")
     actor = make_actor(folder, ActorConfig())
     engine = TransformersEngine(folder, [1], 0, 4, torch.float32, torch.device("cpu"))
-    sync = WeightSync(actor, engine, check_every=1, bucket_bytes=2**16, form=fp8.rounded_in_blocks)
+    sync = WeightSync(actor, engine, PROOFS, bucket_bytes=2**16, form=fp8.rounded_in_blocks)
     name = "model.layers.1.mlp.up_proj.weight"
     digests = engine.digests
 

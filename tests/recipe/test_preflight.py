@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from megatron_vapo.errors import CheckpointError, DataError, LayoutError, RecipeError, UserError
+from megatron_vapo.config import SGLangConfig
+from megatron_vapo.errors import CheckpointError, DataError, LayoutError, MachineError, RecipeError, UserError
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import (
     Inputs,
+    _check_devices,
+    _check_fp8_rollout,
     checked_architecture,
     end_tokens,
     load_tokenizer,
@@ -26,6 +30,7 @@ from megatron_vapo.recipe.preflight import (
 from megatron_vapo.weights.architecture import read_architecture
 
 ROPE = {"rope_type": "default", "rope_theta": 5e5}
+SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "shapes" / "Qwen2.5-7B"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -624,3 +629,58 @@ def test_rollout_layouts_that_processes_or_model_cannot_take(
     settings = [f"rollout.sglang.{setting}" for setting in overrides.split()]
     text = refusal(LayoutError, wide, SGLANG, with_sglang, *settings)
     assert all(word in text for word in words), text
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`gpus(8, (9, 0))`: a node of eight Hoppers, as torch would report it."""
+
+    def found(count: int, capability: tuple[int, int] = (9, 0)) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "servers", "fits"),
+    [(8, 8, 1, False), (6, 6, 1, True), (12, 6, 2, True), (12, 6, 4, False), (12, 6, 1, True), (7, 7, 1, False)],
+)
+def test_separate_servers_need_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: Callable[..., None],
+    world: int,
+    local: int,
+    servers: int,
+    fits: bool,
+) -> None:
+    """Nodes of 8 GPUs, servers of 2."""
+    gpus(8)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    settings = SGLangConfig(placement="separate", servers=servers, tensor_parallel=2)
+    with nullcontext() if fits else pytest.raises(LayoutError, match="on a node of 8 GPUs; start fewer processes"):
+        _check_devices(settings)
+
+
+@pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_beside_a_colocated_server(
+    monkeypatch: pytest.MonkeyPatch, gpus: Callable[..., None], variable: str
+) -> None:
+    gpus(8)
+    monkeypatch.setenv(variable, "max_split_size_mb:64, expandable_segments:True")
+    with pytest.raises(MachineError, match=f"^{variable}=max.*colocated SGLang"):
+        _check_devices(SGLangConfig())
+    monkeypatch.setenv(variable, "expandable_segments:False")
+    _check_devices(SGLangConfig())
+    monkeypatch.setenv(variable, "expandable_segments:True")
+    _check_devices(SGLangConfig(placement="separate"))  # weights travel by NCCL
+
+
+def test_fp8_rollouts_on_blackwell(gpus: Callable[..., None]) -> None:
+    gpus(8, (10, 0))
+    with pytest.raises(RecipeError, match="Blackwell"):
+        _check_fp8_rollout(read_architecture(SHAPE), [])
+    gpus(8, (9, 0))
+    _check_fp8_rollout(read_architecture(SHAPE), [])

@@ -207,8 +207,8 @@ class FakeServer:
 class FakeProcess:
     """Stands for `server.Server`."""
 
-    def __init__(self, url: str) -> None:
-        self.address, self.running = Address(url, "the-key"), True
+    def __init__(self, url: str, warm: bool) -> None:
+        self.address, self.running, self.has_generated = Address(url, "the-key"), True, warm
 
     def last_lines(self) -> str:
         return "Segmentation fault"
@@ -236,6 +236,7 @@ def ask(
     requests: int | list[Request],
     settings: RolloutConfig = SETTINGS,
     meanwhile: Callable[[FakeServer, FakeProcess, RequestPool], Awaitable[None]] | None = None,
+    warm: bool = True,
 ) -> Outcome:
     """Have a fake server answer, while something else happens."""
     outcome = Outcome()
@@ -244,7 +245,7 @@ def ask(
     async def run() -> None:
         outcome.server = FakeServer(write)
         async with outcome.server.up() as url:
-            process = FakeProcess(url)
+            process = FakeProcess(url, warm)
             pool = RequestPool(process, settings, (END,), VERSION, outcome.counts)
             other = asyncio.create_task(meanwhile(outcome.server, process, pool)) if meanwhile else None
 
@@ -419,6 +420,22 @@ def test_a_server_that_hangs_is_given_up() -> None:
     outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=4, stall_seconds=0.4)))
     assert "no sign of life for 0.4 s" in outcome.failure
     assert set(outcome.delivered) <= {0} and not outcome.counts
+
+
+def test_a_server_has_the_time_of_a_start_for_its_first_response() -> None:
+    """It compiles kernels, and neither answers nor is asked for its health with success."""
+
+    async def write(server: FakeServer, body: dict, before: int) -> object:
+        server.healthy.clear()
+        if body["input_ids"] == [100]:
+            await asyncio.sleep(1.5)
+            return await at_once(server, body, before)
+        return await asyncio.Event().wait()  # never
+
+    settings = RolloutConfig(sglang=SGLangConfig(retries=0, concurrency=1, stall_seconds=0.4, start_seconds=30))
+    outcome = ask(write, 2, settings, warm=False)
+    assert set(outcome.delivered) == {0}  # long after stall_seconds
+    assert "no sign of life for 0.4 s" in outcome.failure  # which count from then on
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vapo.rollout.sglang.payload import NOTHING, buckets, direct_payload, flat, flattened_payload
+from megatron_vapo.rollout.sglang.payload import NOTHING, buckets, direct_payload, flat, flattened_payloads
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -90,6 +90,11 @@ def test_a_flat_bucket_is_a_copy() -> None:
     assert torch.equal(memory, before)
 
 
+def one_flattened(bucket: list[tuple[str, Tensor]]) -> tuple[Tensor, str]:
+    memory, (payload,) = flattened_payloads(bucket, 1)
+    return memory, payload
+
+
 READER = """
 import base64, pickle, sys
 from safetensors.torch import save_file
@@ -109,7 +114,7 @@ save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "payload"), [("direct", direct_payload), ("flattened", flattened_payload)])
+@pytest.mark.parametrize(("kind", "payload"), [("direct", direct_payload), ("flattened", one_flattened)])
 def test_another_process_reads_what_was_written(tmp_path: Path, kind: str, payload) -> None:
     """No child of this one, as a server is none: neither memory nor open files are inherited."""
     memory, text = payload(MIXED)
@@ -135,3 +140,13 @@ def test_sharing_memory_changes_nothing_for_other_tensors() -> None:
 
 def test_nothing_is_an_empty_list() -> None:
     assert pickle.loads(base64.b64decode(NOTHING)) == []
+
+
+def test_every_rank_that_reads_a_bucket_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch counts a reader for each pickle: one that is read by two ranks frees the memory while one still copies."""
+    readers: list[int] = []
+    counted = torch.UntypedStorage._shared_incref
+    monkeypatch.setattr(torch.UntypedStorage, "_shared_incref", lambda s, *a: (readers.append(1), counted(s, *a))[1])
+    memory, payloads = flattened_payloads(MIXED, 3)
+    assert len(payloads) == len(readers) == 3
+    assert memory.is_shared()

@@ -111,7 +111,7 @@ def test_servers_are_told_of_the_exports_format_and_of_the_caches(folders, tmp_p
     from megatron_vapo.rollout.sglang.launch import server_settings
 
     bf16, quantised = folders
-    rest = (bf16, torch.bfloat16, torch.device("cpu"), tmp_path / "log")
+    rest = (bf16, torch.bfloat16, torch.device("cpu"), tmp_path / "log", 100)
     plain = server_settings(RolloutConfig(), *rest).arguments
     told = server_settings(RolloutConfig(quantization="fp8", sglang=SGLangConfig(kv_cache="fp8")), *rest).arguments
     changes = json.loads(told["json-model-override-args"])

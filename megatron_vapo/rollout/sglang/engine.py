@@ -32,6 +32,7 @@ from megatron_vapo.rollout.sglang.launch import server_settings
 from megatron_vapo.rollout.sglang.payload import buckets
 from megatron_vapo.rollout.sglang.requests import RequestPool
 from megatron_vapo.rollout.sglang.server import Address, Server
+from megatron_vapo.rollout.sglang.update_group import check_torch
 from megatron_vapo.rollout.sglang.weight_update import Way, WeightUpdater
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 from megatron_vapo.weights.engine_layout import RolloutShard, sglang_parameters, sglang_shards, whole_model
@@ -40,6 +41,9 @@ from megatron_vapo.weights.families import FAMILIES
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+AT_FIRST, AT_LAST = ["weights"], ["kv_cache", "cuda_graph"]
+"""Kinds of a server's memory that wake up before a weight update, and after it."""
 
 
 class SGLangEngine:
@@ -50,6 +54,10 @@ class SGLangEngine:
         end_ids: tokens that end a response.
         dtype: of weights and keys and values.
         log_folder: for the server's output.
+        longest: tokens of the longest sequence, prompt and response.
+
+    Raises:
+        MachineError: torch cannot make the group that brings weights to other devices.
     """
 
     def __init__(
@@ -60,11 +68,14 @@ class SGLangEngine:
         dtype: torch.dtype,
         device: torch.device,
         log_folder: Path,
+        longest: int,
     ) -> None:
         self._settings, self._end_ids, self._device = settings, tuple(end_ids), device
         servers = settings.sglang
         self._colocated = servers.placement == "colocated"
         self._way: Way = servers.update if self._colocated else "distributed"
+        if self._way == "distributed":
+            check_torch()
         size = dist.get_world_size()
         hosts = servers.tensor_parallel if self._colocated else size // servers.servers
         self._number, self._host = divmod(dist.get_rank(), hosts)
@@ -77,7 +88,8 @@ class SGLangEngine:
         self.version = -1
         log_folder.mkdir(parents=True, exist_ok=True)
         self._constants = cache_scales(read_architecture(model_path)) if settings.quantization == "fp8" else []
-        self._launch = server_settings(settings, model_path, dtype, device, log_folder / f"rollout_{self._number}.log")
+        log = log_folder / f"rollout_{self._number}.log"
+        self._launch = server_settings(settings, model_path, dtype, device, log, longest)
         self._server: Server | None = None
         self._address: Address | None = None
         self._updater: WeightUpdater | None = None
@@ -128,28 +140,29 @@ class SGLangEngine:
         if self._leads:
             self._attempt(self._open_update())
         self._share_failure()
-        for bucket in buckets(chain(tensors, self._constants), self._settings.bucket_mib * 2**20):
-            if self.failure is None and (self._leads or self._way == "direct"):
-                self._attempt(self._hand_over(bucket))
+        self._hand_over_all(chain(tensors, self._constants))
+        self._give_back()
         self._share_failure()
         if self._leads and self.failure is None:
             self._attempt(self._close_update(version))
         self.version, self.asleep = version, False
 
-    def digests(self) -> list[Mapping[str, str]]:
-        """See `RolloutEngine.digests`; SGLang's checksums on GPU are of another kind, and are not compared."""
+    def digests(self) -> list[Mapping[str, str | None]]:
+        """See `RolloutEngine.digests`; the server computes them where its weights are."""
         count = 1 if self._way == "direct" else self._settings.sglang.tensor_parallel
-        answer = None
-        if self._device.type == "cpu":
-            if self._leads:
-                answer = self._attempt(self._call("/weights_checker", {"action": "checksum"}))
-            answer = self._from_leader(answer)
+        answer = self._attempt(self._call("/weights_checker", {"action": "checksum"})) if self._leads else None
+        answer = self._from_leader(answer)
         if answer is None:
             return [{} for _ in range(count)]
-        ranks = {rank["parallelism_info"][0]["tp_rank"]: rank["checksums"] for rank in answer["ranks"]}
+        ranks = {rank["parallelism_info"][0]["tp_rank"]: self._known(rank["checksums"]) for rank in answer["ranks"]}
         if count == 1:
             return [ranks[self._host]]
         return [ranks[r] if self._leads else {} for r in range(count)]
+
+    def _known(self, checksums: dict[str, str]) -> dict[str, str | None]:
+        """Leave out experts on Blackwell, whose weights SGLang shuffles for its kernels once they are loaded."""
+        shuffles = self._device.type == "cuda" and torch.cuda.get_device_capability(self._device) >= (10, 0)
+        return {name: None if shuffles and ".experts." in name else found for name, found in checksums.items()}
 
     def generate(
         self,
@@ -181,8 +194,10 @@ class SGLangEngine:
             return
         if self._leads and self.failure is None:
             before = self._occupied()
-            self._attempt(self._call("/release_memory_occupation", {"tags": ["kv_cache", "weights"]}))
+            self._attempt(self._call("/release_memory_occupation", {"tags": [*AT_LAST, *AT_FIRST]}))
             self._counts["rollout/memory_released_gib"] += (before - self._occupied()) / 2**30
+        if self.failure is not None:
+            self._stop()  # it would keep its memory while the models train
         self.asleep = True
 
     def metrics(self) -> dict[str, float]:
@@ -192,9 +207,8 @@ class SGLangEngine:
 
     def close(self) -> None:
         """End the server."""
-        if self._server is not None:
-            self._server.stop()
-            self._server = None
+        self._stop()
+        self._server = None
 
     def _start(self) -> str | None:
         if self._starts > self._settings.sglang.max_restarts:
@@ -205,14 +219,17 @@ class SGLangEngine:
         self._counts["rollout/restarts"] += bool(self._starts)
         self._starts += 1
         self.asleep = False
-        if self._server is not None:
-            self._server.stop()
+        self._stop()
         try:
             self._server = Server(self._launch, self._answers)
         except RolloutError as error:
             return str(error)
         self._address = self._server.address
         return None
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            self._server.stop()
 
     def _answers(self, address: Address) -> bool:
         async def ask() -> bool:
@@ -223,8 +240,21 @@ class SGLangEngine:
 
     async def _open_update(self) -> None:
         if self.asleep:
-            await self._call("/resume_memory_occupation", {"tags": ["weights"]})
+            await self._call("/resume_memory_occupation", {"tags": AT_FIRST})
         await self._call("/begin_weight_update", {})
+
+    def _hand_over_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for bucket in buckets(tensors, self._settings.bucket_mib * 2**20):
+            if self.failure is None and (self._leads or self._way == "direct"):
+                self._attempt(self._hand_over(bucket))
+
+    def _give_back(self) -> None:
+        """Return to the driver what torch keeps of buckets, and of handles that the server has closed, before the
+        server takes its cache back."""
+        if self._device.type == "cuda" and self._colocated:
+            torch.cuda.synchronize()
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
 
     async def _hand_over(self, bucket: list[tuple[str, Tensor]]) -> None:
         async with connect(_started(self._address)) as server:
@@ -235,7 +265,7 @@ class SGLangEngine:
         await self._call("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
         await self._call("/flush_cache", {})
         if self.asleep:
-            await self._call("/resume_memory_occupation", {"tags": ["kv_cache"]})
+            await self._call("/resume_memory_occupation", {"tags": AT_LAST})
 
     async def _call(self, path: str, body: dict[str, Any]) -> Any:
         async with connect(_started(self._address)) as server:

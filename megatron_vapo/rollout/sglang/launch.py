@@ -12,18 +12,27 @@ import torch
 import torch.distributed as dist
 
 from megatron_vapo.config import RolloutConfig, SGLangConfig
+from megatron_vapo.rollout.sglang.environment import on_gpu
 from megatron_vapo.rollout.sglang.server import ServerSettings
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.fp8 import quantization_config
 
 CPU_CACHE_TOKENS = 65536
 
+_CONTEXT_MARGIN = 16
+"""Tokens more than a sequence has: SGLang ends responses a few tokens before its context is full."""
+
 
 def server_settings(
-    settings: RolloutConfig, model_path: str | Path, dtype: torch.dtype, device: torch.device, log: Path
+    settings: RolloutConfig, model_path: str | Path, dtype: torch.dtype, device: torch.device, log: Path, longest: int
 ) -> ServerSettings:
-    """Return arguments and environment of `sglang.launch_server`; the recipe's own arguments win."""
+    """Return arguments and environment of `sglang.launch_server`; the recipe's own arguments win.
+
+    Args:
+        longest: tokens of the longest sequence, prompt and response.
+    """
     own = settings.sglang
+    architecture = read_architecture(model_path)
     arguments: dict[str, str | int | float | bool] = {
         "model-path": str(model_path),
         "load-format": "dummy",  # weights come from the actor before the first request
@@ -31,6 +40,10 @@ def server_settings(
         "skip-server-warmup": True,
         "dtype": str(dtype).removeprefix("torch."),
         "tp-size": own.tensor_parallel,
+        # SGLang's table of requests has a row for each and a column for each token: a GB and more of the device with
+        # what the model's configuration allows.
+        "context-length": min(longest + _CONTEXT_MARGIN, architecture.max_positions),
+        "max-running-requests": own.concurrency,
     }
     environment = {"HF_HUB_OFFLINE": "1"}
     if device.type == "cpu":
@@ -47,12 +60,13 @@ def server_settings(
         if own.tensor_parallel > 1:
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = _cores(own.tensor_parallel)
     else:
+        environment |= on_gpu()
         arguments |= {"base-gpu-id": _first_device(own, device), "mem-fraction-static": own.memory_fraction}
         if own.placement == "colocated":
             arguments["enable-memory-saver"] = True
     if settings.quantization == "fp8":
         # The folder's own configuration says nothing of FP8; with this SGLang makes the layers of an FP8 checkpoint.
-        changes = {"quantization_config": quantization_config(read_architecture(model_path))}
+        changes = {"quantization_config": quantization_config(architecture)}
         arguments["json-model-override-args"] = json.dumps(changes)
     if own.kv_cache == "fp8":
         arguments["kv-cache-dtype"] = "fp8_e4m3"

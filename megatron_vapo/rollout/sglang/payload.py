@@ -81,7 +81,11 @@ def direct_payload(bucket: list[Named]) -> tuple[Tensor, str]:
     return memory, serialized(views)
 
 
-def flattened_payload(bucket: list[Named]) -> tuple[Tensor, str]:
-    """Return memory and payload of Hugging Face tensors in one piece (load_format=flattened_bucket)."""
+def flattened_payloads(bucket: list[Named], ranks: int) -> tuple[Tensor, list[str]]:
+    """Return memory and a payload for each rank, of Hugging Face tensors in one piece (load_format=flattened_bucket).
+
+    Every rank needs a pickle of its own, for each counts one reader of the memory: were one read twice, CUDA's memory
+    would be free for other uses while the second rank still copies it.
+    """
     memory, places = flat(bucket)
-    return memory, serialized({"flattened_tensor": memory, "metadata": places})
+    return memory, [serialized({"flattened_tensor": memory, "metadata": places}) for _ in range(ranks)]

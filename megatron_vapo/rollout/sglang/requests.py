@@ -59,6 +59,7 @@ class RequestPool:
             async with places:
                 response = await self._send(server, requests[number], sampling, max_tokens)
             progress[0] = loop.time()
+            self._server.has_generated = True
             deliver((number, response))
 
         async with connect(self._server.address) as server:
@@ -131,12 +132,18 @@ class RequestPool:
                     await server.abort()
             await asyncio.sleep(0.2)
 
+    @property
+    def _patience(self) -> float:
+        """The seconds of silence after which a server counts as hung; those of a start until its first response is
+        there, for which kernels are compiled."""
+        own = self._settings.sglang
+        return own.stall_seconds if self._server.has_generated else max(own.start_seconds, own.stall_seconds)
+
     async def _watch(self, server: Connection, progress: Callable[[], float]) -> str:
-        """Return once the server has ended, or has neither answered nor made progress for `stall_seconds`."""
-        limit = self._settings.sglang.stall_seconds
+        """Return once the server has ended, or has neither answered nor made progress for as long as `_patience`."""
         loop = asyncio.get_running_loop()
         alive = loop.time()
-        probe = asyncio.create_task(server.healthy(limit))
+        probe = asyncio.create_task(server.healthy(self._patience))
         try:
             while True:
                 await asyncio.sleep(_WATCH_S)
@@ -144,7 +151,8 @@ class RequestPool:
                     return f"the server ended:\n{self._server.last_lines()}"
                 if probe.done():
                     alive = loop.time() if probe.result() else alive
-                    probe = asyncio.create_task(server.healthy(limit))
+                    probe = asyncio.create_task(server.healthy(self._patience))
+                limit = self._patience
                 if loop.time() - max(alive, progress()) > limit:
                     return f"the server gave no sign of life for {limit:g} s (rollout.sglang.stall_seconds)"
         finally:

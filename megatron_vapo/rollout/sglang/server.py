@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import subprocess
@@ -16,6 +15,7 @@ import psutil
 
 from megatron_vapo.errors import RolloutError
 from megatron_vapo.rollout.sglang import supervisor
+from megatron_vapo.rollout.sglang.environment import inherited
 
 _PORT_ATTEMPTS = 5
 _POLL_S = 0.2
@@ -63,6 +63,8 @@ class Server:
         choose_port: Callable[[], int] | None = None,
     ) -> None:
         self._settings = settings
+        self.has_generated = False
+        """Whether a response has come: kernels that are compiled at first use are there."""
         for _ in range(_PORT_ATTEMPTS):
             self.address = Address(f"http://127.0.0.1:{(choose_port or free_port)()}", secrets.token_hex(32))
             self._log_start = settings.log.stat().st_size if settings.log.exists() else 0
@@ -105,7 +107,7 @@ class Server:
         process = subprocess.Popen(
             [*supervised, self._settings.python, "-m", _SERVER, *words],
             stdin=subprocess.PIPE,
-            env=_inherited() | dict(self._settings.environment),
+            env=inherited() | dict(self._settings.environment),
             start_new_session=True,  # signals to the trainer's group are the trainer's to answer
         )
         assert process.stdin is not None  # a pipe
@@ -131,11 +133,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-_TRAINER_ONLY = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "PYTHON")
-
-
-def _inherited() -> dict[str, str]:
-    """The trainer's environment without what describes its own ranks and Python."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(_TRAINER_ONLY)}

@@ -7,14 +7,29 @@ end with `_new_process_group_helper`, so this end does the same, and the names u
 from __future__ import annotations
 
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper
 
-_CHECKED = "2.13"
-"""torch's version with which this was tried."""
+from megatron_vapo.errors import MachineError
+
+
+def check_torch() -> None:
+    """Refuse a torch whose private call takes other arguments than those that are given here (tried: 2.13, 2.14).
+
+    Raises:
+        MachineError: says which torch this is.
+    """
+    try:
+        signature(_new_process_group_helper).bind(2, 0, [], None, None, group_name="", timeout=None)
+    except TypeError as error:
+        raise MachineError(
+            f"rollout.sglang.placement=separate: torch {torch.__version__} makes process groups otherwise ({error}); "
+            "use placement=colocated, or the torch that docs/install.md names"
+        ) from error
 
 
 class UpdateGroup:
@@ -26,8 +41,6 @@ class UpdateGroup:
     """
 
     def __init__(self, name: str, size: int, device: torch.device, seconds: float) -> None:
-        if not torch.__version__.startswith(_CHECKED):
-            raise RuntimeError(f"rollout.sglang.placement=separate was tried with torch {_CHECKED} only")
         self.name, self.size = name, size
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         self._timeout = timedelta(seconds=seconds)

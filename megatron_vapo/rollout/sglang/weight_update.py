@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_vapo.rollout.sglang.client import Connection, ServerFailure
-from megatron_vapo.rollout.sglang.payload import NOTHING, direct_payload, flat, flattened_payload
+from megatron_vapo.rollout.sglang.payload import NOTHING, direct_payload, flat, flattened_payloads
 from megatron_vapo.rollout.sglang.update_group import UpdateGroup
+
+T = TypeVar("T")
 
 Way = Literal["direct", "flattened_bucket", "distributed"]
 
@@ -40,8 +42,7 @@ class WeightUpdater:
             payloads = [NOTHING] * self._ranks
             memory, payloads[self._rank] = direct_payload(bucket)
         else:
-            memory, payload = flattened_payload(bucket)
-            payloads = [payload] * self._ranks
+            memory, payloads = flattened_payloads(bucket, self._ranks)
         body = {"serialized_named_tensors": payloads, "load_format": self._way, "flush_cache": False}
         await server.post("/update_weights_from_tensor", body, self._seconds)
         del memory
@@ -62,9 +63,12 @@ class WeightUpdater:
         sent = asyncio.to_thread(group.broadcast, memory)
         await asyncio.gather(server.post("/update_weights_from_distributed", body, self._seconds), _or_failure(sent))
 
+    def _listen(self, size: int) -> UpdateGroup:
+        return UpdateGroup(self._group_name, size, self._device, self._seconds)
+
     async def _meet(self, server: Connection) -> UpdateGroup:
         size = 1 + self._ranks
-        group = UpdateGroup(self._group_name, size, self._device, self._seconds)
+        group = await _or_failure(asyncio.to_thread(self._listen, size))
         body = {
             "master_address": "127.0.0.1",
             "master_port": group.port,
@@ -78,9 +82,9 @@ class WeightUpdater:
         return group
 
 
-async def _or_failure(work: Awaitable[None]) -> None:
-    """Raise what goes wrong in a process group as the server's failure."""
+async def _or_failure(work: Awaitable[T]) -> T:
+    """Raise what goes wrong in a process group as the server's failure, which all ranks come to know."""
     try:
-        await work
-    except RuntimeError as error:
-        raise ServerFailure(f"weight update: {error}") from error
+        return await work
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ServerFailure(f"weight update: {type(error).__name__} {error}") from error
