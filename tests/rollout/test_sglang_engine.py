@@ -28,7 +28,6 @@ from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.sglang import server, weight_update
-from megatron_vapo.rollout.sglang.client import ServerFailure
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.rollout_store import Rollout
@@ -224,23 +223,6 @@ def test_a_corrupted_bucket_between_two_proofs_is_found_by_what_was_handed_over(
         with pytest.raises(TrainingError, match=r"does not hold the actor's model\.[\w.]+weight$"):
             run.sync_weights()
     run.sync_weights()
-
-
-def test_a_server_that_cannot_sleep_gives_its_memory_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    if run.engine.asleep:
-        run.sync_weights()
-
-    async def busy(path: str, body: dict) -> None:
-        raise ServerFailure(f"{path}: assert is_fully_idle")
-
-    before = processes(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(run.engine, "_call", busy)
-        run.engine.sleep()
-    assert run.engine.asleep and "is_fully_idle" in run.engine.failure
-    assert before and not any(process.is_running() for process in before)
-    with one_more_restart(run):
-        run.sync_weights()
 
 
 def test_an_update_that_is_no_update_or_of_another_model_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

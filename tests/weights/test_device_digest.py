@@ -28,7 +28,6 @@ def test_digests_are_those_of_sglangs_kernel(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setattr(module, "_TILES", tiles)
     tensor, expected = OF_THE_KERNEL[name]
     assert device_digest(tensor) == expected
-    assert device_digest(tensor.flip(0).contiguous().flip(0)) == expected  # strides do not matter
 
 
 def test_a_plain_loop_gives_the_same() -> None:
@@ -59,3 +58,4 @@ def test_any_bit_and_any_place_matters() -> None:
     flipped[12345] ^= 1 << 30
     assert len({device_digest(t) for t in (tensor, swapped, flipped, tensor[:-1], tensor.view(2, -1)[0])}) == 5
     assert device_digest(tensor[:0]) == "0" * 16
+    assert device_digest(torch.stack([flipped, tensor], dim=1)[:, 1]) == device_digest(tensor)  # strides do not
