@@ -218,8 +218,9 @@ def _step(run: Run, step: int) -> None:
     rollout = run.rollout("train", step)
     batch = run.logprobs(run.values(rollout.batch))
     batch = with_advantages(batch, run.recipe.algorithm)
-    metrics = run.update_critic(batch, run.recipe.critic.epochs, step) | run.update_actor(batch, step)
-    run.finish_step("train", step, rollout, batch, metrics)
+    critic_metrics = run.update_critic(batch, run.recipe.critic.epochs, step)
+    batch, actor_metrics = run.update_actor(batch, step)
+    run.finish_step("train", step, rollout, batch, critic_metrics | actor_metrics)
     run.sync_weights()
 
 

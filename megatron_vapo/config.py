@@ -590,6 +590,12 @@ class ObserveConfig:
         None, "Log to this Weights & Biases project too (offline where WANDB_MODE says so); null: to none."
     )
     samples_per_step: int = setting(8, "Responses written to RUN/samples each step.", AT_LEAST_0)
+    tokens_mib: int = setting(
+        4,
+        "MiB that each step may leave in RUN/tokens for `megatron-vapo view`: as many whole groups as fit, with all "
+        "that was computed for their tokens (37 bytes a token). 0 keeps none.",
+        AT_LEAST_0,
+    )
 
 
 @dataclass(frozen=True)

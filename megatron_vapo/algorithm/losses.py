@@ -34,6 +34,24 @@ def token_weights(
     return weights_B.repeat_interleave(lengths_B)
 
 
+def log_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
+    """Return the log of the policy's ratio [T], within +-MAX_LOG_RATIO."""
+    return (logprobs_T - old_logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped(
+    ratio_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tokens [T] bool whose gradient a bound of `policy_loss` cuts off: the low, the high, the dual one.
+
+    No token is cut off by two of them.
+    """
+    low_T = (ratio_T < 1 - clip_low) & (advantages_T < 0)
+    high_T = (ratio_T > 1 + clip_high) & (advantages_T > 0)
+    dual_T = torch.zeros_like(low_T) if dual_clip is None else (ratio_T > dual_clip) & (advantages_T < 0)
+    return low_T, high_T, dual_T
+
+
 def policy_loss(
     logprobs_T: Tensor,
     old_logprobs_T: Tensor,
@@ -55,7 +73,7 @@ def policy_loss(
     they are its means. clip_fraction_low, _high, _dual: share of tokens whose gradient that bound cut off; kl_k1 and
     kl_k3: estimates of KL(old || new) (Schulman, "Approximating KL divergence").
     """
-    log_ratio_T = (logprobs_T - old_logprobs_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio_T = log_ratio(logprobs_T, old_logprobs_T)
     ratio_T = log_ratio_T.exp()
     objective_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
     if dual_clip is not None:
@@ -65,10 +83,10 @@ def policy_loss(
         objective_T = objective_T * importance_T
 
     log_ratio_T, ratio_T = log_ratio_T.detach(), ratio_T.detach()
-    dual_T = (ratio_T > dual_clip) & (advantages_T < 0) if dual_clip is not None else torch.zeros_like(ratio_T)
+    low_T, high_T, dual_T = clipped(ratio_T, advantages_T, clip_low, clip_high, dual_clip)
     per_token = {
-        "clip_fraction_low": (ratio_T < 1 - clip_low) & (advantages_T < 0),
-        "clip_fraction_high": (ratio_T > 1 + clip_high) & (advantages_T > 0),
+        "clip_fraction_low": low_T,
+        "clip_fraction_high": high_T,
         "clip_fraction_dual": dual_T,
         "kl_k1": -log_ratio_T,
         "kl_k3": log_ratio_T.expm1() - log_ratio_T,

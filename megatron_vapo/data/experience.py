@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_vapo.runtime.durable import new_file
 
-Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns"]
+Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns", "update_logprobs"]
 """The tensors that phases after rollout add to a batch."""
 
 
@@ -52,6 +52,8 @@ class Experience:
     """[T] float32."""
     returns: Tensor | None = None
     """[T] float32, the critic's targets."""
+    update_logprobs: Tensor | None = None
+    """[T] float32, the actor's as each token entered the last update that it took part in: what its ratio came from."""
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -88,7 +90,7 @@ class Experience:
 
     def select(self, indices: Tensor) -> Experience:
         """Return the responses `indices [b]`, in that order."""
-        token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
+        token_rows = self.token_rows(indices)
         sequence_starts = offsets(self.sequence_lengths)[:-1][indices]
         rows = {
             "tokens": ranges(sequence_starts, self.sequence_lengths[indices]),
@@ -96,6 +98,10 @@ class Experience:
         }
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
+
+    def token_rows(self, indices: Tensor) -> Tensor:
+        """Return where the response tokens of the responses `indices [b]` lie among the T, in that order."""
+        return ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
 
     def save(self, path: Path) -> None:
         """Write all tensors that are set to a safetensors file, whole or not at all."""

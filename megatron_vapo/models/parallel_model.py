@@ -87,7 +87,7 @@ class ParallelModel(ABC):
         for module in self.modules:
             module.eval()
         parts = self.run_schedule(self.modules, micros, _keep_outputs, forward_only=True)
-        return self._assemble(parts, total=int(batch.cu_seqlens[-1]))
+        return self.assemble(parts, total=int(batch.cu_seqlens[-1]))
 
     @property
     def packing(self) -> PackingRule:
@@ -155,8 +155,9 @@ class ParallelModel(ABC):
         """Return whether layers attend by this package's plan; Transformer Engine's need none."""
         return self.config.transformer_impl == "local"
 
-    def _assemble(self, parts: list[dict[str, Any]], total: int) -> Outputs:
-        """Join outputs: each token is written by the one rank that owns it, and summed over the world."""
+    def assemble(self, parts: list[dict[str, Any]], total: int) -> Outputs:
+        """Join the `outputs` ([t] each) of all ranks' parts by their `token_index [t]`: tensors [total], the same on
+        every process. Each token is written by the one rank that owns it, and summed over the world."""
         count = max(gather_objects(len(parts[0]["outputs"]) if parts else 0))
         joined = torch.zeros(count, total, device=self.device)
         if self.layout.owns_outputs:

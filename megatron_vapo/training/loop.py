@@ -31,9 +31,9 @@ def train(run: Run) -> None:
             batch = with_advantages(batch, recipe.algorithm)
             run.interrupt.check()  # for the last time: models change from here on
             metrics = run.update_critic(batch, recipe.critic.epochs, step) if recipe.uses_critic else {}
-            metrics |= run.update_actor(batch, step)
+            batch, actor_metrics = run.update_actor(batch, step)
 
-            run.finish_step("train", step, rollout, batch, metrics)
+            run.finish_step("train", step, rollout, batch, metrics | actor_metrics)
             run.sync_weights()
             _evaluate_if_due(run)
             if _due(step, recipe.checkpoint.every, last=run.over):

@@ -19,6 +19,9 @@ from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import AlgorithmConfig
 from megatron_vapo.data.experience import Experience
 
+CLIPPED_BY = ("nothing", "low", "high", "dual")
+"""The bounds of the policy's ratio (`losses.clipped`)."""
+
 
 def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
     """Add advantages, and value targets where there is a critic."""
@@ -75,7 +78,7 @@ def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
 def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
     weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
-    old_logprobs = minibatch.rollout_logprobs if algorithm.old_logprobs == "rollout" else minibatch.require("logprobs")
+    old_logprobs = _old_logprobs(minibatch, algorithm)
     # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
     mode = "none" if algorithm.importance == "auto" else algorithm.importance
     importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
@@ -103,6 +106,19 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
         return share, named | statistics
 
     return loss
+
+
+def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return what the policy loss saw of each token in its last update: its ratio [T] float32, and the bound that cut
+    its gradient off [T] uint8, an index of `CLIPPED_BY`."""
+    ratios = losses.log_ratio(batch.require("update_logprobs"), _old_logprobs(batch, algorithm)).exp()
+    settings = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
+    bounds = losses.clipped(ratios, batch.require("advantages"), *settings)
+    return ratios, sum((index * bound for index, bound in enumerate(bounds, 1)), torch.tensor(0)).to(torch.uint8)
+
+
+def _old_logprobs(batch: Experience, algorithm: AlgorithmConfig) -> Tensor:
+    return batch.rollout_logprobs if algorithm.old_logprobs == "rollout" else batch.require("logprobs")
 
 
 def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algorithm: AlgorithmConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""The records of a run's steps in its folder: metrics with the alarms that they raise, and responses to read."""
+"""The records of a run's steps in its folder: metrics with the alarms that they raise, responses, tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import Recipe
+from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.observe import alarms
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
@@ -14,6 +15,7 @@ from megatron_vapo.observe.report import write_samples
 from megatron_vapo.sampling.evaluation import Evaluation
 from megatron_vapo.sampling.trajectory import Scored
 from megatron_vapo.training.step_metrics import evaluation_rows, sample_rows
+from megatron_vapo.training.token_records import TokenRecords
 
 EVALUATION_ROWS = 64
 """Responses kept of an evaluation."""
@@ -23,12 +25,14 @@ class Records:
     """Writes on one rank; the others have none.
 
     Args:
+        prompts: the prompt set that steps draw from.
         state: what the run goes on from; records of later steps are dropped.
     """
 
-    def __init__(self, recipe: Recipe, state: RunState) -> None:
+    def __init__(self, recipe: Recipe, prompts: list[Prompt], state: RunState) -> None:
         self._folder, self._samples = Path(recipe.run_dir), recipe.observe.samples_per_step
-        project = recipe.observe.wandb_project
+        project, limit = recipe.observe.wandb_project, recipe.observe.tokens_mib * 2**20
+        self._tokens = TokenRecords(self._folder, limit, recipe.algorithm, prompts, state)
         self._metrics = MetricsWriter(
             self._folder,
             start_at={
@@ -46,12 +50,17 @@ class Records:
         """Append the metrics of an evaluation."""
         self._metrics.write(step, metrics, kind)
 
-    def step(self, kind: StepKind, step: int, metrics: Mapping[str, float]) -> dict[str, str]:
-        """Append the metrics of a step; return the warnings of the alarms that it raises anew, by name."""
+    def step(self, kind: StepKind, step: int, batch: Experience, metrics: Mapping[str, float]) -> dict[str, str]:
+        """Append the metrics of a step, and keep some of its responses with all that was computed for their tokens.
+
+        Returns:
+            The warnings of the alarms that the step raises anew, by name.
+        """
         record = {"kind": kind, "step": step, **metrics}
         found = alarms.judge([*self._history, record], self._alarms)
         self._history.append(record | found)
         self._metrics.write(step, {**metrics, **found}, kind)
+        self._tokens.write(kind, step, batch)
         return {a.name: a.said(record, self._alarms) for a in alarms.ALARMS if found[a.metric] == 1}
 
     def samples(self, step: int, rows: list[tuple[Prompt, Scored]]) -> None:

@@ -30,7 +30,7 @@ from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
 from megatron_vapo.training.records import Records
 from megatron_vapo.training.rollouts import Rollouts
-from megatron_vapo.training.updates import MinibatchUpdates
+from megatron_vapo.training.updates import MinibatchUpdates, SeenOutputs
 
 
 class Run:
@@ -70,7 +70,7 @@ class Run:
         self._rollouts = Rollouts(recipe, inputs.prompts, self.sampler, self._layouts, self._sleep)
         self.checkpoints = build.build_checkpoints(recipe, self.trainers, display.note)
         self.snapshot = self._restore()
-        self._records = Records(recipe, self.state) if self.first_rank else None
+        self._records = Records(recipe, inputs.prompts, self.state) if self.first_rank else None
         if self._records is not None:
             opened.callback(self._records.close)
         self._stopped_by: str | None = None
@@ -135,10 +135,13 @@ class Run:
         with self._phase(Phase.CRITIC_UPDATE):
             return self._updates(self.trainers["critic"], objectives.value_objective, batch, epochs, step)
 
-    def update_actor(self, batch: Experience, step: int) -> dict[str, float]:
-        """Train the policy; return means of its metrics over minibatches."""
+    def update_actor(self, batch: Experience, step: int) -> tuple[Experience, dict[str, float]]:
+        """Train the policy; add the log-probs that the updates saw, and return means of metrics over minibatches."""
+        seen, trainer, epochs = SeenOutputs(), self.trainers["actor"], self.recipe.epochs
         with self._phase(Phase.ACTOR_UPDATE):
-            return self._updates(self.trainers["actor"], objectives.policy_objective, batch, self.recipe.epochs, step)
+            metrics = self._updates(trainer, objectives.policy_objective, batch, epochs, step, seen)
+            logprobs, _ = seen.gather(self.actor, int(batch.cu_seqlens[-1]))
+        return replace(batch, update_logprobs=logprobs), metrics
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
@@ -172,7 +175,7 @@ class Run:
             batch, metrics, self.timer.step_seconds(), self.state, self.recipe.algorithm.gamma
         )
         everything |= rollout.metrics | self._memory.metrics()
-        warnings = {} if self._records is None else self._records.step(kind, step, everything)
+        warnings = {} if self._records is None else self._records.step(kind, step, batch, everything)
         self.display.advance(everything)
         self._warn(warnings)
         self.timer.start_step()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_vapo.algorithm.statistics import (
     average_at_k,
+    calibration,
     explained_variance,
     logprob_difference,
     mean_by_relative_position,
@@ -87,6 +88,18 @@ def test_mean_by_relative_position(lengths, bins):
     assert means.tolist() == pytest.approx(
         means_by(lambda t, length: int(bins * t / length + 1e-9), lengths, bins), nan_ok=True
     )
+
+
+@given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.booleans()), min_size=1, max_size=50), st.integers(1, 10))
+def test_calibration(pairs, bins):
+    predicted = torch.tensor([p for p, _ in pairs])
+    found = calibration(predicted, torch.tensor([float(s) for _, s in pairs]), bins)
+    members = [[] for _ in range(bins)]
+    for p, (_, success) in zip(predicted.tolist(), pairs):
+        members[min(max(int(torch.tensor(p) * bins), 0), bins - 1)].append((p, success))
+    for row, inside in zip(found.tolist(), members):
+        means = [statistics.fmean(column) for column in zip(*inside)] if inside else [math.nan, math.nan]
+        assert row == pytest.approx([*means, len(inside)], nan_ok=True, abs=1e-6)
 
 
 def test_logprob_difference():

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.records import records, timeless
 from megatron_vapo.weights.torch_dist import TorchDistReader
@@ -56,6 +57,13 @@ def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
             for key in ("actor/policy_loss", "actor/lm_loss", "actor/entropy", "critic/loss", "critic/grad_norm"):
                 if key in one:
                     assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (world, one["step"], key)
+        for path in (tmp_path / "1" / "tokens").iterdir():
+            ours, theirs = (
+                load_file(folder / "tokens" / path.name) for folder in (tmp_path / str(world), tmp_path / "1")
+            )
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=name)
 
 
 def test_offloading_changes_nothing_on_2_processes(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:

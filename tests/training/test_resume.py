@@ -150,6 +150,10 @@ def samples(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("samples/*.jsonl"))}
 
 
+def token_records(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "tokens").iterdir())}
+
+
 def last_state(folder: Path) -> dict[str, object]:
     return json.loads((sorted((folder / "checkpoints").glob("step_*"))[-1] / "state.json").read_text())
 
@@ -174,6 +178,7 @@ def assert_same_run(run: Path, expected: Path, but: str = "none") -> None:
     for ours, theirs in zip(timeless(run), timeless(expected), strict=True):
         assert {k: v for k, v in (ours.items() ^ theirs.items()) if not k.startswith(but)} == {}
     assert samples(run) == samples(expected)
+    assert token_records(run) == token_records(expected) != {}
     assert last_state(run) == last_state(expected)
     ours, theirs = last_checkpoint(run), last_checkpoint(expected)
     assert len(ours) > 20
