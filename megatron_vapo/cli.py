@@ -92,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=_picture, default="curves.png", help="picture to write (.png, .pdf, .svg)")
     sub.set_defaults(command=_report)
 
+    text = "a run's responses token by token, with values, advantages, log-probs, as one HTML file"
+    sub = commands.add_parser("view", help=text, description=text)
+    sub.add_argument("run", metavar="RUN", help="run folder")
+    sub.add_argument("--step", type=_at_least_one, help="training step to open with; default: the last that is kept")
+    sub.add_argument("--out", type=_page, help="HTML file to write; default: RUN/view.html")
+    sub.set_defaults(command=_view)
+
     text = "versions, devices, what works on this machine and what not"
     sub = commands.add_parser("doctor", help=text, description=text)
     sub.set_defaults(command=_doctor)
@@ -99,9 +106,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _picture(text: str) -> Path:
+    return _output(text, ".png", ".pdf", ".svg")
+
+
+def _page(text: str) -> Path:
+    return _output(text, ".html")
+
+
+def _output(text: str, *endings: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".pdf", ".svg") or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} must end in .png, .pdf or .svg and lie in a folder that exists")
+    if path.suffix not in endings or not path.parent.is_dir():
+        *others, last = endings
+        words = f"{', '.join(others)} or {last}" if others else last
+        raise argparse.ArgumentTypeError(f"{text} must end in {words} and lie in a folder that exists")
     return path
 
 
@@ -160,6 +177,14 @@ def _report(options: argparse.Namespace) -> int:
     from megatron_vapo.observe.report import compare_curves
 
     print(compare_curves([Path(run) for run in options.runs], options.runs, options.out))
+    return 0
+
+
+def _view(options: argparse.Namespace) -> int:
+    from megatron_vapo.commands.view import view
+
+    run = Path(options.run)
+    print(view(run, options.step, options.out or run / "view.html"))
     return 0
 
 

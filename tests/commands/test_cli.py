@@ -115,7 +115,9 @@ def base(folder: Path) -> Path:
 def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -> None:
     text = finish(start("--help"))
     usage = text.partition("\n\n")[0]
-    assert all(command in usage for command in ("train", "pretrain-critic", "evaluate", "plan", "report", "doctor"))
+    assert all(
+        command in usage for command in ("train", "pretrain-critic", "evaluate", "plan", "report", "view", "doctor")
+    )
     text = finish(start("train", "--help"))
     assert all(word in text for word in ("recipe", "key=value", "--restart", "--dry-run"))
     assert finish(start("--version")).strip() == f"megatron-vapo {version('megatron-vapo')}"
@@ -133,6 +135,9 @@ def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -
         (["report"], "RUN"),
         (["report", "run", "--out", "curves.xyz"], "curves.xyz must end in .png"),
         (["report", "run", "--out", "nowhere/curves.png"], "folder that exists"),
+        (["view"], "RUN"),
+        (["view", "run", "--step", "0"], "0 must be at least 1"),
+        (["view", "run", "--out", "page.png"], "page.png must end in .html"),
         (["doctor", "now"], "now"),
     ],
 )
@@ -166,6 +171,7 @@ def test_arguments_that_are_not_known(capsys: pytest.CaptureFixture[str], argume
         (["evaluate", "BASE", "--recipe", "recipe.yaml", "--samples", "0"], 2, "evaluation.samples=0"),
         (["evaluate", "BASE", "--recipe", "recipe.yaml", "evaluation.data=null"], 2, "--data"),
         (["report", "nowhere"], 2, "nowhere is not a run folder"),
+        (["view", "nowhere"], 2, "nowhere: no run folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
