@@ -315,7 +315,7 @@ def saving_seconds(folder: Path) -> dict[str, float]:
     seconds: dict[str, list[float]] = {"sync": [], "async": [], "async until complete": []}
     for kind in ("sync", "async"):
         settings = CheckpointConfig(async_save=kind == "async", keep=1)
-        saved = Checkpoints(folder / "saving", settings, {"actor": actor}, "", lambda text: None)
+        saved = Checkpoints(folder / "saving", settings, {"actor": actor}, "", "{}", lambda text: None)
         for step in range(5):
             began = time.perf_counter()
             state = RunState(pretraining_done=True, steps=step + (10 if kind == "async" else 0))

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import Padded, PlainLoop
-from megatron_vapo.config import Recipe
+from megatron_vapo.config import DataConfig, Recipe
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.prompts import read_prompts, tokenize_prompts
+from megatron_vapo.data.prompts import read_prompts
+from megatron_vapo.data.tokens import tokenize_prompts
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
@@ -235,7 +236,7 @@ def rollout_prompts(folder: Path, generator: torch.Generator) -> list[tuple[int,
         from transformers import AutoTokenizer
 
         problems = read_prompts(TINY / "train.jsonl", limit=count)
-        tokenized = tokenize_prompts(problems, AutoTokenizer.from_pretrained(folder), max_tokens=64, chat=False)
+        tokenized = tokenize_prompts(problems, AutoTokenizer.from_pretrained(folder), DataConfig())
         prompts = [prompt.token_ids for prompt in tokenized]
     else:
         lengths = torch.randint(15, 53, (count,), generator=generator).tolist()

@@ -420,7 +420,7 @@ class RolloutConfig:
         ABOVE_0,
     )
     bucket_mib: int = setting(
-        512, "MiB that a rank sends, and receives, at a time in a weight sync.", AT_LEAST_1, resume=True
+        512, "MiB that a rank sends, and receives, at a time in a weight sync or an export.", AT_LEAST_1, resume=True
     )
     sampling: SamplingConfig = group(SamplingConfig, "How the tokens that are trained on are drawn.")
     dynamic_sampling: bool = setting(False, "Draw new prompts for groups whose rewards are all equal (DAPO).")
@@ -467,15 +467,44 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """The prompt set: JSONL, Parquet in DAPO-Math's schema, or a Hugging Face datasets folder."""
+class PromptFile:
+    """A file of prompts, in a list of `data.train` or `evaluation.data`; a path alone is one with the defaults."""
 
-    train: str = setting(MISSING, "Prompt set that steps draw from.")
+    path: str = setting(MISSING, "File or folder.")
+    weight: float = setting(
+        1.0,
+        "Training: its share of the prompts drawn is weight / sum of weights, whatever the files' sizes.",
+        ABOVE_0,
+    )
+    name: str = setting("", "Stands in metrics and messages; by default the file's name without its ending.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The prompts: JSON, CSV, Parquet, or a Hugging Face datasets folder, in the schemas of docs/recipes.md."""
+
+    train: Any = setting(  # noqa: RUF009  # OmegaConf has no type for text or a list
+        MISSING, "Prompts that steps draw from: a path, or a list of paths or `PromptFile`s."
+    )
     template: Literal["none", "math"] = setting(
         "none", "math: render problems with the paper's template. Rows that are messages are taken as they are."
     )
     chat: bool = setting(False, "Render prompts by the tokenizer's chat template; base models read the bare text.")
-    max_prompt_tokens: int = setting(2048, "Prompts of more tokens are refused.", AT_LEAST_1)
+    chat_arguments: dict[str, Any] = group(
+        dict, "Variables of the chat template, for example `enable_thinking: false`."
+    )
+    control_tokens: Literal["refuse", "escape", "allow"] = setting(
+        "refuse",
+        "Control tokens in the text of a prompt, such as <|im_end|>, or a second BOS. refuse: name them and stop. "
+        "escape: the model reads them as plain text. allow: they count, for text that is rendered already; a BOS that "
+        "the text begins with is not added again.",
+    )
+    max_prompt_tokens: int = setting(2048, "Longer prompts are refused, or dropped (data.long_prompts).", AT_LEAST_1)
+    long_prompts: Literal["refuse", "drop"] = setting(
+        "refuse",
+        "Training prompts of more than max_prompt_tokens. drop: train without them, and count them. Evaluation never "
+        "drops any: it would be another test.",
+    )
 
 
 @dataclass(frozen=True)
@@ -510,8 +539,12 @@ class RewardConfig:
 class EvaluationConfig:
     """The held-out accuracy: avg@k, the mean pass rate over k samples a problem."""
 
-    data: str | None = setting(None, "Prompt set; null turns evaluation off.")
-    problems: int | None = setting(None, "The first n problems only; null takes all.", AT_LEAST_1)
+    data: Any = setting(  # noqa: RUF009  # as data.train
+        None,
+        "Prompts, as in data.train; of several files each has its metrics, and evaluate/accuracy is their mean. null "
+        "turns evaluation off.",
+    )
+    problems: int | None = setting(None, "The first n problems of each file only; null takes all.", AT_LEAST_1)
     samples: int = setting(32, "k, responses a problem.", AT_LEAST_1)
     every: int = setting(
         10,
@@ -546,6 +579,11 @@ class CheckpointConfig:
     resume_older: bool = setting(
         False,
         "Where the newest checkpoint is damaged, set it aside and resume the one before, with a warning. Off: stop.",
+    )
+    changed_data: Literal["stop", "continue"] = setting(
+        "stop",
+        "What it does to a resumed run that the prompts under the same names are others than the checkpoint's. "
+        "continue: name the change and begin a new epoch; accuracies before and after may be of different tests.",
     )
     rollouts: bool = setting(
         True, "Save rollouts as they finish, until a checkpoint covers their step: a resumed run reads them again."

@@ -6,8 +6,9 @@
 
 The public DAPO-Math-17k repeats each of its problems about 100 times, AIME-2024 each of its 30 problems 32 times. What
 is dropped, and counted in OUT/report.json with examples: broken rows, repetitions (spaces aside), problems with two
-different answers, prompts of too many tokens, and training problems that the evaluation holds too. Everything else is
-written as JSON lines of rendered prompt and answer, OUT/<name of the file>.jsonl, in the order of the file.
+different answers, control tokens of the tokenizer in the text, prompts of too many tokens, and training problems that
+the evaluation holds too. Everything else is written as JSON lines of rendered prompt, answer and all other columns,
+OUT/<name of the file>.jsonl, in the order of the file. Files may be of any kind that a recipe's may.
 `--hold-out N` puts N of the training prompts, drawn by `--seed`, into OUT/<name>-heldout.jsonl instead.
 """
 
@@ -22,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vapo.data.prompts import MATH_TEMPLATE, Message, Prompt, parse_row, read_rows
+from megatron_vapo.data.files import read_rows
+from megatron_vapo.data.prompts import MATH_TEMPLATE, Message, Prompt, parse_row
+from megatron_vapo.data.tokens import ControlTokens
 from megatron_vapo.errors import DataError, RecipeError, UserError
 from megatron_vapo.runtime.durable import write_text
 
@@ -73,13 +76,13 @@ def prepare(options: argparse.Namespace) -> None:
     for path in options.evaluation:
         prompts, reports[path.name] = read_distinct(path, tokenizer, options.max_prompt_tokens, set())
         evaluated |= {_problem(prompt) for prompt in prompts}
-        _write(options.out / f"{path.stem}.jsonl", prompts)
+        _write(options.out / f"{_stem(path)}.jsonl", prompts)
     for path in options.train:
         prompts, reports[path.name] = read_distinct(path, tokenizer, options.max_prompt_tokens, evaluated)
         training, held_out = split(prompts, options.hold_out, options.seed)
-        _write(options.out / f"{path.stem}.jsonl", training)
+        _write(options.out / f"{_stem(path)}.jsonl", training)
         if held_out:
-            _write(options.out / f"{path.stem}-heldout.jsonl", held_out)
+            _write(options.out / f"{_stem(path)}-heldout.jsonl", held_out)
     write_text(options.out / "report.json", json.dumps({n: vars(r) for n, r in reports.items()}, indent=2) + "\n")
     for name, report in reports.items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "nothing"
@@ -104,18 +107,21 @@ def read_distinct(
         except DataError as error:
             report.drop("broken", str(error))
             continue
-        prompt = Prompt(text, answer, len(found), source, context)
+        assert isinstance(row, dict)  # `parse_row` takes nothing else
+        prompt = Prompt(text, answer, len(found), source, context, row=row)
         problem = _problem(prompt)
         answers[problem].add(answer)
         if problem in found:
             report.drop("repeated", source)
         else:
             found[problem] = prompt
-    kept = []
+    kept, control = [], ControlTokens(tokenizer, end_ids=())
     lengths = _lengths(list(found.values()), tokenizer)
     for (problem, prompt), length in zip(found.items(), lengths, strict=True):
         if len(answers[problem]) > 1:
             report.drop("with several answers", f"{prompt.source}: {sorted(answers[problem])}")
+        elif hits := control.find("\n".join(_contents(prompt))):
+            report.drop("with control tokens", f"{prompt.source}: {hits[0][1]}")
         elif length > max_tokens:
             report.drop(f"of more than {max_tokens} tokens", f"{prompt.source}: {length} tokens")
         elif problem in evaluated:
@@ -147,19 +153,28 @@ def _problem(prompt: Prompt) -> Problem:
     return prompt.context, " ".join(prompt.text.split())
 
 
+def _contents(prompt: Prompt) -> list[str]:
+    return [*(message.content for message in prompt.context), prompt.text]
+
+
 def _lengths(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    texts = ["\n".join([*(message.content for message in prompt.context), prompt.text]) for prompt in prompts]
+    texts = ["\n".join(_contents(prompt)) for prompt in prompts]
     return [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
 
 
 def _write(path: Path, prompts: list[Prompt]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+    write_text(path, "".join(json.dumps(_row(prompt), ensure_ascii=False, default=str) + "\n" for prompt in prompts))
 
 
 def _row(prompt: Prompt) -> dict[str, object]:
     messages = [message._asdict() for message in (*prompt.context, Message("user", prompt.text))]
-    return {"prompt": messages if prompt.context else prompt.text, "answer": prompt.answer}
+    others = {name: value for name, value in prompt.row.items() if name != "question"}
+    return others | {"prompt": messages if prompt.context else prompt.text, "answer": prompt.answer}
+
+
+def _stem(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).stem
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

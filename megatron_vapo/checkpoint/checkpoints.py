@@ -5,6 +5,7 @@
             actor/  critic/     Megatron's distributed checkpoints: parameters, optimizer, schedule
             sampling.pt         partial rollouts; global random generators of every rank (models.generators)
             recipe.yaml         the settings it was made with
+            data.json           the fingerprint of the prompts it was made with
             state.json          progress of the run, the order of prompts included
             manifest.json       size and SHA-256 of every file above
         latest -> step_000020
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_vapo.checkpoint.run_folder import DATA
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
 from megatron_vapo.data.position import SamplingPosition
@@ -48,6 +50,7 @@ class Checkpoints:
         folder: RUN/checkpoints.
         trainers: by role.
         recipe: the run's recipe as YAML, kept with each checkpoint.
+        data: the fingerprint of its prompts as JSON, kept too.
         note: shows one line to the user.
     """
 
@@ -57,10 +60,11 @@ class Checkpoints:
         settings: CheckpointConfig,
         trainers: dict[str, Trainer],
         recipe: str,
+        data: str,
         note: Callable[[str], None],
     ) -> None:
         self.folder, self._settings, self._trainers, self._recipe = folder, settings, trainers, recipe
-        self._note = note
+        self._data, self._note = data, note
         self._pending: _Pending | None = None
         on_first_rank(lambda: _tidy(folder))
 
@@ -139,7 +143,7 @@ class Checkpoints:
         damaged = 0
         for checkpoint in reversed(on_first_rank(lambda: checkpoints(self.folder))):
             try:
-                refuse_damaged(checkpoint, required=(_STATE, _RECIPE, _SAMPLING))
+                refuse_damaged(checkpoint, required=(_STATE, _RECIPE, DATA, _SAMPLING))
                 return self._load(checkpoint)
             except CheckpointError as error:
                 if not self._settings.resume_older:
@@ -163,6 +167,7 @@ class Checkpoints:
         state = asdict(snapshot.state) | {"prompt_order": snapshot.position.order}
         (part / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         (part / _RECIPE).write_text(self._recipe, encoding="utf-8")
+        (part / DATA).write_text(self._data, encoding="utf-8")
         torch.save({"unfinished": snapshot.position.unfinished, "generators": generators}, part / _SAMPLING)
         return part
 

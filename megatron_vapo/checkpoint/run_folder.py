@@ -14,12 +14,16 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from megatron_vapo.config import Recipe
+from megatron_vapo.data.fingerprint import changes
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.recipe.load import MOVED, to_yaml
+from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.recipe.schema import SCHEMA
 from megatron_vapo.runtime.durable import remove, write_text
 
 _RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
+DATA = "data.json"
+"""The file of a checkpoint with the fingerprint of its prompts (`Inputs.fingerprint`)."""
 _MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
 """First line of a run's recipe; tells a run's folder from one that holds a recipe of the user's own."""
 
@@ -50,6 +54,27 @@ def open_run_folder(
             return summary
     write_text(folder / _RECIPE, _MARK + to_yaml(recipe))
     return None
+
+
+def check_data(recipe: Recipe, inputs: Inputs, note: Callable[[str], None]) -> None:
+    """Compare the prompts with those of the newest checkpoint, if there is one. Called by one process.
+
+    Raises:
+        CheckpointError: they are others (what changed is named), and `checkpoint.changed_data` is stop.
+    """
+    path = Path(recipe.run_dir, "checkpoints", "latest", DATA)
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    read = {"data.train": inputs.prompts, "evaluation.data": inputs.held_out}
+    changed = [f"{key}, {text}" for key, prompts in read.items() for text in changes(before[key], prompts)]
+    if changed and recipe.checkpoint.changed_data == "stop":
+        raise CheckpointError(
+            f"{recipe.run_dir} was trained with other prompts: {'; '.join(changed)}. Bring the first run's files back, "
+            f"set run_dir, or go on with these: checkpoint.changed_data=continue"
+        )
+    if changed:
+        note(f"WARNING: the run goes on with other prompts: {'; '.join(changed)}")
 
 
 @contextmanager

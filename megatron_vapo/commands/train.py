@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_vapo.checkpoint.run_folder import open_run_folder, sole_use
+from megatron_vapo.checkpoint.run_folder import check_data, open_run_folder, sole_use
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError, RolloutError
 from megatron_vapo.observe.progress import ProgressDisplay
@@ -64,7 +64,7 @@ def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body:
     for name, role in recipe.roles.items():
         check_machine(name, role.precision, machine)
     with ExitStack() as stack:
-        summary = on_first_rank(lambda: _open(recipe, restart, stack, console))
+        summary = on_first_rank(lambda: _open(recipe, inputs, restart, stack, console))
         if summary is not None:
             console.print(f"{recipe.run_dir} is finished; --restart trains anew", markup=False, highlight=False)
         else:
@@ -74,9 +74,15 @@ def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body:
     return summary is not None
 
 
-def _open(recipe: Recipe, restart: bool, stack: ExitStack, console: Console) -> dict[str, Any] | None:
+def _open(recipe: Recipe, inputs: Inputs, restart: bool, stack: ExitStack, console: Console) -> dict[str, Any] | None:
+    def note(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
     stack.enter_context(sole_use(Path(recipe.run_dir)))
-    return open_run_folder(recipe, restart, note=lambda text: console.print(text, markup=False, highlight=False))
+    summary = open_run_folder(recipe, restart, note)
+    if summary is None:
+        check_data(recipe, inputs, note)
+    return summary
 
 
 def _supervised(recipe: Recipe, inputs: Inputs, console: Console, body: Callable) -> dict[str, Any] | None:
@@ -122,7 +128,8 @@ def _train(run: Run) -> None:
     from megatron_vapo.training.loop import train
 
     train(run)
-    export = export_actor(run.actor, run.folder / "export", run.recipe.model.path)
+    recipe = run.recipe
+    export = export_actor(run.actor, run.folder / "export", recipe.model.path, recipe.rollout.bucket_mib * 2**20)
     if run.first_rank:
         write_summary(
             run.folder,
@@ -144,10 +151,12 @@ def _pretrain(run: Run) -> None:
 
 def _description(recipe: Recipe, inputs: Inputs) -> str:
     a = inputs.architecture
+    dropped = f" ({inputs.dropped} too long, dropped)" if inputs.dropped else ""
     return (
         f"{recipe.name}: {a.family}, {a.layers} layers, hidden {a.hidden}, vocabulary {a.vocab}; "
-        f"{len(inputs.prompts)} prompts, {len(inputs.held_out)} held out; {recipe.responses_per_step} responses a "
-        f"step in minibatches of {recipe.minibatch_size}; {world_size()} process(es): ready to run"
+        f"{len(inputs.prompts)} prompts{dropped}, {len(inputs.held_out)} held out; "
+        f"{recipe.responses_per_step} responses a step in minibatches of {recipe.minibatch_size}; "
+        f"{world_size()} process(es): ready to run"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 class SamplingPosition:
     """The place in the order of prompts, and the groups of responses that were begun and not finished."""
 
-    order: dict[str, int]
+    order: dict[str, Any]
     """`PromptOrder.state_dict`."""
     unfinished: list[dict[str, Any]]
     """`Group.state` of each; the same on all processes."""

@@ -1,6 +1,4 @@
-"""Read, check and tokenise prompt sets, and keep the resumable order in which training visits them.
-
-Three containers (JSONL, Parquet, a folder of `datasets.save_to_disk`), each with rows of any of three schemas:
+"""Read and check prompt sets, whose rows have any of three schemas, in any container of `files`:
 
     {"prompt": text or messages, "answer": text}                                    plain
     {"question": text, "answer": "reasoning #### answer"}                           GSM8K
@@ -12,21 +10,15 @@ for rewards.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from megatron_vapo.errors import CheckpointError, DataError, RecipeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from megatron_vapo.data.files import read_rows
+from megatron_vapo.errors import DataError, RecipeError
 
 MATH_TEMPLATE = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -53,12 +45,13 @@ class Prompt:
 
     text: what the user asks, with the template rendered.
     answer: the reference that a reward compares with.
-    index: position in the prompt set, after duplicates are dropped.
+    index: position among all prompts that are read, after duplicates are dropped.
     source: file and line (from 1) or row (from 0) it was read from, for messages.
     context: the chat before `text`: a system prompt, worked examples. Empty in all published data.
     token_ids: filled by `tokenize_prompts`.
     row: all columns of the row it was read from, as they were, for rewards (`rewards.RewardInput.row`). Of identical
         prompts it is the first one's.
+    dataset: the name of its file in the recipe.
     """
 
     text: str
@@ -68,18 +61,22 @@ class Prompt:
     context: tuple[Message, ...] = ()
     token_ids: tuple[int, ...] = ()
     row: Mapping[str, object] = field(default_factory=dict, compare=False)
+    dataset: str = ""
 
 
-def read_prompts(path: str | Path, *, template: str | None = None, limit: int | None = None) -> list[Prompt]:
+def read_prompts(
+    path: str | Path, *, template: str | None = None, limit: int | None = None, dataset: str = ""
+) -> list[Prompt]:
     """Return the distinct prompts of a file or folder, in file order; of identical prompts the first is kept.
 
     The public DAPO-Math-17k repeats each prompt about 100 times, AIME-2024 32 times: their repetition is a way to
     sample, which the recipe does by itself.
 
-    path: `*.jsonl`, `*.parquet`, or a folder written by `datasets.Dataset.save_to_disk`.
+    path: in any container that `files` reads.
     template: text with one `{problem}`, rendered into prompts that are plain text. Left as they are: prompts given as
         messages (DAPO's rows carry the rendered template) and text that has the template's form already.
     limit: stop after so many distinct prompts.
+    dataset: the prompts' `dataset`.
 
     Raises DataError, naming file and row, for anything that cannot be trained on: missing or empty files, rows that
     are not JSON or not UTF-8, missing, empty or mistyped fields, NaN, NUL characters, and one prompt with two
@@ -92,163 +89,23 @@ def read_prompts(path: str | Path, *, template: str | None = None, limit: int | 
     prompts: dict[tuple[tuple[Message, ...], str], Prompt] = {}
     for source, row in read_rows(Path(path)):
         context, text, answer = parse_row(row, source, template or "{problem}")
-        first = prompts.get((context, text))
-        if first is not None and first.answer != answer:
-            raise DataError(
-                f"{source}: answer {answer!r}, but the same prompt has answer {first.answer!r} at {first.source}; "
-                f"keep the right one"
-            )
-        if first is None and len(prompts) == limit:
+        assert isinstance(row, dict)  # `parse_row` takes nothing else
+        prompt = Prompt(text, answer, len(prompts), source, context, row=row, dataset=dataset)
+        if (context, text) not in prompts and len(prompts) == limit:
             break
-        if first is None and isinstance(row, dict):  # what `parse_row` takes is one
-            prompts[context, text] = Prompt(text, answer, len(prompts), source, context, row=row)
+        refuse_two_answers(prompts.setdefault((context, text), prompt), prompt)
     if not prompts:
         raise DataError(f"{path} holds no prompts: expected at least one row with prompt and answer")
     return list(prompts.values())
 
 
-def tokenize_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, chat: bool
-) -> list[Prompt]:
-    """Return the same prompts with `token_ids` filled.
-
-    chat: render the messages by the tokenizer's chat template, up to where the assistant speaks; otherwise tokenise
-        the bare text, with the special tokens that the tokenizer adds by itself (Llama's BOS, none for Qwen).
-
-    Raises DataError for prompts of no tokens or of more than `max_tokens`, and for `context` without `chat`;
-    RecipeError when `chat` is asked of a tokenizer without chat template.
-    """
-    rows = _chat_token_ids(prompts, tokenizer) if chat else _text_token_ids(prompts, tokenizer)
-    tokenized = [replace(prompt, token_ids=tuple(ids)) for prompt, ids in zip(prompts, rows, strict=True)]
-    too_long = [prompt for prompt in tokenized if len(prompt.token_ids) > max_tokens]
-    if too_long:
-        longest = max(too_long, key=lambda prompt: len(prompt.token_ids))
+def refuse_two_answers(first: Prompt, again: Prompt) -> None:
+    """Raise DataError where one prompt that is read twice has two answers."""
+    if first.answer != again.answer:
         raise DataError(
-            f"{len(too_long)} of {len(tokenized)} prompts have more than {max_tokens} tokens, the longest "
-            f"{_name(longest)} with {len(longest.token_ids)}: raise the limit or remove these rows"
+            f"{again.source}: answer {again.answer!r}, but the same prompt has answer {first.answer!r} at "
+            f"{first.source}; keep the right one"
         )
-    for prompt in tokenized:
-        if not prompt.token_ids:
-            raise DataError(f"{_name(prompt)} has no tokens: the tokenizer knows none of its characters")
-    return tokenized
-
-
-class PromptOrder:
-    """The endless order over the prompts 0 .. n-1: every epoch visits each once, in a fresh permutation.
-
-    The permutation of an epoch is a function of (seed, epoch) alone, so the state is two numbers however large the
-    set, and a resumed order goes on exactly as the uninterrupted one. A group of k prompts that spans two epochs may
-    hold a prompt twice.
-    """
-
-    def __init__(self, n: int, seed: int) -> None:
-        if n < 1 or seed < 0:
-            raise ValueError(f"an order needs n >= 1 and seed >= 0, not n = {n}, seed = {seed}")
-        self.n = n
-        self.seed = seed
-        self._go_to(epoch=0, position=0)
-
-    def take(self, k: int) -> list[int]:
-        """Return the next k prompt indices. Past the end of an epoch the next begins, so k may exceed n."""
-        taken: list[int] = []
-        while len(taken) < k:
-            if self.position >= self.n:
-                self._go_to(self.epoch + 1, position=0)
-            stretch = self._permutation[self.position : self.position + k - len(taken)]
-            taken += stretch.tolist()
-            self.position += len(stretch)
-        return taken
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the position in the order, for a checkpoint."""
-        return {"n": self.n, "seed": self.seed, "epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state` was taken. Raises CheckpointError if it belongs to another prompt set or seed."""
-        if (state["n"], state["seed"]) != (self.n, self.seed):
-            raise CheckpointError(
-                f"the checkpoint's order is over {state['n']} prompts with seed {state['seed']}, this run's is over "
-                f"{self.n} with seed {self.seed}: resume with the first run's prompt file and seed, or start anew"
-            )
-        self._go_to(state["epoch"], state["position"])
-
-    def _go_to(self, epoch: int, position: int) -> None:
-        self.epoch = epoch
-        self.position = position
-        self._permutation = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-
-
-# Containers: each yields (source, row).
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield source (file and line or row) and content of every row, unchecked.
-
-    Raises DataError for an unreadable file.
-    """
-    if not path.exists():
-        raise DataError(f"{path} does not exist: give a .jsonl or .parquet file, or a folder of save_to_disk")
-    if path.is_dir():
-        return _folder_rows(path)
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise DataError(f"{path}: cannot read files of type {path.suffix!r}, only .jsonl and .parquet (or a folder)")
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    with path.open("rb") as file:  # bytes, so that a line of wrong encoding can be named
-        for number, line in enumerate(file, start=1):
-            source = f"{path}, line {number}"
-            yield source, _parse_json(line, source)
-
-
-def _parse_json(line: bytes, source: str) -> object:
-    if not line.strip():
-        raise DataError(f"{source} is empty: remove it")
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source} is not UTF-8 ({error.reason} at byte {error.start}): save the file as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{source} is not valid JSON ({error}): write one object per line") from error
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow.names, path)
-            batches = file.iter_batches()  # the public DAPO-Math-17k has 1.8 million rows
-            for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches)):
-                yield f"{path}, row {number}", row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _folder_rows(path: Path) -> Iterator[tuple[str, object]]:
-    from datasets import DatasetDict, load_from_disk
-
-    try:
-        dataset = load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is not a folder of datasets.Dataset.save_to_disk: {error}") from error
-    if isinstance(dataset, DatasetDict):
-        raise DataError(f"{path} holds several splits: name one, such as {path / next(iter(dataset), 'train')}")
-    _check_columns(dataset.column_names, path)
-    batches = dataset.with_format("arrow").iter(batch_size=1000)  # as Parquet gives them: images stay bytes
-    for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches)):
-        yield f"{path}, row {number}", row
-
-
-def _check_columns(names: Sequence[str], path: Path) -> None:
-    if not set(names) & {"prompt", "question"}:
-        raise DataError(f"{path} has columns {', '.join(names) or '(none)'}, but needs prompt and answer")
 
 
 # Rows: each to (context, text, answer).
@@ -327,34 +184,3 @@ def _text(value: object, field: str, source: str) -> str:
 
 def _kind(value: object) -> str:
     return f"of type {type(value).__name__}"
-
-
-# Tokens.
-
-
-def _text_token_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    for prompt in prompts:
-        if prompt.context:
-            raise DataError(
-                f"{_name(prompt)} has messages before the question, which bare text cannot tell apart: use chat"
-            )
-    ids: list[list[int]] = tokenizer([prompt.text for prompt in prompts])["input_ids"]
-    return ids
-
-
-def _chat_token_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise RecipeError(f"the tokenizer {tokenizer.name_or_path} has no chat template: turn chat off")
-    chats = [[m._asdict() for m in (*prompt.context, Message("user", prompt.text))] for prompt in prompts]
-    try:
-        encoded: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
-    except TemplateError as error:  # templates refuse roles that their model was not trained with
-        raise DataError(f"the tokenizer's chat template refuses a prompt: {error}") from error
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
-
-
-def _name(prompt: Prompt) -> str:
-    return f"prompt {prompt.index} ({prompt.source}: {prompt.text[:40]!r})"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,6 +61,7 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(to_json({"kind": kind, "step": step, "time": time.time(), **values}) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint is on disk too: a record lost before it would never come again
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard[kind].add_scalar(name, value, step)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_vapo.config import ActorConfig, CriticConfig, Recipe, RoleConfig, SGLangConfig
-from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, tokenize_prompts
-from megatron_vapo.errors import CheckpointError, LayoutError, MachineError, RecipeError, few, first_line
+from megatron_vapo.config import ActorConfig, CriticConfig, PromptFile, Recipe, RoleConfig, SGLangConfig
+from megatron_vapo.data.fingerprint import fingerprint
+from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, refuse_two_answers
+from megatron_vapo.data.tokens import tokenize_prompts
+from megatron_vapo.errors import CheckpointError, DataError, LayoutError, MachineError, RecipeError, few, first_line
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.precision import check_precision
+from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.rewards import Reward, get_reward
 from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.runtime.versions import check_megatron
@@ -42,6 +48,18 @@ class Inputs:
     prompts: list[Prompt]
     held_out: list[Prompt]
     reward: Reward
+    dropped: int = 0
+    """Training prompts left out for their length (data.long_prompts)."""
+
+    @property
+    def fingerprint(self) -> dict[str, dict[str, str]]:
+        """The fingerprint of the prompts, by the setting that lists their files."""
+        return {"data.train": fingerprint(self.prompts), "evaluation.data": fingerprint(self.held_out)}
+
+    @property
+    def digest(self) -> str:
+        """The digest of the training prompts."""
+        return sha256(json.dumps(fingerprint(self.prompts)).encode()).hexdigest()
 
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -74,12 +92,12 @@ def read_inputs(recipe: Recipe) -> Inputs:
         check_world(name, role, world_size())
         check_model(name, role, architecture)
         check_precision(name, role, architecture)
-    prompts = load_prompts(recipe, recipe.data.train, inputs.tokenizer)
+    prompts, dropped = _training_prompts(recipe, inputs.tokenizer, inputs.end_ids)
     longest = _longest_sequence(recipe, prompts + inputs.held_out)
     for name, (role, architecture) in roles.items():
         _check_positions(recipe, name, architecture, longest)
         _check_budget(name, role, longest)
-    return replace(inputs, critic_architecture=critic, prompts=prompts)
+    return replace(inputs, critic_architecture=critic, prompts=prompts, dropped=dropped)
 
 
 def read_evaluation_inputs(recipe: Recipe) -> Inputs:
@@ -90,13 +108,15 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
         raise CheckpointError(f"{recipe.model.path}: a sequence classifier; model.path must be a language model")
     tokenizer = load_tokenizer(recipe.model.path, architecture)
     _check_engine(recipe, architecture)
-    held_out = load_prompts(recipe, recipe.evaluation.data, tokenizer, recipe.evaluation.problems)
+    ends = end_tokens(recipe.model.path, tokenizer)
+    tests = prompt_files("evaluation.data", recipe.evaluation.data)
+    held_out = tokenize_prompts(_read(recipe, tests, recipe.evaluation.problems), tokenizer, recipe.data, end_ids=ends)
     _check_positions(recipe, "actor", architecture, _longest_sequence(recipe, held_out))
     return Inputs(
         architecture=architecture,
         critic_architecture=None,
         tokenizer=tokenizer,
-        end_ids=end_tokens(recipe.model.path, tokenizer),
+        end_ids=ends,
         prompts=[],
         held_out=held_out,
         reward=get_reward(recipe.reward.name),
@@ -156,15 +176,32 @@ def end_tokens(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ..
     return tuple(sorted(ends))
 
 
-def load_prompts(
-    recipe: Recipe, path: str | None, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
-) -> list[Prompt]:
-    """Return the prompts of a file, rendered and tokenised as the recipe says; none for no path."""
-    if path is None:
-        return []
+def _training_prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: tuple[int, ...]
+) -> tuple[list[Prompt], int]:
+    """Return the prompts of all training files, and how many were dropped for their length."""
+    files = prompt_files("data.train", recipe.data.train)
+    read = _read(recipe, files)
+    first: dict[object, Prompt] = {}
+    for prompt in read:  # in one file `read_prompts` has seen to it
+        refuse_two_answers(first.setdefault((prompt.context, prompt.text), prompt), prompt)
+    drop = recipe.data.long_prompts == "drop"
+    prompts = tokenize_prompts(read, tokenizer, recipe.data, end_ids=end_ids, drop_long=drop)
+    left = {prompt.dataset for prompt in prompts}
+    for file in files:
+        if file.name not in left:
+            raise DataError(
+                f"{file.path}: all its prompts have more than data.max_prompt_tokens={recipe.data.max_prompt_tokens} "
+                f"tokens: raise it, or leave the file out"
+            )
+    return prompts, len(read) - len(prompts)
+
+
+def _read(recipe: Recipe, files: list[PromptFile], limit: int | None = None) -> list[Prompt]:
+    """Return the prompts of files, rendered as the recipe says, one file after another."""
     template = MATH_TEMPLATE if recipe.data.template == "math" else None
-    prompts = read_prompts(path, template=template, limit=limit)
-    return tokenize_prompts(prompts, tokenizer, max_tokens=recipe.data.max_prompt_tokens, chat=recipe.data.chat)
+    sets = [read_prompts(file.path, template=template, limit=limit, dataset=file.name) for file in files]
+    return [replace(prompt, index=index) for index, prompt in enumerate(chain.from_iterable(sets))]
 
 
 def _check_engine(recipe: Recipe, architecture: Architecture) -> None:

@@ -8,6 +8,7 @@ from megatron_vapo.config import Bounds, Recipe, RoleConfig
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.observe.alarms import ALARMS
 from megatron_vapo.recipe.precision import validate_precision
+from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.recipe.schema import SCHEMA, value_of
 
 
@@ -20,6 +21,7 @@ def validate(recipe: Recipe) -> None:
     for key, setting in SCHEMA.items():
         if not setting.is_group:
             _validate_value(key, value_of(recipe, key), setting.bounds)
+    _validate_data(recipe)
     _validate_batches(recipe)
     _validate_algorithm(recipe)
     _validate_rollout(recipe)
@@ -34,6 +36,17 @@ def _validate_value(key: str, value: object, bounds: Bounds | None) -> None:
         raise RecipeError(f"{key}={value}: must be a finite number")
     if bounds is not None and isinstance(value, (int, float)) and not bounds.holds(value):
         raise RecipeError(f"{key}={value}: must be {bounds.words}")
+
+
+def _validate_data(recipe: Recipe) -> None:
+    if not prompt_files("data.train", recipe.data.train):
+        raise RecipeError("data.train=null: name a file, or several")
+    if any(file.weight != 1 for file in prompt_files("evaluation.data", recipe.evaluation.data)):
+        raise RecipeError("evaluation.data: every problem is evaluated: leave out `weight`")
+    if recipe.data.chat_arguments and not recipe.data.chat:
+        raise RecipeError(
+            "data.chat_arguments are variables of the chat template: set data.chat=true, or leave them out"
+        )
 
 
 def _validate_batches(recipe: Recipe) -> None:

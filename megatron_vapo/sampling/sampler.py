@@ -15,7 +15,8 @@ import torch
 from megatron_vapo.algorithm.advantages import soft_overlong_penalty
 from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.data.order import PromptOrder
+from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -84,9 +85,12 @@ def build_sampler(
     return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue)
 
 
-def build_checkpoints(recipe: Recipe, trainers: dict[str, Trainer], note: Callable[[str], None]) -> Checkpoints:
+def build_checkpoints(
+    recipe: Recipe, inputs: Inputs, trainers: dict[str, Trainer], note: Callable[[str], None]
+) -> Checkpoints:
     """Open RUN/checkpoints; `note` shows one line to the user."""
-    return Checkpoints(Path(recipe.run_dir, "checkpoints"), recipe.checkpoint, trainers, to_yaml(recipe), note)
+    folder, data = Path(recipe.run_dir, "checkpoints"), json.dumps(inputs.fingerprint)
+    return Checkpoints(folder, recipe.checkpoint, trainers, to_yaml(recipe), data, note)
 
 
 def backend_choices(recipe: Recipe) -> Iterator[str]:

@@ -10,11 +10,14 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.position import SamplingPosition
-from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import DataError
 from megatron_vapo.models.generators import read_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout
+from megatron_vapo.recipe.preflight import Inputs
+from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
 from megatron_vapo.sampling.sampler import Sampler
@@ -32,14 +35,18 @@ class Rollouts:
     def __init__(
         self,
         recipe: Recipe,
-        prompts: list[Prompt],
+        inputs: Inputs,
         sampler: Sampler,
         layouts: list[ParallelLayout],
         sleep: Callable[[], None],
     ) -> None:
-        self._recipe, self._prompts, self._sampler, self._layouts = recipe, prompts, sampler, layouts
-        self._sleep, self._folder = sleep, Path(recipe.run_dir)
-        self._order = PromptOrder(len(prompts), recipe.seed)
+        self._recipe, self._inputs, self._sampler, self._layouts = recipe, inputs, sampler, layouts
+        self._prompts, self._sleep, self._folder = inputs.prompts, sleep, Path(recipe.run_dir)
+        files = prompt_files("data.train", recipe.data.train)
+        self._sizes = {file.name: sum(prompt.dataset == file.name for prompt in inputs.prompts) for file in files}
+        self._order = PromptOrder(
+            list(self._sizes.values()), recipe.seed, [file.weight for file in files], inputs.digest
+        )
         self._store = RolloutStore(self._folder / "kept_rollouts")
 
     @property
@@ -48,9 +55,21 @@ class Rollouts:
         return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
 
     def go_to(self, position: SamplingPosition) -> None:
-        """Go on sampling from there."""
+        """Go on sampling from there; where the prompts are others, and the recipe goes on with them, in new epochs."""
+        changed = position.order["prompts"] != self._order.prompts
+        if changed and self._recipe.checkpoint.changed_data == "continue":
+            self._order.begin_epoch_after(position.order)
+            self._sampler.unfinished = []
+            return
         self._order.load_state_dict(position.order)
         self._sampler.unfinished = [Group.of(state, self._prompts) for state in position.unfinished]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the epochs of each training file so far, where there are several, and the prompts that were dropped,
+        where they may be."""
+        epochs = {f"data/{n}/epochs": drawn / size for (n, size), drawn in zip(self._sizes.items(), self._order.drawn)}
+        dropped = {"data/dropped_prompts": float(self._inputs.dropped)}
+        return (epochs if len(epochs) > 1 else {}) | (dropped if self._recipe.data.long_prompts == "drop" else {})
 
     def replayed(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what another run saved for the step, in `rollout.replay`; None where the recipe samples.

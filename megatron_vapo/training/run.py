@@ -56,6 +56,8 @@ class Run:
         recipe, inputs, display = self.recipe, self.inputs, self.display
         for choice in build.backend_choices(recipe):
             display.note(choice)
+        if inputs.dropped:
+            display.note(f"data: {inputs.dropped} training prompts are dropped, of more than data.max_prompt_tokens")
         self.trainers = build.build_trainers(recipe, inputs)
         models = {role: trainer.model for role, trainer in self.trainers.items()}
         self._layouts = list({id(model.layout): model.layout for model in models.values()}.values())
@@ -67,8 +69,8 @@ class Run:
         opened.callback(self.sampler.scorer.close)
         self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
         self.interrupt.on_overdue = self.engine.abort
-        self._rollouts = Rollouts(recipe, inputs.prompts, self.sampler, self._layouts, self._sleep)
-        self.checkpoints = build.build_checkpoints(recipe, self.trainers, display.note)
+        self._rollouts = Rollouts(recipe, inputs, self.sampler, self._layouts, self._sleep)
+        self.checkpoints = build.build_checkpoints(recipe, inputs, self.trainers, display.note)
         self.snapshot = self._restore()
         self._records = Records(recipe, inputs.prompts, self.state) if self.first_rank else None
         if self._records is not None:
@@ -174,7 +176,7 @@ class Run:
         everything = step_metrics.of_step(
             batch, metrics, self.timer.step_seconds(), self.state, self.recipe.algorithm.gamma
         )
-        everything |= rollout.metrics | self._memory.metrics()
+        everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
         warnings = {} if self._records is None else self._records.step(kind, step, batch, everything)
         self.display.advance(everything)
         self._warn(warnings)

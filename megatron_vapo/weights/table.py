@@ -90,15 +90,8 @@ def shard(entry: Entry, tensors: list[Tensor], architecture: Architecture, tp_ra
     return _as_parameter(entry, whole)
 
 
-def unshard(entry: Entry, shards: list[Tensor], architecture: Architecture) -> dict[str, Tensor]:
-    """The Hugging Face tensors of an entry from the shards of all tensor-parallel ranks; inverse of `shard`."""
-    joined = [_as_joined(entry, t, architecture) for t in shards]
-    whole = joined[0] if entry.layout.dim is None else torch.cat(joined, dim=entry.layout.dim)
-    return dict(zip(entry.hf, entry.layout.split(whole, architecture), strict=True))
-
-
 def split_whole(entry: Entry, parameter: Tensor, architecture: Architecture) -> dict[str, Tensor]:
-    """Unshard a parameter that is not cut, without copying: views of it wherever its layout allows."""
+    """Return the Hugging Face tensors of a parameter that is not cut: views of it wherever its layout allows."""
     tensors = entry.layout.split(_as_joined(entry, parameter, architecture), architecture)
     return dict(zip(entry.hf, tensors, strict=True))
 

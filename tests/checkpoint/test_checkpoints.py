@@ -51,7 +51,7 @@ def opened(tmp_path: Path, trainers: dict[str, Trainer], notes: list[str]) -> Ca
     """`opened(**settings)`: the checkpoints of one run, in tmp_path."""
 
     def open_(**settings: object) -> Checkpoints:
-        return Checkpoints(tmp_path, CheckpointConfig(**settings), trainers, "name: test\n", notes.append)
+        return Checkpoints(tmp_path, CheckpointConfig(**settings), trainers, "name: test\n", "{}", notes.append)
 
     return open_
 

@@ -376,6 +376,35 @@ def test_a_restart_trains_anew(trained: tuple[Path, str], command: Callable[...,
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
+def test_other_rows_under_the_same_names(command: Callable[..., Answer], folder: Path, tiny_problems: Path) -> None:
+    """They are refused at resume, with what changed, unless the recipe goes on with them. Two files have weights."""
+    rows = tiny_problems.read_text().splitlines(keepends=True)
+    one, two = folder / "one.jsonl", folder / "two.jsonl"
+    one.write_text("".join(rows[:8]))
+    two.write_text("".join(rows[8:20]))
+    listed = f"data.train=[{{path: {one}, weight: 3}},{two}]"
+    tests = (f"evaluation.data=[{one},{two}]", "evaluation.problems=2")
+    arguments = ("train", "recipe.yaml", "run_dir=rows", listed, *tests)
+    assert command(*arguments, "steps=1").code == 0
+    (record,) = records(folder / "rows", "train")
+    assert (record["data/one/epochs"], record["data/two/epochs"]) == (6 / 8, 2 / 12)
+    last = records(folder / "rows", "evaluate")[-1]
+    assert last["evaluate/accuracy"] == (last["evaluate/one/accuracy"] + last["evaluate/two/accuracy"]) / 2
+
+    two.write_text("".join([*rows[8:10], *rows[20:22], *rows[12:20]]))
+    refused = command(*arguments, "steps=2")
+    assert refused.code == 4 and "checkpoint.changed_data=continue" in refused.errors
+    assert f"data.train, two: 12 prompts then, 12 now; the first that differs is at {two}, line 3" in refused.errors
+    assert len(records(folder / "rows", "train")) == 1
+
+    went_on = command(*arguments, "steps=2", "checkpoint.changed_data=continue")
+    assert went_on.code == 0 and "WARNING: the run goes on with other prompts" in went_on.output
+    order = json.loads((folder / "rows" / "checkpoints" / "latest" / "state.json").read_text())["prompt_order"]
+    assert order["drawn"] == [3, 1] and [place["epoch"] for place in order["sets"]] == [1, 1]
+    assert command(*arguments, "steps=3").code == 0  # the checkpoint is of these rows now
+
+
 def test_value_pretraining_alone(command: Callable[..., Answer], folder: Path) -> None:
     arguments = ("pretrain-critic", "recipe.yaml", "run_dir=critic")
     answer = command(*arguments)

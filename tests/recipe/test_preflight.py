@@ -364,6 +364,49 @@ def test_a_prompt_is_longer_than_the_limit(refusal: Callable[..., str], tiny_pro
     assert "40 of 40 prompts have more than 5 tokens" in text and f"{tiny_problems}, line 1" in text
 
 
+def written(path: Path, *prompts: str, answer: str = "12") -> Path:
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": answer}) + "\n" for prompt in prompts))
+    return path
+
+
+def test_long_training_prompts_are_dropped_and_counted(
+    read: Callable[..., Inputs], refusal: Callable[..., str], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "mixed.jsonl", "^1a+2=|", "^" + "1" * 20, "^2a+2=|")
+    drop = (f"data.train={path}", "data.max_prompt_tokens=9", "data.long_prompts=drop")
+    inputs = read(*drop)
+    assert ([prompt.index for prompt in inputs.prompts], inputs.dropped) == ([0, 1], 1)
+    long = written(tmp_path / "long.jsonl", "^" + "1" * 20)
+    assert "1 of 1 prompts have more than 9 tokens" in refusal(DataError, *drop, f"evaluation.data={long}")
+    text = refusal(DataError, f"data.train=[{path},{long}]", *drop[1:])
+    assert f"{long}: all its prompts have more than data.max_prompt_tokens=9" in text
+
+
+def test_several_files_lie_one_after_another(read: Callable[..., Inputs], tmp_path: Path) -> None:
+    one, two = written(tmp_path / "one.jsonl", "^1", "^2"), written(tmp_path / "two.jsonl", "^2", "^3", "^4")
+    files = f"[{one},{{path: {two}, weight: 3, name: second}}]"
+    inputs = read(f"data.train={files}", f"evaluation.data=[{two},{one}]", "evaluation.problems=1")
+    assert [(p.index, p.dataset, p.text) for p in inputs.prompts] == [
+        (0, "one", "^1"), (1, "one", "^2"), (2, "second", "^2"), (3, "second", "^3"), (4, "second", "^4")
+    ]  # fmt: skip
+    assert [(p.index, p.dataset, p.text) for p in inputs.held_out] == [(0, "two", "^2"), (1, "one", "^1")]
+
+
+def test_one_prompt_with_two_answers_in_two_files(refusal: Callable[..., str], tmp_path: Path) -> None:
+    one, two = written(tmp_path / "one.jsonl", "^1"), written(tmp_path / "two.jsonl", "^1", answer="13")
+    assert f"{two}, line 1: answer '13', but the same prompt has answer '12' at {one}, line 1" in refusal(
+        DataError, f"data.train=[{one},{two}]"
+    )
+
+
+def test_control_tokens_in_a_prompt(read: Callable[..., Inputs], refusal: Callable[..., str], tmp_path: Path) -> None:
+    path = written(tmp_path / "forged.jsonl", "^1a+2=|", "^1<eos>2")
+    for key in ("data.train", "evaluation.data"):
+        text = refusal(DataError, f"{key}={path}")
+        assert "1 of 2 prompts hold control tokens" in text and f"{path}, line 2" in text and "'<eos>'" in text
+    assert read(f"data.train={path}", "data.control_tokens=allow").prompts[1].token_ids.count(1) == 1
+
+
 def test_a_chat_without_a_template(refusal: Callable[..., str]) -> None:
     assert "no chat template" in refusal(RecipeError, "data.chat=true")
 

@@ -20,13 +20,15 @@ from hypothesis import strategies as st
 
 from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.prompts import Prompt, PromptOrder
+from megatron_vapo.data.order import PromptOrder
+from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
 from megatron_vapo.sampling import sampler as sampling_module
+from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Scored, joined
@@ -38,7 +40,7 @@ LONGEST = 12
 WAIT_S = 60.0
 """For something that has to happen; a test fails instead of hanging."""
 PROMPTS = [Prompt(f"p{i}", "1", i, f"row {i}", token_ids=(100 + i, 7)) for i in range(30)]
-UPCOMING = PromptOrder(len(PROMPTS), 0).take(len(PROMPTS))
+UPCOMING = PromptOrder([len(PROMPTS)], 0).take(len(PROMPTS))
 """Prompts of the first epoch, in the order in which training visits them."""
 PLACE_OF = {PROMPTS[index].token_ids: place for place, index in enumerate(UPCOMING)}
 
@@ -151,7 +153,7 @@ class Steps:
 
     def __init__(self, engine: FakeEngine, reward: RewardConfig | None = None, workers: int = 0, **rollout: object):
         self.engine = engine
-        self.order = PromptOrder(len(PROMPTS), 0)
+        self.order = PromptOrder([len(PROMPTS)], 0)
         self.refreshes = 0
         self.scorer = RewardScorer(chained_arithmetic, workers=workers)
         settings = replace(ROLLOUT, **rollout)
@@ -254,6 +256,21 @@ def test_samples_of_a_prompt_come_one_after_another() -> None:
     assert [len(s.response.token_ids) for s in scored] == [min(1 + seed % 15, LONGEST) for seed in drawn]
 
 
+def test_several_sets_have_metrics_each_and_their_mean() -> None:
+    sets = [replace(prompt, dataset="a" if prompt.index < 2 else "b") for prompt in PROMPTS[:5]]
+    found = evaluate(Steps(FakeEngine(some_length, width=5)).sampler, sets, 4, SamplingConfig())
+    right = [response.outcome > 0 for response in found.responses]
+    a, b = sum(right[:8]) / 8, sum(right[8:]) / 12
+    assert found.metrics["evaluate/a/accuracy"] == a and found.metrics["evaluate/b/accuracy"] == b
+    assert found.metrics["evaluate/accuracy"] == (a + b) / 2
+    errors = [found.metrics[f"evaluate/{name}/standard_error"] for name in "ab"]
+    assert found.metrics["evaluate/standard_error"] == pytest.approx(((errors[0] ** 2 + errors[1] ** 2) / 4) ** 0.5)
+
+    one = evaluate(Steps(FakeEngine(some_length, width=5)).sampler, PROMPTS[:5], 4, SamplingConfig())
+    assert len(one.metrics) == 5 and one.metrics["evaluate/accuracy"] == sum(right) / 20
+    assert [response.text for response in one.responses] == [response.text for response in found.responses]
+
+
 def test_tokens_are_heard_of_as_they_are_written() -> None:
     steps = Steps(FakeEngine(some_length, width=5))
     heard: list[int] = []
@@ -294,7 +311,7 @@ def test_over_sampling_stops_once_enough_groups_are_complete() -> None:
     assert batch.response_lengths.tolist() == [2] * 3 + [3] * 3 + [1] * 3 + [2] * 3
     assert not batch.truncated.any()
     assert steps.sampler.unfinished == []
-    assert steps.order.position == 8
+    assert steps.order.drawn[0] == 8
     _, rows = steps.step(2)  # nothing is brought back
     assert min(prompts_of(rows)) >= 8
 
@@ -316,7 +333,7 @@ def test_what_is_unfinished_goes_on_in_the_next_step() -> None:
     assert [len(s.begun.token_ids) for group in steps.sampler.unfinished for s in group.samples] == [3] * 6
 
     batch, rows = steps.step(2)
-    assert steps.order.position == 6 + 4  # six in flight again: two carried, four new
+    assert steps.order.drawn[0] == 6 + 4  # six in flight again: two carried, four new
     assert prompts_of(rows) == [0, 2, 6, 7]
     assert batch.weight_versions.tolist() == [0] * 6 + [1] * 6
     second = asked_by_seed(engine)
@@ -389,7 +406,7 @@ def test_groups_that_agree_are_replaced() -> None:
         assert not {0, 1, 2, 3, 4, 6} & set(prompts_of(rows))
     # In the first round of a step four prompts, later as many as are missing; some others agree by chance.
     calls = [len(call) // 3 for call in engine.asked]
-    assert calls[0] == 4 and sum(calls) == steps.order.position >= 8 + 6
+    assert calls[0] == 4 and sum(calls) == steps.order.drawn[0] >= 8 + 6
     # Rounds have seeds of their own.
     first = of_step(1 * 10, 4)
     assert [request.seed for request in engine.asked[0]] == list(itertools.chain(*first))

@@ -50,7 +50,8 @@ def test_what_is_dropped_and_why(prepare: Prepare, tmp_path: Path, tokenizer: Pa
         dapo_row("Name it.", None),
         dapo_row("v" * 600, "5"),
         dapo_row("A test problem", "6"),
-        dapo_row("Another", "7"),
+        dapo_row("Another", "7", 9),
+        dapo_row("Say <eos> now", "8"),
     ]
     train, test = tmp_path / "dapo-math-17k.parquet", tmp_path / "aime-2024.parquet"
     pq.write_table(pa.Table.from_pylist(rows), train)
@@ -61,21 +62,23 @@ def test_what_is_dropped_and_why(prepare: Prepare, tmp_path: Path, tokenizer: Pa
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["aime-2024.parquet"]["dropped"] == {"repeated": 31}
-    assert report["dapo-math-17k.parquet"]["rows"] == 9
+    assert report["dapo-math-17k.parquet"]["rows"] == 10
     assert report["dapo-math-17k.parquet"]["dropped"] == {
         "repeated": 3,
         "broken": 1,
         "with several answers": 1,
+        "with control tokens": 1,
         "of more than 500 tokens": 1,
         "in the evaluation too": 1,
     }
     assert "ground_truth is missing" in report["dapo-math-17k.parquet"]["examples"]["broken"][0]
-    assert "9 rows, 2 kept" in result.stdout and "1 broken" in result.stdout
+    assert "10 rows, 2 kept" in result.stdout and "1 broken" in result.stdout
     kept = read_prompts(out / "dapo-math-17k.jsonl", template=MATH_TEMPLATE)
     assert [(p.text, p.answer) for p in kept] == [
         (MATH_TEMPLATE.replace("{problem}", problem), answer)
         for problem, answer in (("What is 1 + 1?", "2"), ("Another", "7"))
     ]
+    assert [p.row["extra_info"] for p in kept] == [{"index": "0"}, {"index": "9"}]
 
 
 def test_held_out_prompts_are_a_partition_drawn_by_seed(prepare: Prepare, tmp_path: Path, tokenizer: Path) -> None:

@@ -19,7 +19,7 @@ from megatron_vapo.weights.table import (
     hf_shapes,
     padded_vocabulary,
     shard,
-    unshard,
+    split_whole,
 )
 
 
@@ -88,6 +88,13 @@ def megatron_slowly(entry: Entry, tensors: list[Tensor], a: Architecture, rank: 
         part = len(whole[0]) // tp
         return [row[rank * part : (rank + 1) * part] for row in whole]
     return whole
+
+
+def unshard(entry: Entry, shards: list[Tensor], architecture: Architecture) -> dict[str, Tensor]:
+    """The Hugging Face tensors of an entry from the shards of all tensor-parallel ranks; inverse of `shard`."""
+    parts = [part.unflatten(0, (2, -1)) if entry.layout is GATE_UP else part for part in shards]
+    whole = parts[0] if entry.layout.dim is None else torch.cat(parts, dim=entry.layout.dim)
+    return split_whole(entry, whole.flatten(0, 1) if entry.layout is GATE_UP else whole, architecture)
 
 
 @settings(max_examples=60)
