@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 2 recipe or arguments; 3 data; 4 checkpoint; 5 layout; 6 training cannot go on, or an alarm of
 alarms.stop; 7 rollout engine; 8 memory, disk or a process that no longer answers; 9 a package missing or of another
-version; 75 stopped by a signal or its time limit, with a checkpoint; 130 Ctrl-C twice; 1 a bug.
+version; 10 rewards that fail; 75 stopped by a signal or its time limit, with a checkpoint; 130 Ctrl-C twice; 1 a bug.
 """
 
 from __future__ import annotations

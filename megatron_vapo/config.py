@@ -518,19 +518,36 @@ class OverlongConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The answer checker."""
+    """The answer checker, and what else responses are rewarded for. Rewards run beside the trainer, never in it."""
 
     name: str = setting(
-        "math_verify", "chained_arithmetic, math_dapo, math_verify, or package.module:function for one's own."
+        "math_verify",
+        "What decides whether a response is right (its score is above 0): chained_arithmetic, math_dapo, math_verify, "
+        "package.module:function for one's own, or the URL of a service (`{NAME}` in it: the environment variable).",
+    )
+    add: dict[str, float] = group(
+        dict,
+        "Further rewards, written as `name`, and the weight of each: their scores are added to the reward. Weight 0 "
+        "only logs it.",
     )
     workers: int = setting(
-        0,
-        "Processes that score in parallel with a time limit; 0 scores in the trainer itself (cheap checkers only).",
-        AT_LEAST_0,
+        1, "Processes that score on each rank; a response at a time in each.", AT_LEAST_1, resume=True
+    )
+    concurrency: int = setting(
+        32,
+        "Calls of async functions and services that are under way at a time, from each rank.",
+        AT_LEAST_1,
         resume=True,
     )
     timeout_seconds: float = setting(
-        10.0, "A response whose scoring takes longer (workers > 0) counts as wrong.", ABOVE_0, resume=True
+        10.0, "A response whose scoring takes longer counts as wrong.", ABOVE_0, resume=True
+    )
+    failing_share: float = setting(
+        0.5,
+        "The run stops where a reward fails (raises, takes too long, returns no number) on more than this share of the "
+        "responses of five steps, or on all of one step.",
+        FRACTION,
+        resume=True,
     )
     overlong: OverlongConfig = group(OverlongConfig, "Penalty on responses close to the length limit.")
 
@@ -707,7 +724,7 @@ class Recipe:
     value_pretraining: ValuePretrainingConfig = group(ValuePretrainingConfig, "The critic's training before VAPO.")
     rollout: RolloutConfig = group(RolloutConfig, "Responses that steps train on.")
     data: DataConfig = group(DataConfig, "Prompts that steps draw from.")
-    reward: RewardConfig = group(RewardConfig, "The answer checker.")
+    reward: RewardConfig = group(RewardConfig, "The answer checker and other rewards.")
     evaluation: EvaluationConfig = group(EvaluationConfig, "Held-out accuracy.")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints in the run's folder.", resume=True)
     limits: LimitsConfig = group(LimitsConfig, "When a run ends early.", resume=True)

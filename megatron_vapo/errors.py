@@ -60,6 +60,12 @@ class ProcessError(MachineError):
     """One process's own: it speaks for itself whatever its rank, since the others do not know."""
 
 
+class RewardError(UserError):
+    """Raised for rewards that fail too often to train on, after a checkpoint of the last finished step."""
+
+    exit_code = 10
+
+
 class InstallationError(UserError):
     """Raised for a package that is missing, or of a version that this project was not written for."""
 

@@ -181,6 +181,30 @@ def make_experience() -> Callable[..., object]:
     return make
 
 
+@pytest.fixture
+def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards run in this process: faster where processes are not what is tested, and with its random generators."""
+    from concurrent.futures import Future
+
+    from megatron_vapo.rewards import RewardInput, scorer, worker
+
+    class Inline:
+        broken = ""
+
+        def __init__(self, rewards: list, **_: object) -> None:
+            self._rewards = rewards
+
+        def submit(self, reward: int, sample: RewardInput) -> Future:
+            future: Future = Future()
+            future.set_result(worker._judged(self._rewards[reward], sample))
+            return future
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(scorer, "Pool", Inline)
+
+
 @pytest.fixture(scope="session")
 def world() -> None:
     """torch.distributed with this process alone."""

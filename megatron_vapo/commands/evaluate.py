@@ -78,7 +78,7 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     settings, reward = recipe.evaluation, recipe.reward
     with (
         tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,
-        RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds) as scorer,
+        RewardScorer(inputs.rewards, reward) as scorer,
         closing(build_engine(recipe, inputs, torch.device(torch.cuda.current_device()), Path(logs))) as engine,
     ):
         load_weights = (_folder_loader if is_hf else _checkpoint_loader)(recipe, inputs, engine, checkpoint)

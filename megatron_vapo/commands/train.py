@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_vapo.checkpoint.run_folder import check_data, open_run_folder, sole_use
 from megatron_vapo.config import Recipe
-from megatron_vapo.errors import RecipeError, RolloutError
+from megatron_vapo.errors import RecipeError, RewardError, RolloutError
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.report import plot_curves, write_summary
 from megatron_vapo.recipe.precision import check_machine
@@ -116,7 +116,7 @@ def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
         run.settle(wait=True)
         run.raise_alarm()
         return False
-    except RolloutError:  # on all ranks together, and engines are asked between updates only: nothing is half done
+    except (RolloutError, RewardError):  # on all ranks together, between updates: nothing is half done
         run.save()
         run.settle(wait=True)
         raise

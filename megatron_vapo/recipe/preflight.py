@@ -24,7 +24,7 @@ from megatron_vapo.errors import CheckpointError, DataError, LayoutError, Machin
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.recipe.prompt_files import prompt_files
-from megatron_vapo.rewards import Reward, get_reward
+from megatron_vapo.rewards import Reward, get_rewards
 from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.runtime.versions import check_megatron
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
@@ -47,7 +47,7 @@ class Inputs:
     end_ids: tuple[int, ...]
     prompts: list[Prompt]
     held_out: list[Prompt]
-    reward: Reward
+    rewards: list[Reward]
     dropped: int = 0
     """Training prompts left out for their length (data.long_prompts)."""
 
@@ -119,7 +119,7 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
         end_ids=ends,
         prompts=[],
         held_out=held_out,
-        reward=get_reward(recipe.reward.name),
+        rewards=get_rewards(recipe.reward),
     )
 
 

@@ -1,14 +1,17 @@
-"""The rewards: functions of a response and a reference answer, behind one small protocol and a table of names."""
+"""The rewards: functions of a response and what is known of it, and the table of their names."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from math import isfinite  # `math` is a module of this package, too
+from typing import Any
 
-from megatron_vapo.errors import RecipeError
+from megatron_vapo.config import RewardConfig
+from megatron_vapo.errors import RecipeError, few
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,25 @@ class RewardInput:
     """File and line or row of the data, for messages."""
 
 
-class Reward(Protocol):
-    """Scores one response against its reference answer, +1 right and -1 wrong in the paper's setting.
+@dataclass(frozen=True)
+class Reward:
+    """A reward of a recipe.
 
-    It runs in worker processes (see `scorer.py`), so it is a module-level function and keeps no state.
+    name: its name in metrics.
+    function: takes a `RewardInput`, or (response, answer); returns a number, or a dict of `score` and metrics. It runs
+        in other processes (`pool.py`), so it is a function of a module, or another thing that pickles.
+    takes_input: whether it takes a `RewardInput`.
+    asynchronous: whether it is a coroutine function, of which many calls are under way at a time.
     """
 
-    def __call__(self, response: str, answer: str, /) -> float:
-        """Return the score of one response."""
-        ...
+    name: str
+    function: Callable[..., Any]
+    takes_input: bool
+    asynchronous: bool
+
+    def arguments(self, sample: RewardInput) -> tuple[Any, ...]:
+        """Return what the function is called with."""
+        return (sample,) if self.takes_input else (sample.response, sample.answer)
 
 
 REWARDS = {
@@ -48,25 +61,73 @@ REWARDS = {
     "math_dapo": "megatron_vapo.rewards.math:math_dapo",
     "math_verify": "megatron_vapo.rewards.math:math_verify_reward",
 }
-"""The function behind each name in a recipe; anything else in a recipe is such a package.module:function itself."""
+"""The function behind each name in a recipe; anything else in a recipe is such a package.module:function itself, or the
+URL of a service."""
 
 
-def get_reward(name: str) -> Reward:
-    """Return the reward that a recipe names: a key of `REWARDS`, or "package.module:function" for the user's own.
+def get_rewards(settings: RewardConfig) -> list[Reward]:
+    """Return the rewards that a recipe names, the one that decides what is right first.
 
-    Raises RecipeError for an unknown name (with the nearest known one), a module that cannot be imported, or a
-    function that is not in it.
+    Raises:
+        RecipeError: one of them does not exist, takes other parameters, or two have the same name in metrics.
     """
+    for name, weight in settings.add.items():
+        if not isfinite(weight):
+            raise RecipeError(f"reward.add: the weight of {name} is {weight}: must be a finite number")
+    rewards = [get_reward(name, settings.timeout_seconds) for name in (settings.name, *settings.add)]
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise RecipeError(
+            f"reward.add: two rewards would be called the same in metrics: {', '.join(names)}; rename one"
+        )
+    return rewards
+
+
+def get_reward(name: str, timeout_s: float = 10.0) -> Reward:
+    """Return the reward that a recipe names: a key of `REWARDS`, "package.module:function" for one of the user's own,
+    or the URL of a service.
+
+    Raises:
+        RecipeError: an unknown name (with the nearest known one), a module that cannot be imported, a function that is
+            not in it or takes other parameters, a URL that cannot work.
+    """
+    if name.startswith(("http://", "https://")):
+        from megatron_vapo.rewards.service import Service  # aiohttp, for those who need it
+
+        service = Service.of(name, timeout_s)
+        return Reward(service.name, service, takes_input=True, asynchronous=True)
+    function = _function(name)
+    asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
+    short = name if name in REWARDS else name.rpartition(":")[2]
+    return Reward(short, function, _takes_input(name, function), asynchronous)
+
+
+def _function(name: str) -> Callable[..., Any]:
     module_name, colon, function_name = REWARDS.get(name, name).partition(":")
     if not colon:
         nearest = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(REWARDS)}"
+        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {few(list(REWARDS))}."
         raise RecipeError(f"unknown reward {name!r}: {hint} Your own is written package.module:function")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"reward {name!r}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from error
-    reward = getattr(module, function_name, None)
-    if not callable(reward):
+    function = getattr(module, function_name, None)
+    if not callable(function):
         raise RecipeError(f"reward {name!r}: {module_name} has no function {function_name!r}")
-    return reward
+    return function
+
+
+def _takes_input(name: str, function: Callable[..., Any]) -> bool:
+    """Return whether a function has one parameter that must be given (a `RewardInput`), not two (response, answer)."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError as error:
+        raise RecipeError(f"reward {name!r}: {error}; write a function of Python") from error
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) not in (1, 2) or any(p.kind is p.KEYWORD_ONLY for p in needed):
+        raise RecipeError(
+            f"reward {name!r} needs {len(needed)} arguments ({', '.join(p.name for p in needed)}): write a function of "
+            "one, a megatron_vapo.rewards.RewardInput, or of two, response and answer"
+        )
+    return len(needed) == 1

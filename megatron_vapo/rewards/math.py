@@ -3,18 +3,21 @@
 docs/rewards.md says which to take when. DAPO's rule is a published fact and stays to the letter: cheap, and never wrong
 about a number it accepts, but it knows one way to write each answer. `math_verify_reward` reads answers as models write
 them (`final_answer`), compares numbers exactly, and asks math-verify only about what is no plain number: that knows
-that 68/2 is 34, costs milliseconds, and may never return from a hostile expression such as 9^9^9^9, so it belongs in
-the workers of `RewardScorer`.
+that 68/2 is 34, costs milliseconds, and may never return from a hostile expression such as 9^9^9^9: rewards run in
+processes of their own (`pool.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
-from collections.abc import Callable
+
+from math_verify import parse, verify
 
 from megatron_vapo.rewards.final_answer import TAIL_CHARACTERS, final_answer, is_one_expression, number, plain
+
+# It warns that somebody else must bound the time: `Pool` does.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
@@ -60,25 +63,16 @@ def math_verify_reward(response: str, answer: str) -> float:
         return 1.0 if found == expected else -1.0
     if expected is not None and not is_one_expression(given):
         return -1.0
-    parse, verify = _math_verify()
-    gold = parse(f"\\boxed{{{reference}}}")
+    gold = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-    return 1.0 if verify(gold, parse(f"\\boxed{{{given}}}")) else -1.0
+    found_expressions = parse(f"\\boxed{{{given}}}", parsing_timeout=None)
+    return 1.0 if verify(gold, found_expressions, timeout_seconds=None) else -1.0
 
 
 def _last_answer(tail: str) -> str | None:
     answers = _ANSWER.findall(tail)
     return answers[-1] if answers else None
-
-
-@functools.cache
-def _math_verify() -> tuple[Callable[[str], list], Callable[[list, list], bool]]:
-    from math_verify import parse, verify
-
-    # It warns that somebody else must bound the time: RewardScorer does.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return functools.partial(parse, parsing_timeout=None), functools.partial(verify, timeout_seconds=None)
 
 
 def _normalize(answer: str) -> str:

@@ -9,7 +9,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from megatron_vapo.config import LimitsConfig
 from megatron_vapo.errors import MachineError, ProcessError, UserError, first_line
 from megatron_vapo.runtime.collectives import barrier, on_first_rank
 from megatron_vapo.runtime.phases import Phase
+from megatron_vapo.runtime.sentinel import Sentinel
 from megatron_vapo.runtime.signals import Interrupt
 
 
@@ -30,6 +31,7 @@ class Watchdog:
        the first rank watches all, all watch the first. A request to stop that one rank heard spreads the same way.
     3. `watch` counts its own ticks since the last news of each, not the clock: a job that was suspended as a whole, or
        a clock that jumps, is no silence. After too many it ends this process; the launcher then ends the others.
+    A rank that is alone is watched by a small process beside it (`sentinel.py`), which kills it.
 
     phase: what this rank is doing, for the message; the training thread sets it.
     """
@@ -41,12 +43,17 @@ class Watchdog:
         self.me = f"pid {os.getpid()} on {socket.gethostname()}"
         self._closing = threading.Event()
         self._lost_store = False
+        self._sentinel: Sentinel | None = None
         self._ticks: dict[int, int] = {}
         self._news: dict[int, str] = {}
 
     def __enter__(self) -> Self:
         rank, world = dist.get_rank(), dist.get_world_size()
-        if world == 1 or self._silent == 0:
+        if self._silent == 0:
+            return self
+        if world == 1:
+            self._sentinel = Sentinel(f"rank 0 ({self.me})", self._silent, self._interval, self._farewell)
+            self._start(self._beat_alone)
             return self
         host = os.environ["MASTER_ADDR"]
         if rank == 0:
@@ -58,16 +65,30 @@ class Watchdog:
         self._ticks = dict.fromkeys(range(1, world) if rank == 0 else [0], 0)
         self._store.set(str(rank), f"0|{self.me}|{self.phase}")
         barrier()
-        for target in (self._beat, self._watch):
-            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+        self._start(self._beat, self._watch)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing.set()
+        if self._sentinel is not None:
+            self._sentinel.close()
         if error is None and self._ticks:
             barrier()  # the first rank's store stays until all have stopped asking it
+
+    @property
+    def _farewell(self) -> str:
+        return f"the run ends; the last complete checkpoint is in {self.run_dir}/checkpoints"
+
+    def _start(self, *targets: Callable[[], None]) -> None:
+        for target in targets:
+            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+
+    def _beat_alone(self) -> None:
+        assert self._sentinel is not None
+        while not self._closing.wait(self._interval):
+            self._sentinel.beat(self.phase)
 
     def _beat(self) -> None:
         rank, count = dist.get_rank(), 0
@@ -103,7 +124,7 @@ class Watchdog:
             _, who, phase = self._news.get(other, f"||{Phase.STARTING}").split("|", 2)
             lost = "has ended" if self._lost_store else f"was not heard of for {self._silent:g} s"
             self._say(f"rank {other} ({who}) {lost}; its phase was: {phase}. This rank's: {self.phase}")
-        self._say(f"the run ends; the last complete checkpoint is in {self.run_dir}/checkpoints")
+        self._say(self._farewell)
         os._exit(MachineError.exit_code)
 
     def _say(self, text: str) -> None:

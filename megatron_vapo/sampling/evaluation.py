@@ -11,7 +11,7 @@ from megatron_vapo.algorithm.statistics import average_at_k, pass_at_k
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.sampling.sampler import Sampler
-from megatron_vapo.sampling.trajectory import Scored
+from megatron_vapo.sampling.trajectory import Scored, reward_metrics
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def evaluate(sampler: Sampler, prompts: list[Prompt], samples: int, sampling: Sa
     metrics = {f"evaluate/{key}": value for key, value in _mean(list(found.values())).items()}
     if len(found) > 1:
         metrics |= {f"evaluate/{name}/{key}": value for name, each in found.items() for key, value in each.items()}
-    return Evaluation(metrics, scored)
+    of_rewards = {f"evaluate/{name}": value for name, value in reward_metrics(scored).items()}
+    return Evaluation(metrics | of_rewards, scored)
 
 
 def _measured(scored: list[Scored], samples: int) -> dict[str, float]:

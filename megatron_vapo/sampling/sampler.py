@@ -17,10 +17,13 @@ from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.rewards.scorer import RewardScorer
+from megatron_vapo.rewards import RewardInput
+from megatron_vapo.rewards.scorer import Failures, RewardScorer
+from megatron_vapo.rewards.worker import FAILURE_SCORE
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
+from megatron_vapo.sampling.failing import FailureLimit
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored
 
@@ -53,7 +56,7 @@ class Sampler:
         """What earlier steps began and did not need (rollout.partial); the same on all processes."""
         self.on_tokens: Callable[[int], None] = lambda count: None
         self._tokenizer, self._rollout, self._reward = tokenizer, rollout, reward
-        self._failures_before = (0, 0)
+        self._failures, self._limit = (0, 0), FailureLimit(reward.failing_share)
         self._counts: Counter[str] = Counter()
 
     def sample(
@@ -67,6 +70,7 @@ class Sampler:
         """Return `samples` scored responses to each prompt, those of a prompt one after another."""
         groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
         self._write(groups, sampling, quota=None)
+        self._judge_failures()
         return [sample.result for group in groups for sample in group.samples]
 
     def experience(
@@ -92,6 +96,7 @@ class Sampler:
                 (self.unfinished if not group.complete else kept if taught else passed_over).append(group)
             if len(kept) >= count:
                 break
+        self._judge_failures()
         # Short of groups after the last round, the batch keeps its size with groups that teach nothing.
         chosen = (kept + passed_over)[:count]
         self.unfinished = self.unfinished + kept[count:] if settings.partial else []
@@ -112,10 +117,20 @@ class Sampler:
 
     def new_failures(self) -> tuple[int, int]:
         """Return how many rewards of all processes raised, and how many timed out, since the last call."""
-        now, before = (self.scorer.failures, self.scorer.timeouts), self._failures_before
-        self._failures_before = now
-        raised, timed_out = zip(*gather_objects((now[0] - before[0], now[1] - before[1])), strict=True)
-        return sum(raised), sum(timed_out)
+        new, self._failures = self._failures, (0, 0)
+        return new
+
+    def _judge_failures(self) -> None:
+        """Count the failures of all processes; raise RewardError on all where there are too many."""
+        total: dict[str, Failures] = {}
+        for failures in gather_objects(self.scorer.take_failures()):
+            for name, one in failures.items():
+                total[name] = total.get(name, Failures()) + one
+        self._failures = (
+            self._failures[0] + sum(one.raised for one in total.values()),
+            self._failures[1] + sum(one.timed_out for one in total.values()),
+        )
+        self._limit.check(total)
 
     def _begin(
         self, indices: Sequence[int], prompts: Sequence[Prompt], samples: int, purpose: str, step: int
@@ -150,13 +165,17 @@ class Sampler:
             if not any_rank(self.engine.failure is not None):
                 break
             self.refresh()
-        begun = [sample.score for group in mine for sample in group.samples if sample.score is not None]
-        outcomes = iter(self.scorer.finish(begun))
-        for group in mine:
-            for sample in group.samples:
-                if sample.score is not None:
-                    sample.scored, sample.score = replace(sample.result, outcome=next(outcomes)), None
+        begun = [sample for group in mine for sample in group.samples if sample.score is not None]
+        self._finish_scores(begun)
         self._share(groups, [group.samples for group in mine])
+
+    def _finish_scores(self, samples: list[Sample]) -> None:
+        """Wait for the rewards, but not beyond the grace of a run that is to stop: one may take long."""
+        begun = [sample.score for sample in samples if sample.score is not None]
+        self.scorer.wait(begun, self._overdue)
+        stop_together(self._overdue())
+        for sample, score in zip(samples, self.scorer.finish(begun), strict=True):
+            sample.scored, sample.score = replace(sample.result, **score._asdict()), None
 
     def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
         """Ask the engine for what is missing, until so many groups are complete, the time is over or it fails."""
@@ -211,7 +230,7 @@ class Sampler:
                 self._score(group.prompt, sample)
 
     def _score(self, prompt: Prompt, sample: Sample) -> None:
-        """Begin to score a finished response; one that did not end by itself is wrong.
+        """Begin to score a finished response.
 
         The end token is no part of the text, whether or not the tokenizer counts it among its special tokens.
         """
@@ -219,9 +238,19 @@ class Sampler:
         ended = response.finish_reason == "stop"
         written = response.token_ids[:-1] if ended else response.token_ids
         text = str(self._tokenizer.decode(written, skip_special_tokens=True))
-        sample.scored = Scored(response, text, -1.0)
-        if ended:
-            sample.score = self.scorer.begin(text, prompt.answer)
+        sample.scored = Scored(response, text, FAILURE_SCORE)  # until the rewards are there
+        sample.score = self.scorer.begin(
+            RewardInput(
+                prompt=prompt.text,
+                response=text,
+                answer=prompt.answer,
+                row=prompt.row,
+                prompt_tokens=len(prompt.token_ids),
+                response_tokens=len(response.token_ids),
+                finish_reason=response.finish_reason,
+                source=prompt.source,
+            )
+        )
 
     def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
         """Give all processes what each one's engine wrote."""
@@ -243,11 +272,11 @@ class Sampler:
             truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
             rollout_logprobs=torch.cat([r.logprobs for r in responses]),
             outcomes=outcomes,
-            rewards=outcomes.clone(),  # safetensors refuses tensors that share memory
+            rewards=outcomes + torch.tensor([scored.added for _, scored in rows], dtype=torch.float32),
             weight_versions=torch.tensor([r.weight_version for r in responses]),
         )
         cache = self._reward.overlong.cache_tokens
         if cache:
             penalty = soft_overlong_penalty(lengths, self._rollout.max_response_tokens, cache)
-            batch = replace(batch, rewards=outcomes + penalty)
+            batch = replace(batch, rewards=batch.rewards + penalty)
         return batch

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.rewards.scorer import Begun
 from megatron_vapo.rollout import Request, Response
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A response with its text and its reward: +1 or -1."""
+    """A response with its text and its scores."""
 
     response: Response
     text: str
     outcome: float
+    """By `reward.name`: +1 or -1 in the paper's setting; right where it is above 0."""
+    added: float = 0.0
+    """By `reward.add`, weights included."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Every reward's score by its name, and its metrics by name/metric."""
 
 
 @dataclass
@@ -30,8 +35,8 @@ class Sample:
     begun: Response | None = None
     """What has been written so far, at least a token; its finish reason is `abort` until it is finished."""
     scored: Scored | None = None
-    score: Future[Any] | None = None
-    """The reward of a finished response, while it is computed; only in the process that asked for the response."""
+    score: Begun | None = None
+    """The scores of a finished response, while they are computed; only in the process that asked for the response."""
 
     @property
     def finished(self) -> bool:
@@ -71,7 +76,7 @@ class Sample:
 
     def state(self) -> dict[str, Any]:
         """Return what `of` takes: tensors, numbers and text."""
-        scored = None if self.scored is None else (self.scored.text, self.scored.outcome)
+        scored = self.scored and (self.scored.text, self.scored.outcome, self.scored.added, self.scored.parts)
         return {"seed": self.seed, "begun": self.begun and vars(self.begun), "scored": scored}
 
     @classmethod
@@ -124,3 +129,13 @@ def joined(first: Response, then: Response) -> Response:
         then.finish_reason,
         first.weight_version,
     )
+
+
+def reward_metrics(responses: Sequence[Scored]) -> dict[str, float]:
+    """Return means over the responses: of every reward, `rewards/NAME/mean`, and of its metrics, `rewards/NAME/METRIC`,
+    over those that have it."""
+    values: dict[str, list[float]] = {}
+    for scored in responses:
+        for name, value in scored.parts.items():
+            values.setdefault(f"rewards/{name}" if "/" in name else f"rewards/{name}/mean", []).append(value)
+    return {name: sum(those) / len(those) for name, those in sorted(values.items())}

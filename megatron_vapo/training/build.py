@@ -81,7 +81,7 @@ def build_sampler(
 ) -> Sampler:
     """Join engine and reward; `refresh` and `overdue` as in `Sampler`."""
     reward = recipe.reward
-    scorer = RewardScorer(inputs.reward, workers=reward.workers, timeout_s=reward.timeout_seconds)
+    scorer = RewardScorer(inputs.rewards, reward)
     return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue)
 
 

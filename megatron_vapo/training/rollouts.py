@@ -21,7 +21,7 @@ from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
 from megatron_vapo.sampling.sampler import Sampler
-from megatron_vapo.sampling.trajectory import Group, Scored
+from megatron_vapo.sampling.trajectory import Group, Scored, reward_metrics
 
 
 class Rollouts:
@@ -104,7 +104,8 @@ class Rollouts:
         before = self.position
         batch, rows = self._sampler.experience(self._prompts, self._order, purpose, step)
         self._sleep()  # before its metrics are read
-        rollout = Rollout(batch, self._sampler.metrics(), self._sampler.new_failures())
+        metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows])
+        rollout = Rollout(batch, metrics, self._sampler.new_failures())
         if self._recipe.checkpoint.rollouts:
             generators = gather_objects(read_generators(self._layouts))
             if dist.get_rank() == 0:

@@ -152,7 +152,8 @@ def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:
             "prompt": prompt.text,
             "response": scored.text,
             "answer": prompt.answer,
-            "reward": scored.outcome,
+            "reward": scored.outcome + scored.added,
+            "rewards": scored.parts,
             "tokens": len(scored.response.token_ids),
             "finish_reason": scored.response.finish_reason,
         }

@@ -132,7 +132,7 @@ HARMLESS = {
     *("rollout.transformers.batch_size", "rollout.check_weights_every", "rollout.bucket_mib", "rollout.save"),
     *("rollout.sglang.retries", "rollout.sglang.start_seconds", "rollout.sglang.stall_seconds"),
     "rollout.sglang.max_restarts",
-    *("reward.workers", "reward.timeout_seconds", "deterministic"),
+    *("reward.workers", "reward.concurrency", "reward.timeout_seconds", "reward.failing_share", "deterministic"),
     *(f"{role}.{key}" for role in ("actor", "critic") for key in LAYOUT),
 }
 """Settings, and groups, that change neither what is learned nor what is measured."""

@@ -21,7 +21,7 @@ def bodies(source: str) -> dict[str, str]:
     """Every function's body, without docstring."""
     found = {}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             found[node.name] = "\n".join(ast.dump(statement) for statement in body)
     return found

@@ -323,7 +323,7 @@ OUT_OF_BOUNDS = {
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),
         *("critic.micro_batch_tokens", "rollout.sglang.tensor_parallel", "rollout.sglang.servers", "critic.epochs"),
         *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib", "limits.sampled_tokens"),
-        *("algorithm.importance_cap", "rollout.sglang.concurrency"),
+        *("algorithm.importance_cap", "rollout.sglang.concurrency", "reward.workers", "reward.concurrency"),
     ),
     "above 0": (
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.top_p", "evaluation.sampling.top_p"),
@@ -332,7 +332,7 @@ OUT_OF_BOUNDS = {
         *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
     ),
     "at least 0": (
-        *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.workers", "reward.overlong.cache_tokens"),
+        *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.overlong.cache_tokens"),
         *("observe.samples_per_step", "algorithm.clip_low", "algorithm.clip_high", "algorithm.value_clip"),
         *("algorithm.positive_lm_coefficient", "actor.moe_aux_loss", "actor.optimizer.learning_rate"),
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
@@ -342,7 +342,9 @@ OUT_OF_BOUNDS = {
         *("checkpoint.keep_every", "limits.grace_seconds", "rollout.sampling.temperature"),
         *("evaluation.sampling.temperature",),
     ),
-    "between 0 and 1": ("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic"),
+    "between 0 and 1": (
+        *("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic", "reward.failing_share"),
+    ),
 }
 
 

@@ -22,7 +22,7 @@ from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, Sa
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
+from megatron_vapo.rewards import get_rewards
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.runtime import collectives as together
@@ -33,7 +33,7 @@ from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Scored, joined
 
-pytestmark = pytest.mark.usefixtures("world")
+pytestmark = pytest.mark.usefixtures("world", "inline_rewards")
 
 SEED = 11
 LONGEST = 12
@@ -151,15 +151,14 @@ ROLLOUT = RolloutConfig(prompts_per_step=4, samples_per_prompt=3, max_response_t
 class Steps:
     """A sampler and what it needs, step by step."""
 
-    def __init__(self, engine: FakeEngine, reward: RewardConfig | None = None, workers: int = 0, **rollout: object):
+    def __init__(self, engine: FakeEngine, reward: RewardConfig | None = None, **rollout: object):
         self.engine = engine
         self.order = PromptOrder([len(PROMPTS)], 0)
         self.refreshes = 0
-        self.scorer = RewardScorer(chained_arithmetic, workers=workers)
+        reward = reward or RewardConfig(name="chained_arithmetic")
+        self.scorer = RewardScorer(get_rewards(reward), reward)
         settings = replace(ROLLOUT, **rollout)
-        self.sampler = Sampler(
-            FakeTokenizer(), engine, self.scorer, SEED, settings, reward or RewardConfig(), refresh=self._refresh
-        )
+        self.sampler = Sampler(FakeTokenizer(), engine, self.scorer, SEED, settings, reward, refresh=self._refresh)
 
     def _refresh(self) -> None:
         self.refreshes += 1
@@ -229,19 +228,17 @@ def asked_by_seed(engine: FakeEngine) -> dict[int, list[Request]]:
 # Plain steps.
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_prompt_is_answered_in_order(workers: int) -> None:
-    steps = Steps(FakeEngine(some_length, width=5), workers=workers)
-    with steps.scorer:
-        outcomes = Counter()
-        for number in (1, 2):
-            batch, rows = steps.step(number)
-            assert prompts_of(rows) == list(range(4 * number - 4, 4 * number))
-            asked = [request.seed for request in steps.engine.asked[-1]]
-            assert asked == list(itertools.chain(*of_step(number, 4)))
-            assert batch.response_lengths.tolist() == [min(1 + seed % 15, LONGEST) for seed in asked]
-            outcomes.update(batch.outcomes.tolist())
-        assert set(outcomes) == {1.0, -1.0}
+def test_every_prompt_is_answered_in_order() -> None:
+    steps = Steps(FakeEngine(some_length, width=5))
+    outcomes = Counter()
+    for number in (1, 2):
+        batch, rows = steps.step(number)
+        assert prompts_of(rows) == list(range(4 * number - 4, 4 * number))
+        asked = [request.seed for request in steps.engine.asked[-1]]
+        assert asked == list(itertools.chain(*of_step(number, 4)))
+        assert batch.response_lengths.tolist() == [min(1 + seed % 15, LONGEST) for seed in asked]
+        outcomes.update(batch.outcomes.tolist())
+    assert set(outcomes) == {1.0, -1.0}
     assert steps.refreshes == 0 and steps.sampler.metrics() == {"rollout/sampled_tokens": steps.engine.written}
 
 
@@ -283,11 +280,11 @@ def test_a_truncated_response_is_wrong_without_being_scored() -> None:
     steps = Steps(FakeEngine(lambda request: LONGEST + 1))
     batch, _ = steps.step(1)
     assert batch.truncated.all() and (batch.outcomes == -1).all()
-    assert steps.scorer.failures == 0
+    assert steps.sampler.new_failures() == (0, 0)
 
 
 def test_the_overlong_penalty_is_in_the_rewards_alone() -> None:
-    steps = Steps(FakeEngine(some_length), RewardConfig(overlong=OverlongConfig(cache_tokens=4)))
+    steps = Steps(FakeEngine(some_length), RewardConfig("chained_arithmetic", overlong=OverlongConfig(cache_tokens=4)))
     batch, _ = steps.step(1)
     expected = [min(0.0, (8 - length) / 4) for length in batch.response_lengths.tolist()]
     torch.testing.assert_close(batch.rewards, batch.outcomes + torch.tensor(expected))
@@ -506,14 +503,12 @@ def failing(*failures: tuple[int, int]) -> Callable[[FakeEngine, int], None]:
     return fail
 
 
-@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("failures", [[(0, 0)], [(0, 5)], [(0, 3), (1, 0), (2, 7)]])
-def test_what_a_failed_engine_did_not_write_is_asked_again(workers: int, failures: list[tuple[int, int]]) -> None:
+def test_what_a_failed_engine_did_not_write_is_asked_again(failures: list[tuple[int, int]]) -> None:
     whole = Steps(FakeEngine(some_length)).step(1)[0]
     engine = FakeEngine(some_length, failing(*failures))
-    steps = Steps(engine, workers=workers)
-    with steps.scorer:
-        batch, rows = steps.step(1)
+    steps = Steps(engine)
+    batch, rows = steps.step(1)
     assert prompts_of(rows) == [0, 1, 2, 3]
     for name in ("tokens", "response_lengths", "truncated", "outcomes", "rollout_logprobs"):
         assert torch.equal(getattr(batch, name), getattr(whole, name)), name

@@ -535,7 +535,7 @@ def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 @pytest.fixture
 def run_32b(user: User, recorder: Path, qwen_32b: Path, tiny_problems: Path) -> Callable[..., Job]:
     """Submit the 32B script, with the reward and data that this machine has."""
-    settings = ["critic.init=actor", "critic.reward_model=null", f"data.train={tiny_problems}", "reward.workers=0",
+    settings = ["critic.init=actor", "critic.reward_model=null", f"data.train={tiny_problems}", "reward.workers=1",
                 "reward.name=chained_arithmetic", f"evaluation.data={tiny_problems}",
                 f"rollout.sglang.python={user.environment['VAPO_PYTHON']}"]  # fmt: skip
 

@@ -77,6 +77,8 @@ class Crash(Exception):
     """Stands for kill -9."""
 
 
+pytestmark = pytest.mark.usefixtures("inline_rewards")
+
 PHASES = [phase for phase in Phase if phase not in (Phase.STARTING, Phase.SLEEP)]
 
 

@@ -1,0 +1,218 @@
+"""Processes that rewards run in, so that no single sample can stop or end the training.
+
+A reward runs on text that a policy made up: it may raise, loop for ever (in C, holding the interpreter), or take its
+process down. Here such a sample costs itself only. One thread does all:
+
+1. a worker with room gets (number, reward, sample) through its pipe;
+2. it sends back the outcome, or the error that the reward raised;
+3. if nothing comes within the limit, or the worker dies, it is killed, what it was at fails, and a fresh process takes
+   its place.
+
+Pebble's pool does the same, but ends a worker by SIGTERM and gives it three seconds; workers here must ignore SIGTERM,
+which reaches them with the trainer's own, so each hanging sample would hold up all others that long.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from time import monotonic
+
+from megatron_vapo.rewards import Reward, RewardInput
+from megatron_vapo.rewards.worker import Outcome, failure, serve, too_slow
+
+START_UP_S = 300.0
+"""Limit for a new process to import the reward; generous, for many processes may read one file system at once."""
+
+LOOP_MARGIN_S = 5.0
+"""What an asynchronous reward may take beyond its limit before it counts as blocking its event loop."""
+
+
+@dataclass
+class _Job:
+    """A sample for one reward (by its index)."""
+
+    reward: int
+    sample: RewardInput
+    future: Future[Outcome] = field(default_factory=Future)
+    deadline: float = 0.0
+
+
+class Pool:
+    """Runs rewards in processes of their own; `submit` may be called from any thread.
+
+    Args:
+        rewards: all coroutine functions, or none of them.
+        processes: how many there are at most; they start when there is work for them.
+        room: samples that one process is at, at a time; more than 1 for coroutine functions only.
+        timeout_s: limit for one sample.
+
+    Processes are spawned, never forked: the parent runs threads of torch and gloo. Rewards are therefore functions of
+    modules, and scripts need the usual `if __name__ == "__main__"`.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], *, processes: int, room: int, timeout_s: float) -> None:
+        self._rewards, self._processes, self._room, self._timeout_s = rewards, processes, room, timeout_s
+        self._waiting: deque[_Job] = deque()
+        self._workers: list[_Worker] = []
+        self.broken = ""
+        """Why no process can start at all: that is no fault of a sample."""
+        self._closing = False
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
+        self._thread.start()
+
+    def submit(self, reward: int, sample: RewardInput) -> Future[Outcome]:
+        """Score a sample by one of the rewards while the caller goes on."""
+        job = _Job(reward, sample)
+        self._waiting.append(job)
+        self._rouse()
+        return job.future
+
+    def close(self) -> None:
+        """End all processes; what has begun and not finished is dropped."""
+        if not self._closing:
+            self._closing = True
+            for worker in list(self._workers):
+                worker.process.kill()  # the thread may be waiting for it
+            self._rouse()
+            self._thread.join()
+            os.close(self._woken)
+            os.close(self._wake)
+
+    def _rouse(self) -> None:
+        with suppress(BlockingIOError):  # full: it has more than enough to wake up for
+            os.write(self._wake, b".")
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._hand_out()
+            connections = [worker.connection for worker in self._workers]
+            ready = wait([self._woken, *connections], timeout=self._patience())
+            if self._woken in ready:
+                os.read(self._woken, 65536)
+            for worker in list(self._workers):
+                if not worker.heard(worker.connection in ready):
+                    self._workers.remove(worker)
+                    self.broken = self.broken or worker.broken
+        for worker in self._workers:
+            worker.kill()
+
+    def _hand_out(self) -> None:
+        """Give what waits to workers with room; start more where there are not enough."""
+        while self._waiting and self.broken:
+            self._waiting.popleft().future.set_result(failure(self.broken))
+        for worker in self._workers:
+            while self._waiting and worker.room:
+                worker.give(self._waiting.popleft())
+        starting = sum(not worker.ready for worker in self._workers)
+        while len(self._workers) < self._processes and starting * self._room < len(self._waiting):
+            try:
+                self._workers.append(_Worker(self._rewards, self._room, self._timeout_s))
+            except OSError as error:  # no memory, too many processes
+                self.broken = f"no process for rewards can be started: {error}"
+                self._rouse()
+                return
+            starting += 1
+
+    def _patience(self) -> float | None:
+        """Return seconds until the next thing that is due; None if there is none."""
+        deadlines = [worker.deadline for worker in self._workers if worker.deadline is not None]
+        return max(0.0, min(deadlines) - monotonic()) if deadlines else None
+
+
+class _Worker:
+    """A process from its start to its end, and the samples that it is at."""
+
+    def __init__(self, rewards: Sequence[Reward], room: int, timeout_s: float) -> None:
+        self.ready = False
+        self.broken = ""
+        self._room, self._timeout_s = room, timeout_s
+        asynchronous = rewards[0].asynchronous
+        self._limit_s = timeout_s + (LOOP_MARGIN_S if asynchronous else 0.0)
+        self._jobs: dict[int, _Job] = {}
+        self._numbers = itertools.count()
+        self._start_by = monotonic() + START_UP_S
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (rewards, theirs, timeout_s if asynchronous else None)
+        self.process = context.Process(target=serve, args=arguments, name="reward", daemon=True)
+        self.process.start()
+        theirs.close()  # with a copy of its end open here, a dead worker would look like a slow one
+
+    @property
+    def room(self) -> int:
+        """Samples that it can take now."""
+        return self._room - len(self._jobs) if self.ready else 0
+
+    @property
+    def deadline(self) -> float | None:
+        """The time at which it is killed, if nothing comes."""
+        if not self.ready:
+            return self._start_by
+        return min((job.deadline for job in self._jobs.values()), default=None)
+
+    def give(self, job: _Job) -> None:
+        """Let it score a sample; the limit begins now."""
+        number, job.deadline = next(self._numbers), monotonic() + self._limit_s
+        try:
+            self.connection.send((number, job.reward, job.sample))
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            job.future.set_result(failure(f"the row cannot be sent to the reward's process: {error}"))
+            return
+        except OSError:  # it died; `heard` finds out why
+            pass
+        self._jobs[number] = job
+
+    def heard(self, something: bool) -> bool:
+        """Take what it sent, and watch the time; return whether it lives on."""
+        try:
+            if something:
+                self._receive()
+        except (EOFError, OSError):  # closed from the other end
+            self._end()
+            return False
+        if self.deadline is not None and monotonic() > self.deadline:
+            self._overdue()
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def _receive(self) -> None:
+        message = self.connection.recv()
+        if not self.ready:
+            self.ready = True
+        else:
+            number, outcome = message
+            self._jobs.pop(number).future.set_result(outcome)
+
+    def _end(self) -> None:
+        self.process.join(timeout=1.0)  # for its exit code
+        if not self.ready:
+            self.broken = "a reward worker ended while starting; its own message is above"
+        self._fail(failure(f"the reward ended its process (exit code {self.process.exitcode})"))
+
+    def _overdue(self) -> None:
+        if not self.ready:
+            self.broken = f"a reward worker did not start within {START_UP_S:g} s"
+        self._fail(failure(too_slow(self._timeout_s), timed_out=True))
+
+    def _fail(self, outcome: Outcome) -> None:
+        self.kill()
+        for job in self._jobs.values():
+            job.future.set_result(outcome)

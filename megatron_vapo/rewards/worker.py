@@ -1,0 +1,143 @@
+"""What runs in a reward's own process: a sample in, an outcome out, until the other end closes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_vapo.rewards import Reward, RewardInput
+
+FAILURE_SCORE = -1.0
+"""Score of a sample whose reward raised, hung or died: wrong, as for any answer that cannot be confirmed."""
+
+
+class Outcome(NamedTuple):
+    """The result of one reward on one sample; where it failed, why."""
+
+    score: float
+    metrics: dict[str, float]
+    error: str = ""
+    timed_out: bool = False
+
+
+def failure(error: str, timed_out: bool = False) -> Outcome:
+    """Return the outcome of a reward that failed."""
+    return Outcome(FAILURE_SCORE, {}, error, timed_out)
+
+
+def outcome_of(returned: Any) -> Outcome:
+    """Return the outcome of what a reward returned: a number, or a dict of `score` and metrics.
+
+    Raises:
+        ValueError: it is neither, or not finite.
+    """
+    if not isinstance(returned, Mapping):
+        return Outcome(_number(returned, "the reward"), {})
+    if "score" not in returned:
+        raise ValueError(f"the reward returned a dict without 'score': its keys are {', '.join(map(str, returned))}")
+    values = {str(key): _number(value, f"the reward's {key}") for key, value in returned.items()}
+    return Outcome(values.pop("score"), values)
+
+
+def _number(value: Any, what: str) -> float:
+    if not hasattr(value, "__float__"):  # text has none: what it says need not be a score
+        raise ValueError(f"{what} is {value!r:.100}, not a number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {number}")
+    return number
+
+
+def describe(error: BaseException) -> str:
+    """Return an error in one line, with the place in the reward that it came from."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) != Path(__file__)]
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500] + where
+
+
+def serve(rewards: Sequence[Reward], connection: Connection, timeout_s: float | None) -> None:
+    """Live as a worker: (number, index of the reward, sample) in, (number, outcome) out.
+
+    Args:
+        timeout_s: of one sample, where all rewards are coroutine functions and run side by side. None: one sample after
+            another, and the other end watches the time.
+    """
+    # Sent to a whole terminal, process group or job step, these reach the trainer too, which goes on until its
+    # checkpoint and then closes its workers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    connection.send("ready")
+    if timeout_s is None:
+        _one_by_one(rewards, connection)
+    else:
+        asyncio.run(_side_by_side(rewards, connection, timeout_s))
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent is gone: killed, it cannot kill a worker whose reward hangs."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
+
+
+def _one_by_one(rewards: Sequence[Reward], connection: Connection) -> None:
+    while (job := _received(connection)) is not None:
+        number, index, sample = job
+        connection.send((number, _judged(rewards[index], sample)))
+
+
+def _received(connection: Connection) -> tuple[int, int, RewardInput] | None:
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionResetError):
+        return None
+
+
+def _judged(reward: Reward, sample: RewardInput) -> Outcome:
+    try:
+        return outcome_of(reward.function(*reward.arguments(sample)))
+    except Exception as error:  # noqa: BLE001  # the sample's loss, whatever it is; counted and logged
+        return failure(describe(error))
+
+
+async def _side_by_side(rewards: Sequence[Reward], connection: Connection, timeout_s: float) -> None:
+    loop, jobs = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+    def read() -> None:
+        while (job := _received(connection)) is not None:
+            loop.call_soon_threadsafe(jobs.put_nowait, job)
+        os._exit(0)
+
+    async def answer(number: int, index: int, sample: RewardInput) -> None:
+        connection.send((number, await _judged_in_time(rewards[index], sample, timeout_s)))
+
+    threading.Thread(target=read, daemon=True).start()
+    async with asyncio.TaskGroup() as calls:
+        while True:
+            calls.create_task(answer(*await jobs.get()))
+
+
+async def _judged_in_time(reward: Reward, sample: RewardInput, timeout_s: float) -> Outcome:
+    limit = asyncio.timeout(timeout_s)
+    try:
+        async with limit:
+            returned = await reward.function(*reward.arguments(sample))
+        return outcome_of(returned)
+    except Exception as error:  # noqa: BLE001  # as in `_judged`
+        return failure(too_slow(timeout_s), timed_out=True) if limit.expired() else failure(describe(error))
+
+
+def too_slow(timeout_s: float) -> str:
+    """Return why a sample has no score."""
+    return f"the reward took more than {timeout_s:g} s"
