@@ -18,17 +18,19 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from time import monotonic
 
 from megatron_vapo.rewards import Reward, RewardInput
-from megatron_vapo.rewards.worker import Outcome, failure, serve, too_slow
+from megatron_vapo.rewards.worker import OF_THE_TRAINER, Outcome, failure, serve, too_slow
 
 START_UP_S = 300.0
 """Limit for a new process to import the reward; generous, for many processes may read one file system at once."""
@@ -95,6 +97,8 @@ class Pool:
             os.write(self._wake, b".")
 
     def _run(self) -> None:
+        resource_tracker.ensure_running()  # now, for it unblocks signals of the thread that starts it
+        signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TRAINER)  # a process inherits this, deaf from its first moment
         while not self._closing:
             self._hand_out()
             connections = [worker.connection for worker in self._workers]

@@ -20,6 +20,11 @@ FAILURE_SCORE = -1.0
 """Score of a sample whose reward raised, hung or died: wrong, as for any answer that cannot be confirmed."""
 
 
+OF_THE_TRAINER = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that workers ignore: sent to a whole terminal, process group or job step, they reach the trainer too, which
+goes on until its checkpoint and then closes its workers."""
+
+
 class Outcome(NamedTuple):
     """The result of one reward on one sample; where it failed, why."""
 
@@ -71,10 +76,9 @@ def serve(rewards: Sequence[Reward], connection: Connection, timeout_s: float | 
         timeout_s: of one sample, where all rewards are coroutine functions and run side by side. None: one sample after
             another, and the other end watches the time.
     """
-    # Sent to a whole terminal, process group or job step, these reach the trainer too, which goes on until its
-    # checkpoint and then closes its workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in OF_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, OF_THE_TRAINER)  # `Pool` blocked them until here
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     connection.send("ready")
     if timeout_s is None:

@@ -162,13 +162,13 @@ def test_a_reference_that_math_verify_cannot_read_is_not_the_responses_fault() -
 
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_known_names(name: str) -> None:
-    assert get_reward(name)("no answer here", "34") == -1.0
+    assert get_reward(name).function("no answer here", "34") == -1.0
 
 
 def test_the_users_own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rewards_of_a_user.py").write_text("def length(response, answer):\n    return len(response)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert get_reward("rewards_of_a_user:length")("four", "") == 4
+    assert get_reward("rewards_of_a_user:length").function("four", "") == 4
 
 
 @pytest.mark.parametrize(

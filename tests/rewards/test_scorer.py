@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -323,10 +324,35 @@ def test_a_forgotten_close_does_not_block_the_end_of_the_program(tmp_path: Path)
 
 def test_signals_to_the_whole_group_leave_workers_to_the_trainer() -> None:
     with build(workers=2) as scorer:
-        assert outcomes(scorer, NUMBERS) == VALUES  # both are up
+        assert outcomes(scorer, NUMBERS) == VALUES  # the second may still be starting
         before = workers()
         for process in before:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 os.kill(process.pid, number)
         assert outcomes(scorer, NUMBERS) == VALUES
         assert workers() == before and counts(scorer) == (80, 0, 0)
+
+
+def test_signals_reach_no_worker_that_is_still_starting(tmp_path: Path) -> None:
+    """A second module that waits while it is imported, until the test has sent the signals."""
+    (tmp_path / "slow_rewards.py").write_text(
+        "import os, time\nfrom pathlib import Path\n"
+        "here = Path(__file__).parent\n(here / f'{os.getpid()}.starting').touch()\n"
+        "while not (here / 'go').exists():\n    time.sleep(0.01)\n"
+        "def score(response, answer):\n    return 1.0\n"
+    )
+    (tmp_path / "go").touch()
+    settings = RewardConfig("slow_rewards:score", timeout_seconds=60.0)
+    rewards = get_rewards(settings)
+    (tmp_path / "go").unlink()
+    with RewardScorer(rewards, settings) as scorer:
+        begun = [scorer.begin(sample("1"))]
+        mine = tmp_path / f"{os.getpid()}.starting"
+        while not set(tmp_path.glob("*.starting")) - {mine}:
+            time.sleep(0.01)
+        (worker,) = [int(path.stem) for path in set(tmp_path.glob("*.starting")) - {mine}]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(worker, number)
+        (tmp_path / "go").touch()
+        scorer.wait(begun)
+        assert scorer.finish(begun)[0].outcome == 1.0
