@@ -71,7 +71,7 @@ ENGINE_ARGS := rollout.engine=sglang rollout.sglang.python=$(SGLANG_VENV)/bin/py
 endif
 
 train: $(INSTALLED) $(ENGINE_INSTALLED)
-	$(BIN)/python tools/make_tiny_base.py --out artifacts/tiny
+	$(BIN)/python tools/make_tiny_base.py
 	$(BIN)/megatron-vapo train $(RECIPE) $(ENGINE_ARGS) $(ARGS)
 
 # The fast tier first; what it has checked is not checked again.

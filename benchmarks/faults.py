@@ -1,6 +1,6 @@
 """The faults that a run survives: kill -9 in every phase, damaged checkpoints, full disks, a second run, clock jumps.
 
-    python -m benchmarks.faults --base artifacts/tiny --folder FOLDER [--kills 24 12] [--write docs/reliability.md]
+    python -m benchmarks.faults --folder FOLDER [--base FOLDER] [--kills 24 12] [--write docs/reliability.md]
 
 1. For each number of ranks a small run of recipes/tiny.yaml goes to its end: the reference.
 2. Other runs of the same recipe are killed (all ranks, SIGKILL) at a random moment of a phase, started again, killed
@@ -375,7 +375,9 @@ def document(found: Findings) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--base", type=Path, default=Path("artifacts/tiny"), help="what tools/make_tiny_base.py made")
+    parser.add_argument(
+        "--base", type=Path, default=Path("artifacts/derivation"), help="what tools/make_tiny_base.py made"
+    )
     parser.add_argument("--folder", type=Path, required=True, help="for the runs and findings.json")
     parser.add_argument("--kills", type=int, nargs=2, default=(24, 12), metavar="N", help="on 2 and on 4 ranks")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,7 @@
 """Rewards of one's own: functions in any module that Python finds (docs/add_a_reward.md).
 
-    PYTHONPATH=. megatron-vapo train recipes/tiny.yaml reward.name=examples.my_reward:last_number
+    PYTHONPATH=. megatron-vapo train recipes/tiny.yaml data.train=numbers.jsonl \
+        reward.name=examples.my_reward:last_number
 
 Nothing is registered and nothing else is edited. A recipe is refused before any model is built where the module or the
 function does not exist, or takes other parameters. Rewards run in processes of their own, each response within

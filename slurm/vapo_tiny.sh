@@ -1,7 +1,7 @@
 #!/bin/bash
 # The tiny run on CPUs, two nodes of two processes: tries out a cluster without a GPU. Make its base model first:
 #
-#     tools/make_tiny_base.py --out artifacts/tiny
+#     tools/make_tiny_base.py
 #     sbatch slurm/vapo_tiny.sh steps=10
 #
 #SBATCH --job-name=vapo_tiny

@@ -7,13 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from types import ModuleType
+from typing import NamedTuple, TypeVar
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic
+from megatron_vapo.data import chained_arithmetic, derivation
+from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic as check_chained_arithmetic
+from megatron_vapo.rewards.derivation import derivation as check_derivation
 
 MAX_RESPONSE = 200
 """Tokens, the end token included; a longer response is cut and counts as wrong."""
@@ -24,6 +27,21 @@ WARMUP_STEPS = 50
 DECAY_SHARE = 0.3
 MAX_GRAD_NORM = 1.0
 LINE_EVERY_SECONDS = 5.0
+
+Checker = Callable[[str, str], float]
+
+
+class Task(NamedTuple):
+    """A toy task: the module of its problems and demonstrations, and its checker, of a response and its answer."""
+
+    problems: ModuleType
+    checker: Checker
+
+
+TASKS = {
+    "derivation": Task(derivation, check_derivation),
+    "chained_arithmetic": Task(chained_arithmetic, check_chained_arithmetic),
+}
 
 Report = Callable[[int, str], None]
 """`report(done, note)`"""
@@ -88,6 +106,7 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, str]],
+    checker: Checker,
     report: Report | None = None,
 ) -> list[Sample]:
     """One checked response at temperature 1 to the "prompt" of each row; a cut one is wrong.
@@ -107,7 +126,7 @@ def sample(
             report(done, "")
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [
-        Sample(prompt, response, response[-1] == tokenizer.eos_token_id and chained_arithmetic(text, row["answer"]) > 0)
+        Sample(prompt, response, response[-1] == tokenizer.eos_token_id and checker(text, row["answer"]) > 0)
         for prompt, response, text, row in zip(prompts, responses, texts, rows)
     ]
 

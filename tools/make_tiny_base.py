@@ -1,4 +1,4 @@
-"""Make the tiny base model and its problems, in minutes on one CPU core.
+"""Make the tiny base model and its problems, in a minute on one CPU core (chained arithmetic: five).
 
 Writes, below --out:
 
@@ -6,8 +6,10 @@ Writes, below --out:
     train.jsonl     rows {"prompt", "answer"}, for reinforcement learning
     heldout.jsonl   other problems, for evaluation
 
-The base stands for a pretrained model: it imitates a mixture of guesses, sloppy and careful work
-(`megatron_vapo.data.chained_arithmetic.Mixture`), and is seldom right, but right when it works carefully.
+The base stands for a pretrained model: it imitates a mixture of careful and careless work (`Mixture` of
+`megatron_vapo.data.derivation` or `megatron_vapo.data.chained_arithmetic`), and is seldom right, but right when it
+works carefully. Errors of derivations are tokens of their own, those of chained arithmetic are wrong digits, which a
+critic of this size does not see.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from pathlib import Path
 import torch
 from _tiny import (
     MAX_RESPONSE,
+    TASKS,
+    Task,
     learning_rate_at,
     make_optimizer,
     micro_batches,
@@ -33,16 +37,7 @@ from _tiny import (
 )
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from megatron_vapo.data.chained_arithmetic import (
-    BOS,
-    EOS,
-    PAD,
-    VOCABULARY,
-    Mixture,
-    Problem,
-    demonstrate,
-    make_problem_sets,
-)
+from megatron_vapo.data import chained_arithmetic, derivation
 from megatron_vapo.runtime.durable import new_folder, write_text
 
 TRAIN_PROBLEMS = 20_000
@@ -50,10 +45,13 @@ HELD_OUT_PROBLEMS = 512
 EVALUATED_PROBLEMS = 256
 MAX_POSITIONS = 512
 IGNORED_LABEL = -100
-GUESS_LENGTH = len("#73$")
 
 Example = tuple[list[int], list[int]]
 """Token ids of prompt and response, and as many labels: the same ids, `IGNORED_LABEL` over the prompt."""
+
+
+Mixture = chained_arithmetic.Mixture | derivation.Mixture
+Problem = chained_arithmetic.Problem | derivation.Problem
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,21 @@ class Stage:
     learning_rate: float
 
 
-def curriculum(mixture: Mixture, most: int | None = None) -> list[Stage]:
+def derivation_curriculum() -> list[Stage]:
+    """Lines in full first: what is to be learnt is in them."""
+    mixture = derivation.Mixture()
+    careful = dataclasses.replace(mixture, p_gap=0.05)
+    return [Stage(careful, steps=450, learning_rate=5e-3), Stage(mixture, steps=200, learning_rate=3e-3)]
+
+
+def chained_curriculum(mixture: chained_arithmetic.Mixture) -> list[Stage]:
     """Careful work first, long enough that 99 of 100 careful steps are right: what the base cannot do at all when it
-    works carefully, reinforcement finds much later. A stage takes at most `most` steps."""
-    stages = (
+    works carefully, reinforcement finds much later."""
+    return [
         Stage(dataclasses.replace(mixture, p_short=0.1, p_sloppy=0.1), steps=1000, learning_rate=3e-3),
         Stage(dataclasses.replace(mixture, p_sloppy=0.25), steps=600, learning_rate=2e-3),
         Stage(mixture, steps=500, learning_rate=1.5e-3),
-    )
-    return [dataclasses.replace(stage, steps=min(stage.steps, most or stage.steps)) for stage in stages]
+    ]
 
 
 BATCH_SIZE = 32
@@ -83,11 +87,13 @@ INITIALIZER_RANGE = 0.08
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("artifacts/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("artifacts/derivation"))
+    parser.add_argument("--task", choices=TASKS, default="derivation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace an existing base and its problems")
-    parser.add_argument("--short", type=float, default=Mixture.p_short, help="share of responses that only guess")
-    parser.add_argument("--sloppy", type=float, default=Mixture.p_sloppy, help="share of steps done in the head")
+    shares = parser.add_argument_group("chained arithmetic")
+    shares.add_argument("--short", type=float, help="share of responses that only guess")
+    shares.add_argument("--sloppy", type=float, help="share of steps done in the head")
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)  # of each stage, at most: for tests
     args = parser.parse_args()
 
@@ -95,31 +101,44 @@ def main() -> None:
         print(f"{args.out / 'base'} exists; --force makes it anew")
         return
     for name in ("short", "sloppy"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} {getattr(args, name)}: a share, from 0 to 1")
-    stages = curriculum(Mixture(p_short=args.short, p_sloppy=args.sloppy), args.steps)
+        share = getattr(args, name)
+        if share is not None and (args.task != "chained_arithmetic" or not 0 <= share <= 1):
+            parser.error(f"--{name} {share}: a share, from 0 to 1, for --task chained_arithmetic")
+    stages = [
+        dataclasses.replace(stage, steps=min(stage.steps, args.steps or stage.steps)) for stage in stages_of(args)
+    ]
     out = args.out.resolve()
     with new_folder(out / "base", replace=True) as base:  # the last to be there: where it exists, all is complete
-        make(out, base, args.seed, stages)
+        make(TASKS[args.task], out, base, args.seed, stages)
     print(f"wrote {out}")
 
 
-def make(out: Path, base: Path, seed: int, stages: Sequence[Stage]) -> None:
+def stages_of(args: argparse.Namespace) -> list[Stage]:
+    """Return the stages of the task that the command line names."""
+    if args.task == "derivation":
+        return derivation_curriculum()
+    given = {"p_short": args.short, "p_sloppy": args.sloppy}
+    return chained_curriculum(
+        chained_arithmetic.Mixture(**{name: share for name, share in given.items() if share is not None})
+    )
+
+
+def make(task: Task, out: Path, base: Path, seed: int, stages: Sequence[Stage]) -> None:
     """Write the trained model into the folder `base`, then the problems into `out`; print what the model can do."""
     prepare(seed)
-    train, held_out = make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
+    train, held_out = task.problems.make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     held_out_rows = problem_rows(held_out)
 
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(task)
     model = build_model(tokenizer)
     started = time.monotonic()
-    train_model(model, tokenizer, train, stages, random.Random(seed))
+    train_model(model, tokenizer, task, train, stages, random.Random(seed))
     print(f"trained in {time.monotonic() - started:.0f} s")
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     write_rows(out / "train.jsonl", problem_rows(train))
     write_rows(out / "heldout.jsonl", held_out_rows)
-    print(evaluate(model, tokenizer, held_out_rows[:EVALUATED_PROBLEMS]))
+    print(evaluate(model, tokenizer, task, held_out_rows[:EVALUATED_PROBLEMS]))
 
 
 def problem_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
@@ -131,20 +150,20 @@ def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """One token per character of `VOCABULARY`, ids in its order.
+def build_tokenizer(task: Task) -> Qwen2Tokenizer:
+    """One token per character of the task's vocabulary, ids in its order.
 
     For a Qwen2 model `AutoTokenizer` builds this class from the vocabulary and the merges alone, whatever class the
     folder names. Without merges, it splits into characters; it ignores characters that it does not know.
     """
-    vocabulary = {symbol: index for index, symbol in enumerate(VOCABULARY)}
+    vocabulary = {symbol: index for index, symbol in enumerate(task.problems.VOCABULARY)}
     return Qwen2Tokenizer(
         vocabulary,
         merges=[],
         unk_token=None,
-        bos_token=BOS,
-        eos_token=EOS,
-        pad_token=PAD,
+        bos_token=task.problems.BOS,
+        eos_token=task.problems.EOS,
+        pad_token=task.problems.PAD,
         model_max_length=MAX_POSITIONS,
     )
 
@@ -157,7 +176,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         "eos_token_id": tokenizer.eos_token_id,
     }
     config = Qwen2Config(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -177,6 +196,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 def train_model(
     model: Qwen2ForCausalLM,
     tokenizer: Qwen2Tokenizer,
+    task: Task,
     problems: Sequence[Problem],
     stages: Sequence[Stage],
     rng: random.Random,
@@ -186,7 +206,7 @@ def train_model(
     done = 0
     with progress("supervised training, step", sum(stage.steps for stage in stages)) as report:
         for stage in stages:
-            for step, batch in enumerate(demonstration_batches(stage, tokenizer, problems, rng)):
+            for step, batch in enumerate(demonstration_batches(stage, tokenizer, task, problems, rng)):
                 loss = backward(model, batch)
                 optimizer_step(model, optimizer, learning_rate_at(step, stage.steps, stage.learning_rate))
                 done += 1
@@ -194,13 +214,15 @@ def train_model(
 
 
 def demonstration_batches(
-    stage: Stage, tokenizer: Qwen2Tokenizer, problems: Sequence[Problem], rng: random.Random
+    stage: Stage, tokenizer: Qwen2Tokenizer, task: Task, problems: Sequence[Problem], rng: random.Random
 ) -> Iterator[list[Example]]:
     """One batch of fresh demonstrations for each step of the stage."""
     for _ in range(stage.steps):
         chosen = rng.choices(problems, k=BATCH_SIZE)
         prompts = tokenizer([problem.prompt for problem in chosen])["input_ids"]
-        responses = tokenizer([demonstrate(problem, stage.mixture, rng) for problem in chosen])["input_ids"]
+        responses = tokenizer([task.problems.demonstrate(problem, stage.mixture, rng) for problem in chosen])[
+            "input_ids"
+        ]
         yield [
             (prompt + response, [IGNORED_LABEL] * len(prompt) + response)
             for prompt, response in zip(prompts, responses)
@@ -223,15 +245,14 @@ def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
     return total / response_tokens
 
 
-def evaluate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: Sequence[dict[str, str]]) -> str:
+def evaluate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task, rows: Sequence[dict[str, str]]) -> str:
     """A line on one response at temperature 1 to each row."""
-    samples = sample(model.eval(), tokenizer, rows)
+    samples = sample(model.eval(), tokenizer, rows, task.checker)
     lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.float32)
     right = torch.tensor([sample.right for sample in samples], dtype=torch.float32)
     quantiles = lengths.quantile(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).int().tolist()
     return (
         f"{len(rows)} held-out problems at temperature 1: right {right.mean():.1%}, "
-        f"only a guess {(lengths == GUESS_LENGTH).float().mean():.1%}, "
         f"tokens min, 10 %, median, 90 %, max: {', '.join(map(str, quantiles))}"
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from _tiny import (
     BATCH_SIZE,
+    TASKS,
     learning_rate_at,
     make_optimizer,
     micro_batches,
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="folder that make_tiny_base.py wrote as base/")
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of the same tool")
+    parser.add_argument("--task", choices=TASKS, default="derivation", help="the one that the base was made for")
     parser.add_argument("--samples", type=int, default=10_240, help="responses to train on; a fifth more for the AUC")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
@@ -75,7 +77,9 @@ def make(out: Path, args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     with progress("sampling, responses", args.samples + held_out) as report:
-        samples = sample(base, tokenizer, list(islice(cycle(rows), args.samples + held_out)), report)
+        samples = sample(
+            base, tokenizer, list(islice(cycle(rows), args.samples + held_out)), TASKS[args.task].checker, report
+        )
     examples = [(sample.prompt + sample.response, float(sample.right)) for sample in samples]
 
     model = AutoModelForSequenceClassification.from_pretrained(args.base, num_labels=1, dtype=torch.float32)

@@ -16,20 +16,22 @@ from benchmarks.table1.arms import ARMS, Arm
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VAPO = ARMS[0]
+TASK = ("--task", "chained_arithmetic")
 
 Command = list[str]
 
 
 def base_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
     """Makes base model and problems in `folder`."""
-    return [sys.executable, str(TOOLS / "make_tiny_base.py"), "--out", str(folder), "--seed", str(seed), *arguments]
+    tool = str(TOOLS / "make_tiny_base.py")
+    return [sys.executable, tool, *TASK, "--out", str(folder), "--seed", str(seed), *arguments]
 
 
 def reward_model_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
     """Makes the reward model of the base in `folder`."""
     tool, data = str(TOOLS / "make_tiny_reward_model.py"), str(folder / "train.jsonl")
     folders = [str(folder / "base"), str(folder / "reward_model")]
-    return [sys.executable, tool, *folders, "--data", data, "--seed", str(seed), *arguments]
+    return [sys.executable, tool, *folders, *TASK, "--data", data, "--seed", str(seed), *arguments]
 
 
 def critic_arm(arm: Arm) -> Arm | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def run_recipe(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
     """Train; return True once the run is finished, False where a signal stopped it."""
-    return _execute(recipe, restart, dry_run, _train)
+    return execute(recipe, restart, dry_run, _train)
 
 
 def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
@@ -40,10 +40,11 @@ def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
             "pretrain-critic needs algorithm.advantage=gae, value_pretraining.enabled=true and no "
             "value_pretraining.checkpoint"
         )
-    return _execute(recipe, restart, dry_run, _pretrain)
+    return execute(recipe, restart, dry_run, _pretrain)
 
 
-def _execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable) -> bool:
+def execute(recipe: Recipe, restart: bool, dry_run: bool, body: Callable[[Run], None]) -> bool:
+    """Build the recipe's run and do `body` with it; return whether it finished."""
     if recipe.deterministic:
         be_deterministic()
     inputs = read_inputs(recipe)

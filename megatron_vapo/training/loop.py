@@ -54,7 +54,12 @@ def pretrain_critic(run: Run) -> None:
     pretrains = run.recipe.uses_critic and settings.enabled and not settings.checkpoint
     if pretrains:
         with run.display.bar("value pretraining", settings.max_steps, run.state.pretraining_steps):
-            _pretraining_steps(run)
+            explained = _pretraining_steps(run)
+        if not explained:
+            run.display.note(
+                f"value pretraining ends after {settings.max_steps} rollouts below its aim, an explained variance of "
+                f"{settings.target_explained_variance:g}: see docs/critic.md, or raise value_pretraining.max_steps"
+            )
         save_pretrained_critic(run.trainers["critic"], run.folder / "critic_pretrained")
         if settings.reset_optimizer:
             run.trainers["critic"].reset_optimizer()
@@ -66,7 +71,8 @@ def pretrain_critic(run: Run) -> None:
         run.save()
 
 
-def _pretraining_steps(run: Run) -> None:
+def _pretraining_steps(run: Run) -> bool:
+    """Return whether a rollout was explained as well as the recipe asks before the bound on steps."""
     settings = run.recipe.value_pretraining
     explained = False
     while run.state.pretraining_steps < settings.max_steps and not explained:
@@ -88,6 +94,7 @@ def _pretraining_steps(run: Run) -> None:
                 run.save()
             run.settle()
             run.interrupt.check()
+    return explained
 
 
 def _evaluate_if_due(run: Run) -> None:

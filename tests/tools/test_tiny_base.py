@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vapo.data.chained_arithmetic import VOCABULARY, Mixture, demonstrate, make_problem
+from megatron_vapo.data.derivation import VOCABULARY, Mixture, demonstrate, make_problem
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MAKE_BASE = [sys.executable, str(TOOLS / "make_tiny_base.py")]
@@ -91,11 +91,12 @@ def test_problem_files_are_disjoint_and_answered_rightly(rows):
     assert (len(rows["train"]), len(rows["heldout"])) == (20_000, 512)
     assert len(set(prompts)) == len(prompts)
     for row in rows["heldout"]:
-        value, values = int(row["prompt"][1]), []
-        for operation in re.findall(r"[-+*]\d", row["prompt"]):
-            value = eval(f"{value}{operation}") % 10
-            values.append(value)
-        assert row["answer"] == f"{values[-2]}{values[-1]}"
+        value, lines = int(row["prompt"][1]), []
+        for label, operation in re.findall(r"([a-t])(.)", row["prompt"]):
+            result = eval({"+": "{}+1", "-": "{}-1", "*": "{}*3", "~": "9-{}"}[operation].format(value)) % 10
+            lines.append(f"{label}{value}{operation}{result}")
+            value = result
+        assert row["answer"] == "".join(lines)
 
 
 def test_complete_base_is_left_alone_unless_forced(made, run_tool):
@@ -113,6 +114,17 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
     first, second = (load_file(folder / "base" / "model.safetensors") for folder in (made, out))
     assert all(first[name].equal(second[name]) for name in first)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
+
+
+def test_the_base_of_chained_arithmetic(tmp_path):
+    run(*MAKE_BASE, "--task", "chained_arithmetic", "--sloppy", 0.2, "--out", tmp_path / "tiny", "--steps", 1)
+    row = json.loads((tmp_path / "tiny" / "heldout.jsonl").read_text().partition("\n")[0])
+    assert re.fullmatch(r"\d\d", row["answer"])
+
+
+def test_a_share_of_the_other_task_is_refused(tmp_path):
+    done = subprocess.run([*MAKE_BASE, "--sloppy", "0.2", "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "for --task chained_arithmetic" in done.stderr
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -147,7 +159,7 @@ def test_reward_model_scores_at_the_last_token(made, tokenizer, rows, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["reward_model"]
 
     model = AutoModelForSequenceClassification.from_pretrained(out)
-    texts = [row["prompt"] + "#12$" for row in rows["heldout"][:8]]
+    texts = [row["prompt"] + "a?b?$" for row in rows["heldout"][:8]]
     padded = tokenizer(texts, return_tensors="pt", padding=True)
     together = model(**padded).logits
     alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
