@@ -1,5 +1,7 @@
 // Value and advantage along a response, as two charts above each other.
 
+const LABEL = 14; // pixels above each chart
+
 class Strip {
   constructor(canvas, limits, onSelect) {
     Object.assign(this, { canvas, limits, selected: 0, inSight: [0, 0], still: document.createElement("canvas") });
@@ -47,8 +49,8 @@ class Strip {
     context.scale(devicePixelRatio, devicePixelRatio);
     context.font = "10px system-ui, sans-serif";
     const { value, advantage, return: target } = response.numbers;
-    const upper = { top: 4, height: height * 0.58 - 4 };
-    const lower = { top: height * 0.62, height: height * 0.38 - 4 };
+    const upper = { top: LABEL, height: height * 0.58 - LABEL };
+    const lower = { top: height * 0.6 + LABEL, height: height * 0.4 - LABEL - 3 };
     context.fillStyle = this.colours.raised;
     context.fillRect(0, 0, width, height);
     this.#zero(context, upper, width);
@@ -74,7 +76,8 @@ class Strip {
     const step = width / response.length;
     context.fillStyle = colours.focus;
     context.globalAlpha = 0.12;
-    context.fillRect(first * step, 0, Math.max(2, (last - first + 1) * step), height);
+    const shaded = last - first + 1 < response.length ? Math.max(2, (last - first + 1) * step) : 0;
+    context.fillRect(first * step, 0, shaded, height);
     context.globalAlpha = 1;
     context.fillRect(this.#x(this.selected) - 0.75, 0, 1.5, height);
   }
@@ -97,15 +100,11 @@ class Strip {
     context.fillRect(0, this.#y(place, 0, 1), width, 1);
   }
 
-  /** Write what a chart is over it, on a ground of its own. */
+  /** Write above a chart what it is. */
   #label(context, { top }, text) {
-    context.textBaseline = "top";
-    context.globalAlpha = 0.75;
-    context.fillStyle = this.colours.raised;
-    context.fillRect(2, top, context.measureText(text).width + 3, 11);
-    context.globalAlpha = 1;
+    context.textBaseline = "bottom";
     context.fillStyle = this.colours.faint;
-    context.fillText(text, 3, top);
+    context.fillText(text, 3, top - 1);
   }
 
   #line(context, place, numbers, limit, colour, dash) {

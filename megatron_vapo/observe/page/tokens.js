@@ -26,7 +26,9 @@ class TokenText {
     this.rows.redraw();
   }
 
-  select(token) {
+  /** place: which of the drops the token was reached as; -1 where it was not. */
+  select(token, place = -1) {
+    this.drop = place;
     this.selected = Math.max(0, Math.min(token, this.response.length - 1));
     this.rows.reveal(this.lineOf[this.selected]);
     this.#mark();
@@ -120,10 +122,11 @@ class TokenText {
     return this.lines[to][Math.min(place, this.lines[to].length - 1)].token;
   }
 
-  #nextDrop(direction) {
-    const place = this.response.drops.findIndex(({ token }) => token === this.selected);
-    const next = this.response.drops[Math.max(0, place + direction)];
-    return next ? next.token : this.selected;
+  /** Go to the next smaller drop, first to the largest, or back. */
+  #goToDrop(direction) {
+    const { drops } = this.response;
+    const place = Math.max(0, Math.min(this.drop + direction, drops.length - 1));
+    if (drops.length) this.select(drops[place].token, place);
   }
 
   #key(event) {
@@ -133,11 +136,11 @@ class TokenText {
       ArrowDown: () => this.#vertical(1), ArrowUp: () => this.#vertical(-1),
       PageDown: () => this.#vertical(this.rows.page), PageUp: () => this.#vertical(-this.rows.page),
       Home: () => 0, End: () => this.response.length - 1,
-      d: () => this.#nextDrop(1), D: () => this.#nextDrop(-1),
     }[event.key];
-    if (to && this.response) {
-      event.preventDefault();
-      this.select(to());
-    }
+    const drop = { d: 1, D: -1 }[event.key];
+    if (!this.response || !(to || drop)) return;
+    event.preventDefault();
+    if (to) this.select(to());
+    else this.#goToDrop(drop);
   }
 }

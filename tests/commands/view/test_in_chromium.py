@@ -81,12 +81,17 @@ def test_the_selected_token_has_the_runs_numbers(browser: Chromium, viewed_run: 
 
 def test_the_key_d_goes_to_the_largest_drop(browser: Chromium, viewed_run: ViewedRun) -> None:
     values = viewed_run.batches[2].values[:LONG]
-    browser.press("Home")
+    browser.press("Home")  # a token that is a drop itself changes nothing
     browser.press("d")
     falls = values[1:] - values[:-1]
     shown = facts(browser)
     assert f"token {int(falls.argmin()) + 1} of {LONG}" in shown  # the one after which the value is lower
     assert float(shown["change of value"]) == pytest.approx(float(falls.min()), abs=1e-4)
+    second, third = falls.argsort()[1:3].tolist()
+    browser.press("d", 2)
+    assert f"token {third + 1} of {LONG}" in facts(browser)
+    browser.press("D")
+    assert f"token {second + 1} of {LONG}" in facts(browser)
 
 
 def test_few_elements_stand_for_20000_tokens(browser: Chromium) -> None:
