@@ -30,7 +30,9 @@ from megatron_vapo.runtime.signals import Interrupt, StopRequested
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.training.loop import train
+from megatron_vapo.training.objectives import CLIPPED_BY
 from megatron_vapo.training.run import Run
+from megatron_vapo.training.token_records import TokenRecord, path_of
 from megatron_vapo.weights.torch_dist import TorchDistReader
 
 SETTINGS = {
@@ -200,6 +202,19 @@ def test_the_run_learns_something_to_lose(uninterrupted: Callable[..., Path]) ->
     exported = load_file(run / "export" / "model.safetensors")
     base = load_file(Path(load_recipe(run / "recipe.yaml").model.path) / "model.safetensors")
     assert all(not torch.equal(exported[name], base[name]) for name in base)
+
+
+@pytest.mark.slow
+def test_ratios_that_are_kept_are_those_of_the_last_epoch(start: Callable[..., bool], tmp_path: Path) -> None:
+    """With a minibatch of the whole batch nothing has moved in the first of two epochs, so a mean over both updates is
+    half of the second's."""
+    assert start(tmp_path / "run", "minibatch_size=12", "steps=2", "evaluation.data=null", "algorithm.clip_high=0.002")
+    for metrics in timeless(tmp_path / "run", "train"):
+        record = TokenRecord.load(path_of(tmp_path / "run", "train", metrics["step"]))
+        log_ratio = record.ratios.double().log()
+        assert 2 * metrics["actor/kl_k1"] == pytest.approx(float(-log_ratio.mean()), rel=1e-3)
+        high = float((record.clipped == CLIPPED_BY.index("high")).double().mean())
+        assert 0 < high == pytest.approx(2 * metrics["actor/clip_fraction_high"], rel=1e-6)
 
 
 DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for setting in ("linear=fp8", "emulate=true")]
