@@ -1,9 +1,11 @@
 r"""Error rates of the mathematical checkers on real references, phrased as models phrase them.
 
     python -m benchmarks.rewards --data ../shared/data [--write docs/rewards.md]
+    python -m benchmarks.rewards --fuzz 100000 [--write docs/rewards.md]
 
 Every reference of GSM8K (8,792) and AIME 2024 (30) is stated in each phrasing, as it is (a checker that says -1 rejects
-falsely) and changed in six ways (a checker that says +1 accepts falsely).
+falsely) and changed in six ways (a checker that says +1 accepts falsely). The second form looks for strings that
+break a built-in checker.
 """
 
 from __future__ import annotations
@@ -15,13 +17,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from random import Random
 from time import process_time
 
 from megatron_vapo.data.prompts import read_prompts
-from megatron_vapo.rewards import Reward
+from megatron_vapo.rewards import REWARDS, get_reward
 from megatron_vapo.rewards.math import math_dapo, math_verify_reward
 
-BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+Checker = Callable[[str, str], float]
+"""(response, reference) -> +1 or -1."""
+
+_COMMANDS = r"""
+\frac \frac{ \sqrt{ \boxed{ \fbox \[ \] \text{ \mathrm{ \cdot \times \pm \infty \left( \right) \cup \in \leq \ldots \\
+\begin{pmatrix} \end{pmatrix} \ln \sin \log_ \sum_{k=1}^ \int \binom{ \pi 10^ ^{ _{ e^ ** $$ ` 1,000 .5 34
+"""
+PIECES = [
+    *"0123456789+-*/^=_{}()[]<>!.,;:|&%$ \n~'\"abxyneπ√∞−²½，：\t\\#\x00\ud800é",
+    *_COMMANDS.split(),
+    *("\nAnswer: ", "\n#### ", " and ", " or ", "x = "),
+]
+"""What fuzzed answers are made of."""
+
+REFERENCES = ("34", r"\frac{1}{2}", "x + 1", "(1, 2)", r"\{1, 2\}", "3x + 4y = 7", r"[0, \infty)", "B", "Tuesday")
+SLOW_SECONDS = 1.0
 
 PHRASINGS: dict[str, str] = {
     "bare": "Answer: {}",
@@ -83,7 +101,7 @@ def references(data: Path) -> list[str]:
     return gsm8k + [prompt.answer for prompt in read_prompts(data / "aime-2024.parquet")]
 
 
-def measure(reward: Reward, phrasing: str, answers: list[str]) -> tuple[Errors, list[tuple[str, str]]]:
+def measure(reward: Checker, phrasing: str, answers: list[str]) -> tuple[Errors, list[tuple[str, str]]]:
     """Count a checker's errors in a phrasing; return them with every falsely judged (response, reference)."""
     errors, faults, begun = Errors(), [], process_time()
     for response, answer, right in _statements(phrasing, answers):
@@ -136,17 +154,66 @@ def table(answers: list[str]) -> str:
     return "\n".join(rows) + "\n"
 
 
+@dataclass
+class Fuzzed:
+    """The (response, reference) pairs that broke a checker, and its times."""
+
+    exceptions: list[tuple[str, str]]
+    slow: list[tuple[str, str]]
+    """Longer than `SLOW_SECONDS` of CPU."""
+    longest: float = 0.0
+    seconds: float = 0.0
+
+
+def fuzz(reward: Checker, count: int, seed: int = 0) -> Fuzzed:
+    """Score `count` random strings after a label, the same ones every time."""
+    found, random = Fuzzed([], []), Random(seed)
+    for _ in range(count):
+        pair = "Answer: " + "".join(random.choices(PIECES, k=random.randint(1, 14))), random.choice(REFERENCES)
+        begun = process_time()
+        try:
+            reward(*pair)
+        except Exception:  # noqa: BLE001  # any kind is a fault of the checker
+            found.exceptions.append(pair)
+        spent = process_time() - begun
+        found.longest, found.seconds = max(found.longest, spent), found.seconds + spent
+        if spent > SLOW_SECONDS:
+            found.slow.append(pair)
+    return found
+
+
+def fuzz_table(count: int) -> str:
+    """A row a built-in checker: exceptions, slow calls, the longest call."""
+    rows = [
+        f"| checker | strings | exceptions | longer than {SLOW_SECONDS:g} s | longest call | mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in REWARDS:
+        found = fuzz(get_reward(name).function, count)
+        for pair in [*found.exceptions, *found.slow]:
+            print(pair)
+        rows.append(
+            f"| `{name}` | {count:,} | {len(found.exceptions)} | {len(found.slow)} | {1e3 * found.longest:.1f} ms | "
+            f"{1e6 * found.seconds / count:.0f} µs |"
+        )
+    return "\n".join(rows) + f"\n\nCPU time, {platform.processor() or platform.machine()}, {date.today()}.\n"
+
+
 def main() -> None:
     """Print the table, or put it into the document between its marks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/ and aime-2024.parquet")
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/ and aime-2024.parquet")
+    parser.add_argument("--fuzz", type=int, metavar="N", help="score N random strings by every built-in checker")
     parser.add_argument("--write", type=Path, help="document that holds the table")
     options = parser.parse_args()
-    text = table(references(options.data))
+    if (options.data is None) == (options.fuzz is None):
+        parser.error("one of --data and --fuzz is needed")
+    name, text = ("fuzz", fuzz_table(options.fuzz)) if options.fuzz else ("table", table(references(options.data)))
     print(text)
     if options.write:
-        head, _, rest = options.write.read_text(encoding="utf-8").partition(BEGIN)
-        options.write.write_text(head + BEGIN + text + END + rest.partition(END)[2], encoding="utf-8")
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        head, _, rest = options.write.read_text(encoding="utf-8").partition(begin)
+        options.write.write_text(head + begin + text + end + rest.partition(end)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

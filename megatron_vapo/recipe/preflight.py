@@ -126,7 +126,10 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
 def checked_architecture(folder: str) -> Architecture:
     """Return the architecture of a folder whose weights are complete and of the right shapes."""
     architecture = read_architecture(folder)
-    HFFolder(folder).check(hf_shapes(architecture))
+    weights = HFFolder(folder)
+    weights.check(hf_shapes(architecture))
+    if architecture.tied_embeddings:
+        weights.check_tied_head()
     return architecture
 
 

@@ -9,6 +9,7 @@ Nothing here evaluates an expression, so nothing here can hang: costs are linear
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -16,7 +17,9 @@ TAIL_CHARACTERS = 300
 """Where an answer is looked for, as in DAPO. It bounds the cost, and what stands in the reasoning is no answer."""
 
 _LABEL = re.compile(
-    r"\banswer[*_`]{0,3}\s{0,3}(?:[:：]|(?:is|was)\b(?!\s*(?:not|n't|wrong|incorrect))\s*:?)", re.IGNORECASE
+    r"\banswer[*_`]{0,3}\s{0,3}(?:[:：]|(?:is|was)\b(?!\s*(?:not|n't|wrong|incorrect))\s*:?)"
+    r"|^####(?=[ \t]*[-+$\\]*\d[\d.,/]*[ \t]*$)",  # as GSM8K's own solutions end; a heading has more than a number
+    re.IGNORECASE | re.MULTILINE,
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*")
 _MARKS = re.compile(r"^[\s*_`#>:：]+|[\s*_`]+$")
@@ -26,9 +29,9 @@ _FENCES = (("$$", "$$"), (r"\[", r"\]"), ("```", "```"))
 def final_answer(response: str) -> str | None:
     r"""Return what the response gives as its final answer, still as it is written; None where it gives none.
 
-    That is what follows the last label (`Answer:`, `**Final Answer**:`, `The answer is`) in the final 300 characters:
-    the rest of its line or, where that is empty, the next line that is not, a display formula as a whole. A box in it
-    (`\boxed{34}`, `\fbox{34}`, `\boxed 34`) is the answer alone. Without a label it is the last box.
+    That is what follows the last label (`Answer:`, `**Final Answer**:`, `The answer is`, GSM8K's `####`) in the final
+    300 characters: the rest of its line or, where that is empty, the next line that is not, a display formula as a
+    whole. A box in it (`\boxed{34}`, `\fbox{34}`, `\boxed 34`) is the answer alone. Without a label it is the last box.
     """
     tail = response[-TAIL_CHARACTERS:]
     labels = list(_LABEL.finditer(tail))
@@ -93,10 +96,13 @@ _DELIMITERS = re.compile(r"\*\*|`|\\[()\[\]]")
 
 
 def plain(answer: str) -> str:
-    r"""Return the answer without what only dresses it: Markdown, LaTeX delimiters and spaces, `\text{}`, a full stop.
+    """Return the answer `undressed`, of which a sum that ends in its result (`2 + 3 = 5`, `x = 5`) becomes the result,
+    unless there are several (`x = 3, y = 5`)."""
+    return result(undressed(answer))
 
-    Sums that end in their result (`2 + 3 = 5`, `x = 5`) become the result, unless there are several (`x = 3, y = 5`).
-    """
+
+def undressed(answer: str) -> str:
+    r"""Return the answer without what only dresses it: Markdown, LaTeX delimiters, spaces, `\text{}`, a full stop."""
     for old, new in _SYMBOLS:
         answer = answer.replace(old, new)
     answer = _DELIMITERS.sub("", answer).replace("{,}", ",")
@@ -104,13 +110,31 @@ def plain(answer: str) -> str:
     while before != answer:
         before, answer = answer, _WRAPPER.sub(r" \1 ", answer)
     answer = _SPACES.sub(" ", answer)
+    answer = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", answer)
+    answer = re.sub(r"(?<=\{)\s+|\s+(?=\})", "", answer)  # math-verify cannot read `{ e }`
     answer = re.sub(r"\s+", " ", answer).strip().rstrip(".,;").strip()
     if re.fullmatch(r"\([^(),\[\]]*\)", answer):
         answer = answer[1:-1].strip()
-    head, equals, result = answer.rpartition("=")
-    if equals and not _SEVERAL.search(head) and not re.search(r"[<>!:]$", head):
-        answer = result.strip()
     return answer
+
+
+def result(answer: str) -> str:
+    """Return what stands behind the last `=` of an answer (`undressed`); all of it where it has several parts."""
+    head, equals, last = answer.rpartition("=")
+    if equals and not _SEVERAL.search(head) and not re.search(r"[<>!:]$", head):
+        return last.strip()
+    return answer
+
+
+def is_equation(answer: str) -> bool:
+    """Return whether an answer (`undressed`) states an equation (`3x + 4y = 7`), rather than what a name stands for
+    (`x = 5`) or a sum with its result (`2 + 3 = 5`)."""
+    left, equals, right = answer.partition("=")
+    return bool(equals) and "=" not in right and bool(_UNKNOWNS.search(left))
+
+
+_UNKNOWNS = re.compile(r"[A-Za-z)}]\s*[-+*/^]|[-+*/]\s*[\dA-Za-z\\({]*[A-Za-z]|\d\s*[A-Za-z]|\\[df]?frac.*[A-Za-z]")
+"""A letter beside an operator or a number."""
 
 
 _SEVERAL = re.compile(r"(?<!\d),|,(?!\d{3}(?!\d))|;|\b(?:and|or)\b", re.IGNORECASE)
@@ -163,6 +187,56 @@ def number(answer: str) -> Fraction | None:
     if re.search(r"[-+(]\s*$", before) or after.startswith("("):
         return None
     return _value(match)
+
+
+_LARGEST_EXPONENT = 1_000_000
+_LARGEST_FACTORIAL = 5_000
+
+
+def is_bounded(answer: str) -> bool:
+    r"""Return whether an expression (`undressed`) can be computed: no towers of powers, no large factorials.
+
+    Python would begin to compute `9^{9^{9^9}}`, and no signal interrupts that. What remains is for a time limit.
+    """
+    factorials = re.findall(r"(\d+|[!)}\]])\s*!", answer) + re.findall(r"\\binom\s*\{\s*(\d+)", answer)
+    large = any(not of.isdigit() or int(of) > _LARGEST_FACTORIAL for of in factorials)
+    return not large and _size(answer, with_bases=False) <= _LARGEST_EXPONENT
+
+
+def _size(text: str, with_bases: bool = True) -> float:
+    """Return a bound on the product of all integers in a text, powers of them included, or of the exponents alone."""
+    product = 1.0
+    while found := re.search(r"(?P<base>\d*)\s*\^\s*|\d+", text):
+        text = text[found.end() :]
+        if found["base"] is None:
+            product *= max(1, int(found[0])) if with_bases else 1
+            continue
+        exponent, text = _exponent(text)
+        size = math.inf if "!" in exponent else _size(exponent)
+        product *= _power(int(found["base"] or 1), size) if with_bases else size
+        if size > _LARGEST_EXPONENT:
+            return math.inf
+    return product
+
+
+def _exponent(text: str) -> tuple[str, str]:
+    """Split what follows a `^` into the exponent, with its own (`9^9^9`), and the rest."""
+    digits = re.match(r"\d+", text)
+    end = digits.end() if digits else min(1, len(text))
+    if text.startswith("{"):
+        inside = _braced(text)
+        if inside is None:
+            return text[1:], ""
+        end = len(inside) + 2
+    tower = re.match(r"\s*\^\s*", text[end:])
+    if not tower:
+        return text[:end], text[end:]
+    own, rest = _exponent(text[end + tower.end() :])
+    return f"{text[:end]}^{{{own}}}", rest
+
+
+def _power(base: int, exponent: float) -> float:
+    return math.inf if exponent * math.log10(max(1, base)) > 300 else float(base) ** exponent
 
 
 _COMMAND = re.compile(r"\\[A-Za-z]+")

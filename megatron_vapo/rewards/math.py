@@ -11,10 +11,20 @@ from __future__ import annotations
 
 import logging
 import re
+from typing import Any
 
 from math_verify import parse, verify
 
-from megatron_vapo.rewards.final_answer import TAIL_CHARACTERS, final_answer, is_one_expression, number, plain
+from megatron_vapo.rewards.final_answer import (
+    TAIL_CHARACTERS,
+    final_answer,
+    is_bounded,
+    is_equation,
+    is_one_expression,
+    number,
+    result,
+    undressed,
+)
 
 # It warns that somebody else must bound the time: `Pool` does.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -44,10 +54,12 @@ def math_dapo(response: str, answer: str) -> float:
 def math_verify_reward(response: str, answer: str) -> float:
     r"""Return +1 if the response's final answer is mathematically equal to `answer`, else -1.
 
-    Where both are plain numbers (`final_answer.number`) they are compared exactly. Else math-verify compares what is
-    there, read as a whole: `34, 35` is not 34 and `10^{20}` is not 10 (the library by itself takes the first number
-    that it finds). Where the reference is a number, an answer with relations (`\leq 34`), subscripts (`34_{7}`),
-    several parts or words is wrong without asking it: it would drop the ones and multiply the letters of the others.
+    Where both are plain numbers (`final_answer.number`) they are compared exactly. Else equal texts are equal, and
+    math-verify compares what is there, read as a whole: `34, 35` is not 34 and `10^{20}` is not 10 (the library by
+    itself takes the first number that it finds). Where the reference is a number, an answer with relations (`\leq 34`),
+    subscripts (`34_{7}`), several parts or words is wrong without asking it: it would drop the ones and multiply the
+    letters of the others. So is a list that is not written out (`1, 3, \ldots`), and an answer that is too large to
+    compute. A reference that is an equation (`3x + 4y = 7`) is compared as a whole.
 
     No time limit of its own: the library's uses signals, which work in a main thread only.
 
@@ -57,17 +69,49 @@ def math_verify_reward(response: str, answer: str) -> float:
     written = final_answer(response)
     if written is None:
         return -1.0
-    given, reference = plain(written), plain(answer)
+    given, reference = undressed(written), undressed(answer)
+    if is_equation(reference) and "=" in given:
+        return 1.0 if _equal(given, reference) else -1.0
+    if is_equation(reference) and result(reference) == "0":
+        return -1.0
+    given, reference = result(given), result(reference)
     found, expected = number(given), number(reference)
     if expected is not None and found is not None:
         return 1.0 if found == expected else -1.0
     if expected is not None and not is_one_expression(given):
         return -1.0
-    gold = parse(f"\\boxed{{{reference}}}", parsing_timeout=None)
+    return 1.0 if _equal(given, reference) else -1.0
+
+
+_DOTS = re.compile(r"\\[lcd]?dots|\.\.\.|…")
+
+
+def _equal(given: str, reference: str) -> bool:
+    """Return whether two expressions are equal: as texts, or in math-verify's reading.
+
+    Raises:
+        ValueError: the library cannot read the reference.
+    """
+    if re.sub(r"\s", "", given) == re.sub(r"\s", "", reference):
+        return True
+    if _DOTS.search(given + reference) or not is_bounded(given):
+        return False
+    gold, found = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, given))
     if not gold:
-        raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-    found_expressions = parse(f"\\boxed{{{given}}}", parsing_timeout=None)
-    return 1.0 if verify(gold, found_expressions, timeout_seconds=None) else -1.0
+        raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
+    unread = isinstance(gold[0], str) or not found or isinstance(found[0], str)  # a text, perhaps cut off
+    return not unread and verify(gold, found, timeout_seconds=None) and _agree(gold[0], found[0])
+
+
+def _agree(one: Any, other: Any) -> bool:
+    """Return whether two constants agree in nine digits, as others do: the library compares six decimals, which all
+    small numbers share."""
+    if not (getattr(one, "is_number", False) and getattr(other, "is_number", False)):
+        return True
+    first, second = one.evalf(30), other.evalf(30)
+    if not (first.is_finite and second.is_finite):
+        return True
+    return bool(abs(first - second) <= abs(first) * 1e-9)
 
 
 def _last_answer(tail: str) -> str | None:

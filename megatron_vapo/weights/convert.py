@@ -179,6 +179,8 @@ def _check_source(folder: HFFolder, architecture: Architecture) -> None:
             f"{folder.shape(name)[0]} rows"
         )
     folder.check(expected, limit=_ALL)
+    if architecture.tied_embeddings:
+        folder.check_tied_head()
 
 
 def _architecture_of(reader: TorchDistReader, base: Architecture, folder: str | Path) -> Architecture:

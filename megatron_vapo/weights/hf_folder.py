@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _HEAD = "lm_head.weight"
 """May be there although no model needs it: some tied checkpoints hold it too (Qwen3-0.6B)."""
+_EMBEDDING = "model.embed_tokens.weight"
 _FREQUENCIES = ".rotary_emb.inv_freq"
 """End of the names of what old checkpoints hold in each layer although config.json says it; transformers too leaves it
 aside."""
@@ -66,6 +67,18 @@ class HFFolder:
         found = [f"{problem}: {few(names, limit)}" for problem, names in problems.items() if names]
         if found:
             raise CheckpointError(f"{self.folder}: {'; '.join(found)}")
+
+    def check_tied_head(self) -> None:
+        """Refuse a head of its own beside tied embeddings, which config.json says is none: transformers unties the two.
+
+        Raises:
+            CheckpointError: says what to change.
+        """
+        if _HEAD in self.names and not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise CheckpointError(
+                f"{self.folder}: config.json says tie_word_embeddings=true, but {_HEAD} is not {_EMBEDDING}: set it to "
+                f"false, or take {_HEAD} out"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""

@@ -116,8 +116,14 @@ def test_what_is_right_is_read(read: Callable[..., Inputs], base: Path, tiny_pro
     assert not (tmp_path / "run").exists()
 
 
-def test_an_output_layer_beside_tied_embeddings_is_ignored(read: Callable[..., Inputs], base: Path) -> None:
+def test_an_output_layer_beside_tied_embeddings_is_the_same(
+    read: Callable[..., Inputs], refusal: Callable[..., str], base: Path
+) -> None:
+    """transformers 5 unties the two where they differ."""
     edit(base / "config.json", tie_word_embeddings=True)
+    assert "lm_head.weight is not model.embed_tokens.weight" in refusal(CheckpointError)
+    tensors = load_file(base / WEIGHTS)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / WEIGHTS)
     assert read().architecture.tied_embeddings
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vapo.rewards.final_answer import final_answer, number, plain
+from megatron_vapo.rewards.final_answer import final_answer, is_bounded, is_equation, number, plain, undressed
 from megatron_vapo.rewards.math import math_verify_reward
 
 
@@ -190,3 +190,34 @@ def test_no_text_takes_long(unit: str) -> None:
         answer = final_answer(("Answer: " + unit * 300)[:308])
         number(plain(answer or ""))
     assert process_time() - begun < 10.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["10^{20}", "2^{2006}", "2006!", "n!", r"\binom{10}{3}", "e^{x^2}", r"e^{-\frac{x^2}{2}}", "2^{2^5}", "^"],
+)
+def test_what_can_be_computed(answer: str) -> None:
+    assert is_bounded(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("9^{9^{9^9}}", "9^9^9", "((9^{99999})^{99999})", "x^{9^{9^9}}", "9^{9^{9^9}x}", "9^{" * 60, "3^{2006!}"),
+        *("(10!)!", "99999!", r"\binom{999999}{5}", r"\sum_{k=1}^{99999999} k"),
+    ],
+)
+def test_what_no_time_limit_would_stop(answer: str) -> None:
+    assert not is_bounded(answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "equation"),
+    [
+        *(("3x + 4y = 7", True), ("m + n = 34", True), ("x^2 + y^2 = 25", True), (r"\frac{a}{b} = 3", True)),
+        *(("x = 5", False), ("f(x) = 2x", False), ("2 + 3 = 5", False), ("P(A) = 1/2", False), ("the sum = 34", False)),
+        *((r"A = \pi r^2 = 34", False), ("D = (0, 1)", False), (r"3 \times 4 = 12", False), ("34", False)),
+    ],
+)
+def test_equations_among_names_and_sums(answer: str, equation: bool) -> None:
+    assert is_equation(undressed(answer)) == equation

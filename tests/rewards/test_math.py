@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.rewards import PHRASINGS, measure, references
+from benchmarks.rewards import PHRASINGS, Checker, fuzz, measure, references
 from megatron_vapo.data.prompts import MATH_TEMPLATE, read_prompts
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.rewards import REWARDS, Reward, get_reward
+from megatron_vapo.rewards import REWARDS, get_reward
 from megatron_vapo.rewards.math import math_dapo, math_verify_reward
 
 Sample = tuple[str, str]
@@ -53,7 +53,7 @@ def test_every_reference_in_every_phrasing(shared_data: Path, phrasing: str) -> 
 
 
 @pytest.mark.parametrize("reward", [math_dapo, math_verify_reward])
-def test_every_aime_answer_is_told_from_every_other(shared_data: Path, reward: Reward) -> None:
+def test_every_aime_answer_is_told_from_every_other(shared_data: Path, reward: Checker) -> None:
     answers = sorted({prompt.answer for prompt in read_prompts(shared_data / "aime-2024.parquet")})
     for given in answers:
         right = [answer for answer in answers if reward(f"So it is.\nAnswer: {given}", answer) == 1.0]
@@ -102,6 +102,46 @@ SPELLINGS = [
     ("5 or 7", "5", False, False),
     (r"\leq 34", "34", False, False),
     ("34_{7}", "34", False, False),
+    # What others' users met (docs/known_faults.md):
+    (r"\frac{1}{2006!}", r"\frac{1}{2004!}", False, False),
+    (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}", False, False),
+    (r"\frac{2}{2^{100}}", r"\frac{1}{2^{99}}", False, True),
+    (r"2^{-99}", r"\frac{1}{2^{99}}", False, True),
+    (r"\frac{1}{3 \cdot 2^{2006}}", r"\frac{2^{2005}+1}{3 \cdot 2^{2006}}", False, False),
+    (r"1.414214", r"\sqrt{2}", False, False),
+    (r"\sqrt{8}/2", r"\sqrt{2}", False, True),
+    (r"1, 3, 5, \ldots, 2n-1", r"1, 2, \ldots, n", False, False),
+    (r"1,2,\ldots,n", r"1, 2, \ldots, n", True, True),
+    (r"D = (0, 1.5)", "D = (0, 1)", False, False),
+    ("21, 36, and 82", r"19, 46, \text{ and } 82", False, False),
+    (r"1 + \frac{1}{\mathrm{e}}", r"1 - \frac{1}{\mathrm{e}}", False, False),
+    (r"1 - \frac{1}{5}", r"1 - \frac{1}{\mathrm{e}}", False, False),
+    (r"1 - \frac{1}{e}", r"1 - \frac{1}{\mathrm{e}}", False, True),
+    ("2021", r"\pm 2021", False, False),
+    ("1:00", "12:00", False, False),
+    ("1:4:9", "1:2:3", False, False),
+    (r"4\sqrt(2)", "4", False, False),
+    (r"4\sqrt(2)", r"4\sqrt{2}", False, True),
+    ("3*x-1*y+13=0", "3x + 4y + 14=0", True, False),
+    ("0", "3x + 4y + 14=0", True, False),
+    ("x = 0", "3x + 4y + 14=0", True, False),
+    ("6x + 8y + 28 = 0", "3x + 4y + 14=0", True, True),
+    (r"y = -\frac{1}{2}x + \frac{3}{4}", "2x+4y-3=0", False, True),
+    (r"y = -\frac{1}{2}x + \frac{1}{4}", "2x+4y-3=0", False, False),
+    ("x + y = 25", "x^2 + y^2 = 25", True, False),
+    ("m + n = 34", "34", True, True),
+    ("34", "m + n = 34", True, True),
+    ("(1,4.5)", r"(1,\frac{9}{2})", False, True),
+    ("(1,4.5)", r"(1,\frac{7}{2})", False, False),
+    ("[0, 1]", "(0, 1)", False, False),
+    ("016", "16", False, True),
+    ("0.0833333333333333", r"\frac{1}{12}", False, False),  # the rule: a rounded number is another one
+    (r"m \geq \sqrt{2}", r"[\sqrt{2}, \infty)", False, False),  # the library's: a set is not asked for as a relation
+    ("9^{9^{9^9}}", "34", False, False),
+    ("10^{10^{10}}", "34", False, False),
+    ("((9^{99999})^{99999})^{99999}", "34", False, False),
+    ("(10!)!", "34", False, False),
+    (r"\sum_{k=1}^{99999999} k^k", "34", False, False),
     # Wrong for both:
     ("35", "34", False, False),
     ("-34", "34", False, False),
@@ -138,6 +178,9 @@ def test_spellings(given: str, reference: str, dapo: bool, verify: bool) -> None
         (r"so \boxed{34}", False, True),
         (r"so \boxed{34}, or rather \boxed{35}", False, False),
         (r"\boxed{34} but Answer: 35", False, False),
+        ("16 + 18 = 34\n#### 34", False, True),
+        ("16 + 18 = 34\n#### $34\nThis follows from the above.", False, True),
+        ("#### 3. Add them up\nso \\boxed{34}", False, True),
         ("Answer:", False, False),
         ("", False, False),
         ("Answer: 34\n" + "x" * 280, True, True),
@@ -150,6 +193,12 @@ def test_spellings(given: str, reference: str, dapo: bool, verify: bool) -> None
 def test_where_the_answer_is_looked_for(response: str, dapo: bool, verify: bool) -> None:
     assert math_dapo(response, "34") == (1.0 if dapo else -1.0)
     assert math_verify_reward(response, "34") == (1.0 if verify else -1.0)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_no_text_breaks_a_checker(name: str) -> None:
+    found = fuzz(get_reward(name).function, 400)
+    assert (found.exceptions, found.slow) == ([], [])
 
 
 def test_a_reference_that_math_verify_cannot_read_is_not_the_responses_fault() -> None:

@@ -170,11 +170,11 @@ def test_a_reward_that_hangs_is_killed_and_replaced(response: str) -> None:
 
 @pytest.mark.slow
 def test_an_expression_that_sympy_never_finishes() -> None:
-    """What a time limit is for: the real library, on an answer that a policy could write, with the defaults."""
+    """The real library, on an answer that a policy could write, with the defaults: it is not begun."""
     with RewardScorer(get_rewards(RewardConfig()), RewardConfig()) as scorer:
         responses = [sample(text, "34") for text in ("Answer: 34", "Answer: $9^{9^9}$", "Answer: $\\sqrt{1156}$")]
         assert outcomes(scorer, responses) == [1.0, -1.0, 1.0]
-        assert counts(scorer, "math_verify") == (3, 0, 1)
+        assert counts(scorer, "math_verify") == (3, 0, 0)
 
 
 @pytest.mark.parametrize("hanging", ["unruly:hang", "unruly:spin", "unruly_async:wait", "unruly_async:block"])

@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.commands.train import _until_stopped
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import RolloutError, TrainingError
@@ -136,6 +137,21 @@ def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
             logits = model(ids).logits[0, len(before) - 1 : -1] / (sampling.temperature or 1.0)
             expected = torch.log_softmax(logits, -1).gather(-1, response.token_ids[:, None]).squeeze(-1)
             torch.testing.assert_close(response.logprobs, expected.detach(), rtol=0, atol=2e-5)
+
+
+def test_a_server_loads_from_disk_what_a_run_exports(run: Run, tmp_path: Path) -> None:
+    """SGLang's own reader of checkpoints, bit for bit; the actor has changed since this server was given weights."""
+    trained = held_tensors(run.actor)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.mul_(1.01)
+    folder = export_actor(run.actor, tmp_path / "export", run.recipe.model.path)
+    with pytest.raises(TrainingError, match="does not hold the actor's"):
+        run._sync._verify(trained)
+    body = {"model_path": str(folder), "load_format": "safetensors"}
+    run.engine._loop.run(run.engine._call("/update_weights_from_disk", body))
+    run._sync._verify(trained)
+    run.sync_weights()
 
 
 def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]) -> None:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vapo.errors import CheckpointError
+from megatron_vapo.recipe.preflight import checked_architecture
 from megatron_vapo.weights.architecture import read_architecture
+from megatron_vapo.weights.convert import hf_to_megatron
 from megatron_vapo.weights.hf_folder import HFFolder
 from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 from megatron_vapo.weights.table import hf_shapes
@@ -78,8 +80,16 @@ def test_missing_extra_and_misshapen_tensors_are_named(copy):
 def test_a_tied_checkpoint_may_hold_its_head_too(make_checkpoint, tmp_path):
     folder = Path(shutil.copytree(make_checkpoint("qwen2", tie_word_embeddings=True), tmp_path / "tied"))
     check(folder)
-    rewrite(folder, lm_head__weight=HFFolder(folder).read("model.embed_tokens.weight").clone())
+    head = HFFolder(folder).read("model.embed_tokens.weight").clone()
+    rewrite(folder, lm_head__weight=head)
     check(folder)
+    HFFolder(folder).check_tied_head()
+    rewrite(folder, lm_head__weight=head + 1)
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings=true, but lm_head\.weight is not"):
+        checked_architecture(str(folder))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        hf_to_megatron(folder, tmp_path / "megatron", lambda done, total: None)
+    assert not (tmp_path / "megatron").exists()
 
 
 def test_rotary_frequencies_in_old_checkpoints_are_left_aside(copy, caplog):
