@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -51,12 +52,18 @@ def evaluate_checkpoint(
 
     metrics = _evaluated(recipe, inputs, checkpoint, is_hf)
     if first_process():
-        k = recipe.evaluation.samples
-        print(
-            f"avg@{k} {metrics['evaluate/accuracy']:.4f} +- {metrics['evaluate/standard_error']:.4f}  "
-            f"pass@{k} {metrics['evaluate/pass_at_k']:.4f}  ({len(inputs.held_out)} problems, mean length "
-            f"{metrics['evaluate/length_mean']:.1f}, truncated {metrics['evaluate/truncated']:.1%})"
-        )
+        sizes = Counter(prompt.dataset for prompt in inputs.held_out)
+        for name, count in sizes.items() if len(sizes) > 1 else ():
+            print(f"{name}: {_line(metrics, f'evaluate/{name}', recipe.evaluation.samples, count)}")
+        print(_line(metrics, "evaluate", recipe.evaluation.samples, len(inputs.held_out)))
+
+
+def _line(metrics: dict[str, float], of: str, k: int, problems: int) -> str:
+    return (
+        f"avg@{k} {metrics[f'{of}/accuracy']:.4f} +- {metrics[f'{of}/standard_error']:.4f}  "
+        f"pass@{k} {metrics[f'{of}/pass_at_k']:.4f}  ({problems} problems, mean length "
+        f"{metrics[f'{of}/length_mean']:.1f}, truncated {metrics[f'{of}/truncated']:.1%})"
+    )
 
 
 def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) -> dict[str, float]:

@@ -104,7 +104,7 @@ class Rollouts:
         before = self.position
         batch, rows = self._sampler.experience(self._prompts, self._order, purpose, step)
         self._sleep()  # before its metrics are read
-        metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows])
+        metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows]) | self._accuracies(rows)
         rollout = Rollout(batch, metrics, self._sampler.new_failures())
         if self._recipe.checkpoint.rollouts:
             generators = gather_objects(read_generators(self._layouts))
@@ -117,6 +117,13 @@ class Rollouts:
         if dist.get_rank() == 0 and self._recipe.rollout.save:
             (self._folder / "rollouts").mkdir(exist_ok=True)
             batch.save(self._folder / "rollouts" / f"{_name(purpose, step)}.safetensors")
+
+    def _accuracies(self, rows: list[tuple[Prompt, Scored]]) -> dict[str, float]:
+        """The share of right responses to each training file's prompts, where there are several."""
+        right: dict[str, list[bool]] = {}
+        for prompt, scored in rows if len(self._sizes) > 1 else []:
+            right.setdefault(prompt.dataset, []).append(scored.outcome > 0)
+        return {f"data/{name}/accuracy": sum(each) / len(each) for name, each in right.items()}
 
     def forget(self, covered: RunState) -> None:
         """Drop the stored rollouts of steps that a checkpoint covers."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from megatron_vapo.checkpoint.run_folder import changed_keys, may_change, open_run_folder, sole_use
+from megatron_vapo.checkpoint.run_folder import changed_keys, check_data, may_change, open_run_folder, sole_use
+from megatron_vapo.data.fingerprint import fingerprint
+from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.observe.report import write_summary
 from megatron_vapo.recipe.load import load_recipe, to_yaml
@@ -280,3 +285,30 @@ def test_folders_are_not_for_everyone_to_write(recipe_file: Path, folder: Path) 
     finally:
         os.umask(before)
     assert folder.stat().st_mode & 0o002 == 0
+
+
+# The data
+
+
+def test_other_prompts_than_the_checkpoints(recipe_file: Path, folder: Path) -> None:
+    prompts = [Prompt(f"q{n}", str(n), n, f"train.jsonl, line {n + 1}", dataset="train") for n in range(4)]
+    inputs = SimpleNamespace(prompts=prompts, held_out=prompts[:2])
+    notes: list[str] = []
+    recipe = load_recipe(recipe_file)
+    check_data(recipe, inputs, notes.append)  # no checkpoint yet
+    (folder / "checkpoints" / "latest").mkdir(parents=True)
+    before = {"data.train": fingerprint(prompts), "evaluation.data": fingerprint(prompts[:2])}
+    (folder / "checkpoints" / "latest" / "data.json").write_text(json.dumps(before))
+    check_data(recipe, inputs, notes.append)
+
+    inputs.prompts = [*prompts[:2], replace(prompts[2], answer="5"), prompts[3]]
+    inputs.held_out = prompts[:1]
+    with pytest.raises(CheckpointError) as caught:
+        check_data(recipe, inputs, notes.append)
+    changed = (
+        "data.train, train: 4 prompts then, 4 now; the first that differs is at train.jsonl, line 3; "
+        "evaluation.data, train: 2 prompts then, 1 now; the last ones are missing"
+    )
+    assert changed in str(caught.value) and "checkpoint.changed_data=continue" in str(caught.value) and not notes
+    check_data(load_recipe(recipe_file, ["checkpoint.changed_data=continue"]), inputs, notes.append)
+    assert notes == [f"WARNING: the run goes on with other prompts: {changed}"]

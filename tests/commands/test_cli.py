@@ -389,6 +389,8 @@ def test_other_rows_under_the_same_names(command: Callable[..., Answer], folder:
     assert command(*arguments, "steps=1").code == 0
     (record,) = records(folder / "rows", "train")
     assert (record["data/one/epochs"], record["data/two/epochs"]) == (6 / 8, 2 / 12)
+    shares = 3 / 4 * record["data/one/accuracy"] + 1 / 4 * record["data/two/accuracy"]
+    assert shares == pytest.approx(record["reward/accuracy"])
     last = records(folder / "rows", "evaluate")[-1]
     assert last["evaluate/accuracy"] == (last["evaluate/one/accuracy"] + last["evaluate/two/accuracy"]) / 2
 
