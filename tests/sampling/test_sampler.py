@@ -264,7 +264,7 @@ def test_several_sets_have_metrics_each_and_their_mean() -> None:
     assert found.metrics["evaluate/standard_error"] == pytest.approx(((errors[0] ** 2 + errors[1] ** 2) / 4) ** 0.5)
 
     one = evaluate(Steps(FakeEngine(some_length, width=5)).sampler, PROMPTS[:5], 4, SamplingConfig())
-    assert len(one.metrics) == 5 and one.metrics["evaluate/accuracy"] == sum(right) / 20
+    assert "evaluate//accuracy" not in one.metrics and one.metrics["evaluate/accuracy"] == sum(right) / 20
     assert [response.text for response in one.responses] == [response.text for response in found.responses]
 
 
