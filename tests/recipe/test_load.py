@@ -324,10 +324,11 @@ OUT_OF_BOUNDS = {
         *("critic.micro_batch_tokens", "rollout.sglang.tensor_parallel", "rollout.sglang.servers", "critic.epochs"),
         *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib", "limits.sampled_tokens"),
         *("algorithm.importance_cap", "rollout.sglang.concurrency", "reward.workers", "reward.concurrency"),
+        "alarms.steps",
     ),
     "above 0": (
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.top_p", "evaluation.sampling.top_p"),
-        *("rollout.step_seconds",),
+        *("rollout.step_seconds", "alarms.value_scale", "alarms.logprob_drift"),
         *("rollout.sglang.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
         *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
     ),
@@ -340,17 +341,19 @@ OUT_OF_BOUNDS = {
         *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.sglang.retries", "rollout.sglang.max_restarts"),
         *("rollout.check_weights_every", "actor.precision.first_layers", "actor.precision.last_layers"),
         *("checkpoint.keep_every", "limits.grace_seconds", "rollout.sampling.temperature"),
-        *("evaluation.sampling.temperature",),
+        *("evaluation.sampling.temperature", "observe.tokens_mib", "alarms.flat_values", "alarms.entropy_collapse"),
     ),
     "between 0 and 1": (
         *("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic", "reward.failing_share"),
+        *("alarms.critic_collapse", "alarms.truncation"),
     ),
 }
 
 
 def test_every_bound_of_a_setting_is_tested() -> None:
     """Those that both roles have, with one of them."""
-    tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys} | {"limits.silent_seconds", "algorithm.dual_clip"}
+    tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys}
+    tested |= {"limits.silent_seconds", "algorithm.dual_clip", "alarms.critic_gradient"}
     tested |= {k.replace("critic.", "actor.") for k in tested} | {key.replace("actor.", "critic.") for key in tested}
     assert {key for key, setting in SCHEMA.items() if setting.bounds is not None} <= tested
 
@@ -375,6 +378,9 @@ def test_lower_bounds(recipe_file: Path, bound: str, key: str) -> None:
         ("actor.optimizer.beta1=1", "below 1"),  # Adam divides by 1 - beta
         ("critic.optimizer.beta2=1", "below 1"),
         ("algorithm.dual_clip=1", "above 1, or null"),
+        ("alarms.critic_gradient=1", "above 1, or null"),
+        ("alarms.critic_collapse=1.1", "between 0 and 1"),
+        ("alarms.truncation=1.1", "between 0 and 1"),
         ("limits.silent_seconds=1.5", "at least 2, or 0"),
         (f"seed={2**63}", "below 2**63"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 
@@ -19,6 +19,8 @@ LEAVES = [setting for setting in SCHEMA.values() if not setting.is_group]
 
 
 def is_number(setting: Setting) -> bool:
+    if get_origin(setting.type) is dict:
+        return False
     return bool({int, float} & {setting.type, *get_args(setting.type)})
 
 
