@@ -161,25 +161,25 @@ def test_tuning_uses_one_grid_and_other_seeds(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_smoke_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """Real processes: two bases, reward models and critics, two arms with two seeds, a few steps each."""
+    """Real processes: a base, a reward model and a critic, two arms, a few steps each."""
     out, document = tmp_path / "out", tmp_path / "docs" / "table1.md"
-    command = [sys.executable, "-m", "benchmarks.table1", "--smoke", "--seeds", "2", "--arms", "vapo", "grpo"]
-    command += ["--out", str(out), "--document", str(document)]
+    command = [sys.executable, "-m", "benchmarks.table1", "--smoke", "--jobs", "1", "--seeds", "1"]
+    command += ["--arms", "vapo", "grpo", "--out", str(out), "--document", str(document)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first = process.stdout.readline()
-    assert "[1/4" in first, first + process.stdout.read()
+    assert "[1/2" in first, first + process.stdout.read()
     process.send_signal(signal.SIGTERM)
     rest = process.stdout.read()
     assert process.wait() == INTERRUPTED_EXIT_CODE and "the same command goes on" in rest, rest
     done = [path.parent for path in out.glob("runs/*/*/origin.json") if path.parent.name != "critic"]
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for run in done for path in run.glob("*.jsonl")}
-    assert 1 <= len(done) < 4
+    assert len(done) == 1
 
     second = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
 
-    results = read_results(out, ["vapo", "grpo"], [0, 1])
+    results = read_results(out, ["vapo", "grpo"], [0])
     budget = int(dict(setting.split("=") for setting in SMOKE.settings)["limits.sampled_tokens"])
     for runs in results.values():
         for run in runs.values():
@@ -187,6 +187,5 @@ def test_a_smoke_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
             assert sampled[-2] < budget <= sampled[-1] == run.tokens[-1]
     assert all(run.pretraining_tokens > 0 for run in results["vapo"].values())
     assert all(run.pretraining_tokens == 0 for run in results["grpo"].values())
-    for seed in (0, 1):  # the same base and the same evaluation
-        assert results["vapo"][seed].base == results["grpo"][seed].base
-    assert json.loads(document.with_suffix(".json").read_text())["runs"]["whole_seeds"] == [0, 1]
+    assert results["vapo"][0].base == results["grpo"][0].base  # the same evaluation
+    assert json.loads(document.with_suffix(".json").read_text())["runs"]["whole_seeds"] == [0]

@@ -43,6 +43,7 @@ SETTINGS = {
     "critic": {"init": "actor"},
     "rollout": {
         "engine": "sglang",
+        "bucket_mib": 1,
         "prompts_per_step": 8,
         "samples_per_prompt": 4,
         "max_response_tokens": 24,
@@ -121,8 +122,7 @@ def one_more_restart(run: Run) -> Iterator[None]:
 def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
     model = AutoModelForCausalLM.from_pretrained(run.recipe.model.path)
     prompts = [prompt.token_ids for prompt in run.inputs.prompts[:6]]
-    if run.engine.asleep:
-        run.sync_weights()
+    run.sync_weights()
     greedy = SamplingConfig(temperature=0.0)
     for prompt, response in zip(prompts, in_order(run.engine.generate([Request(p, 0) for p in prompts], greedy, 12))):
         expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :]
@@ -154,22 +154,44 @@ def test_a_server_loads_from_disk_what_a_run_exports(run: Run, tmp_path: Path) -
     run.sync_weights()
 
 
-def test_updates_reach_the_server_and_responses_say_so(start: Callable[..., Run]) -> None:
-    for way in ("direct", "flattened_bucket"):
-        run = start(f"sglang.update={way}", "bucket_mib=1")
-        for version in (1, 2):
-            with torch.no_grad():
-                for parameter in held_tensors(run.actor).values():
-                    parameter.mul_(1.1)
-            run.snapshot = replace(run.snapshot, state=replace(run.state, steps=version))
-            run.sync_weights()
-            rollout = rolled_out(run, version)
-            assert_written_by_the_actor(run, rollout, version)
-            metrics = rollout.metrics
-            assert metrics["rollout/cached_prompt_share"] > 0.2  # samples of a prompt share its keys and values
-            assert metrics["rollout/restarts"] == metrics["rollout/retries"] == 0
-            assert abs(metrics["rollout/memory_released_gib"]) < 0.1  # CPU frees nothing
-        run.close()
+@pytest.fixture(scope="module")
+def beside(start: Callable[..., Run], run: Run) -> Iterator[Run]:
+    """Another, which takes buckets the other way; its server was first offered the port of the first one."""
+    taken = int(run.engine._address.url.rpartition(":")[2])
+    ports = [taken, server.free_port()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "free_port", lambda: ports.pop(0))
+        made = start("sglang.update=flattened_bucket")
+    assert not ports
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("which", ["run", "beside"])
+def test_updates_reach_the_server_and_responses_say_so(which: str, request: pytest.FixtureRequest) -> None:
+    run: Run = request.getfixturevalue(which)
+    snapshot, weights = run.snapshot, {name: p.detach().clone() for name, p in held_tensors(run.actor).items()}
+    run.sampler.metrics()  # of what came before
+    for version in (1, 2):
+        with torch.no_grad():
+            for parameter in held_tensors(run.actor).values():
+                parameter.mul_(1.1)
+        run.snapshot = replace(run.snapshot, state=replace(run.state, steps=version))
+        run.sync_weights()
+        rollout = rolled_out(run, version)
+        assert_written_by_the_actor(run, rollout, version)
+        metrics = rollout.metrics
+        assert metrics["rollout/cached_prompt_share"] > 0.2  # samples of a prompt share its keys and values
+        assert metrics["rollout/restarts"] == metrics["rollout/retries"] == 0
+        assert abs(metrics["rollout/memory_released_gib"]) < 0.1  # CPU frees nothing
+    run.snapshot = snapshot
+    with torch.no_grad():
+        for name, parameter in held_tensors(run.actor).items():
+            parameter.copy_(weights[name])
+
+
+def test_a_taken_port_is_not_used(run: Run, beside: Run) -> None:
+    assert beside.engine._address.url != run.engine._address.url
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
@@ -256,16 +278,6 @@ def test_an_update_that_is_no_update_or_of_another_model_fails(run: Run, monkeyp
     with one_more_restart(run):
         run.sync_weights()
     assert_written_by_the_actor(run, rolled_out(run, 5))
-
-
-def test_a_taken_port_is_not_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = int(run.engine._address.url.rpartition(":")[2])
-    ports = [taken, server.free_port()]
-    monkeypatch.setattr(server, "free_port", lambda: ports.pop(0))
-    other = server.Server(run.engine._launch, run.engine._answers)
-    other.stop()
-    assert not ports
-    assert other.address.url != run.engine._address.url
 
 
 def test_after_too_many_failures_the_run_stops_with_the_servers_last_words_and_a_checkpoint(
