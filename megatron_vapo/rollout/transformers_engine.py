@@ -50,9 +50,12 @@ class TransformersEngine:
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from megatron_vapo.rollout.decoding import register_grouped_attention
+
+        attention = register_grouped_attention() if device.type == "cpu" else "sdpa"
         with torch.device(device):
             self._model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation="sdpa"
+                AutoConfig.from_pretrained(model_path), dtype=dtype, attn_implementation=attention
             ).eval()
         self._parameters = dict(_by_checkpoint_name(self._model))
         self._end_ids = torch.tensor(sorted(end_ids), device=device)
@@ -155,26 +158,31 @@ class TransformersEngine:
                 cache.batch_select_indices(going)
                 going = going[going]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-            logits = self._logits(drawn[:, None], mask, cache)
+            positions = mask.sum(1, keepdim=True) - 1
+            # A mask in the shape that attention takes is not made anew by the model.
+            logits = self._logits(drawn[:, None], mask[:, None, None], positions, cache)
         return self._responses(tokens.cpu(), logprobs.cpu(), (max_tokens - written).cpu(), step)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Cache, Tensor]:
-        """Return logits after each prompt [count, V], keys and values, attention mask [count, longest].
+        """Return logits after each prompt [count, V], keys and values, attention mask [count, longest] bool.
 
         A prompt that several requests share is read once."""
-        from transformers import DynamicCache
+        from megatron_vapo.rollout.decoding import roomy_cache
 
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         rows = torch.tensor([number[prompt] for prompt in prompts], device=self._device)
         ids, mask = self._left_pad(list(number))
-        cache = DynamicCache(config=self._model.config)
-        logits = self._logits(ids, mask, cache)
+        cache = roomy_cache(self._model.config)
+        logits = self._logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         cache.batch_select_indices(rows)
         return logits[rows], cache, mask[rows]
 
-    def _logits(self, ids: Tensor, mask: Tensor, cache: Cache) -> Tensor:
-        """Return logits [b, V] after the last of `ids [b, n]`, which continue the cache; `mask` covers both."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Return logits [b, V] after the last of `ids [b, n]` at `positions [b, n]`, which continue the cache.
+
+        Args:
+            mask: bool, of the cache and `ids` together: [b, L], or [b, 1, n, L] as attention takes it.
+        """
         output = self._model(
             input_ids=ids,
             attention_mask=mask,
@@ -199,10 +207,10 @@ class TransformersEngine:
         return responses
 
     def _left_pad(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        """Return token ids and attention mask [count, longest]."""
+        """Return token ids and attention mask (bool) [count, longest]."""
         width = max(len(p) for p in prompts)
         ids = torch.tensor([[self._pad_id] * (width - len(p)) + list(p) for p in prompts], device=self._device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._device)
+        mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=self._device)
         return ids, mask
 
 
