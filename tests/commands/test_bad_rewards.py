@@ -104,8 +104,8 @@ def test_a_reward_that_fails_on_everything_stops_the_run_untrained(
     CALLS.clear()
     ends_at_once = UniformEngine(2, [0, 1])  # every response is scored
     monkeypatch.setattr(build, "build_engine", lambda *_: ends_at_once)
-    name = f"reward.name={__name__}:fails_from_the_second_step"
-    assert main(["train", str(recipe), name]) == RewardError.exit_code == 10
+    settings = [f"reward.name={__name__}:fails_from_the_second_step", "rollout.check_weights_every=0"]
+    assert main(["train", str(recipe), *settings]) == RewardError.exit_code == 10
     said = " ".join(capsys.readouterr().err.split())
     assert "failed on 16 of this step's 16 responses" in said
     assert "KeyError: 'no such column' (test_bad_rewards.py, line" in said and "problems.jsonl, line" in said

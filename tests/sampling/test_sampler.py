@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, Sa
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.rewards import get_rewards
-from megatron_vapo.rewards.scorer import RewardScorer
+from megatron_vapo.errors import RewardError
+from megatron_vapo.rewards import RewardInput, get_rewards
+from megatron_vapo.rewards.scorer import Begun, RewardScorer
 from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
@@ -31,7 +32,7 @@ from megatron_vapo.sampling import sampler as sampling_module
 from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
-from megatron_vapo.sampling.trajectory import Scored, joined
+from megatron_vapo.sampling.trajectory import Group, Sample, Scored, joined, reward_metrics
 
 pytestmark = pytest.mark.usefixtures("world", "inline_rewards")
 
@@ -744,3 +745,78 @@ def test_a_response_in_two_pieces_is_the_uninterrupted_one(make_checkpoint: Call
             # Keys and values come from one pass over what was written, not token by token.
             torch.testing.assert_close(response.logprobs, expected.logprobs, rtol=0, atol=1e-5)
             assert (response.finish_reason, response.weight_version) == (expected.finish_reason, 4)
+
+
+# Rewards.
+
+SEEN: list[RewardInput] = []
+
+
+def counts_tokens(sample: RewardInput) -> dict[str, float]:
+    """The row's weight for every response; how many tokens it had."""
+    SEEN.append(sample)
+    return {"score": sample.row["weight"], "tokens": sample.response_tokens}
+
+
+def fails(response: str, answer: str) -> float:
+    raise KeyError(response)
+
+
+def test_rewards_see_the_whole_row_and_add_to_what_is_trained_on() -> None:
+    SEEN.clear()
+    prompts = [replace(prompt, row={"weight": prompt.index / 2}) for prompt in PROMPTS]
+    settings = RewardConfig("chained_arithmetic", add={f"{__name__}:counts_tokens": 3.0})
+    steps = Steps(FakeEngine(some_length), replace(settings, overlong=OverlongConfig(cache_tokens=4)))
+    batch, rows = steps.sampler.experience(prompts, steps.order, "train", 1)
+    added = torch.tensor([3 * prompt.index / 2 for prompt, _ in rows])
+    penalty = torch.tensor([min(0.0, (8 - length) / 4) for length in batch.response_lengths.tolist()])
+    torch.testing.assert_close(batch.rewards, batch.outcomes + added + penalty)
+    assert set(batch.outcomes.tolist()) == {1.0, -1.0}  # right or wrong is the first reward's matter
+
+    of_prompt = {prompt.text: prompt for prompt, _ in rows}
+    assert Counter(sample.prompt for sample in SEEN) == Counter(prompt.text for prompt, _ in rows)
+    assert {sample.finish_reason for sample in SEEN} == {"stop", "length"}
+    for sample in SEEN:
+        prompt = of_prompt[sample.prompt]
+        assert (sample.answer, sample.row, sample.source) == (prompt.answer, prompt.row, prompt.source)
+        assert sample.prompt_tokens == 2 and sample.response.startswith("#")
+    assert sorted(sample.response_tokens for sample in SEEN) == sorted(batch.response_lengths.tolist())
+
+    metrics = reward_metrics([scored for _, scored in rows])
+    assert metrics == pytest.approx(
+        {
+            "rewards/chained_arithmetic/mean": float(batch.outcomes.mean()),
+            "rewards/counts_tokens/mean": float(added.mean()) / 3,
+            "rewards/counts_tokens/tokens": float(batch.response_lengths.double().mean()),
+        }
+    )
+    for prompt, scored in rows:  # what a checkpoint keeps of a carried response
+        carried = Group(prompt.index, prompt, [Sample(1, scored.response, scored)])
+        assert Group.of(carried.state(), prompts) == carried
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_reward_that_fails_on_everything_ends_the_step(evaluation: bool) -> None:
+    steps = Steps(FakeEngine(lambda request: 3), RewardConfig(f"{__name__}:fails"))
+    with pytest.raises(RewardError, match=r"failed on 12 of this step's 12 .*KeyError.*row \d+ \{'answer': '1'"):
+        if evaluation:
+            steps.sampler.sample(PROMPTS[:4], 3, "evaluate", 0, SamplingConfig())
+        else:
+            steps.step(1)
+    assert steps.sampler.new_failures() == (12, 0) and steps.sampler.new_failures() == (0, 0)
+
+
+def test_a_run_that_is_to_stop_does_not_wait_for_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    overdue = threading.Event()
+    steps = Steps(FakeEngine(some_length))
+    steps.sampler._overdue = overdue.is_set
+    monkeypatch.setattr(steps.scorer, "begin", lambda sample: Begun(sample, [Future()]))
+
+    def wait(begun: list[Begun], give_up: Callable[[], bool]) -> None:
+        assert len(begun) == 12 and not give_up()
+        overdue.set()  # the grace ends while a reward hangs
+        assert give_up()
+
+    monkeypatch.setattr(steps.scorer, "wait", wait)
+    with pytest.raises(interrupt_module.StopRequested):
+        steps.step(1)
