@@ -236,7 +236,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_is_named(user: User, settings: l
         "import os, signal\n\n"
         "def reward(response: str, answer: str) -> float:\n"
         "    if os.environ.get('RANK') == '3':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)  # rewards run beside the rank\n"
         "    return 1.0\n"
     )
     settings = [*settings, f"run_dir={user.folder / 'run'}", "reward.name=deadly_reward:reward"]
