@@ -665,7 +665,7 @@ class AlarmsConfig:
     )
     steps: int = setting(5, "Steps in a row that a fault must last, and that means are taken over.", AT_LEAST_1)
     critic_collapse: float | None = setting(
-        0.05, "Explained variance below which a critic that was above has collapsed. null: no alarm.", FRACTION
+        0.02, "Explained variance below which a critic that was above has collapsed. null: no alarm.", FRACTION
     )
     value_scale: float | None = setting(
         1.5, "Root mean square of return - value over that of the return; zeros have 1. null: no alarm.", ABOVE_0

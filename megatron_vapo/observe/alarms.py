@@ -29,6 +29,9 @@ MIXED = 0.05
 """Share of right, and of wrong, responses that a step needs for its critic to be judged: where nearly all are equal
 there is little to explain, and one number is a good value."""
 
+EXPLAINED = 0.1
+"""Explained variance that a critic must have reached, mean over the steps, before it can collapse: less is noise."""
+
 
 class Alarm(NamedTuple):
     """An alarm. Its bound is the setting `alarms.NAME`, its metric `alarms/NAME`."""
@@ -149,7 +152,7 @@ def _where_mixed(history: History, metric: str) -> list[float]:
 
 def _explained_variance_collapses(history: History, bound: float, steps: int) -> bool:
     numbers = _where_mixed(history, "critic/explained_variance")
-    was_above = any(mean >= bound for mean in _means(numbers[:-steps], steps))
+    was_above = any(mean >= max(bound, EXPLAINED) for mean in _means(numbers[:-steps], steps))
     return was_above and _lasting(numbers, steps, lambda x: x < bound)
 
 
@@ -168,7 +171,8 @@ ALARMS = (
         "critic_collapse",
         ("critic/explained_variance", "reward/accuracy"),
         _explained_variance_collapses,
-        "The critic's explained variance is below {bound} for {steps} steps, after a mean over {steps} steps above it.",
+        "The critic's explained variance is below {bound} for {steps} steps, after a mean over {steps} steps of at "
+        f"least {EXPLAINED}.",
         "the critic's learning rate is too high; the policy changes faster than the critic learns (too few critic "
         "updates a step, too high an actor learning rate); values were clipped away from their targets.",
         "critic/grad_norm, critic/loss and reward/accuracy around the step; lower critic.optimizer.learning_rate or "
