@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--recipe", help="recipe with data, reward and sampling; default: that of the checkpoint's run")
     sub.add_argument("--data", help="prompt set; default: the recipe's evaluation.data")
     sub.add_argument("--samples", type=int, help="responses a problem; default: the recipe's evaluation.samples")
+    sub.add_argument("--dry-run", action="store_true", help="check recipe, model and data, then stop")
     sub.set_defaults(command=_evaluate)
 
     text = "whether a recipe fits a cluster, what limits it, how much it moves and how long it takes"
@@ -159,7 +160,9 @@ def _exit_code(finished: bool) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from megatron_vapo.commands.evaluate import evaluate_checkpoint
 
-    evaluate_checkpoint(options.checkpoint, options.recipe, options.overrides, options.data, options.samples)
+    evaluate_checkpoint(
+        options.checkpoint, options.recipe, options.overrides, options.data, options.samples, options.dry_run
+    )
     return 0
 
 

@@ -380,6 +380,16 @@ class SGLangConfig:
     )
     arguments: dict[str, str] = group(dict, "More arguments of sglang.launch_server, by name without dashes.")
 
+    def hosts(self, world: int) -> int:
+        """Return how many of `world` training processes host one server together.
+
+        Colocated, one for each of its ranks, but a process alone may send whole tensors to all of them. Separate, those
+        whose responses it writes.
+        """
+        if self.placement == "separate":
+            return world // self.servers
+        return 1 if world == 1 and self.update == "flattened_bucket" else self.tensor_parallel
+
 
 @dataclass(frozen=True)
 class RolloutConfig:

@@ -93,7 +93,7 @@ train() {
     echo "$python: megatron-vapo ${arguments[*]}"
 
     # Says in seconds what would otherwise fail after minutes: paths, data, layout, recipe.
-    WORLD_SIZE=$((SLURM_JOB_NUM_NODES * processes)) "${on_first_node[@]}" \
+    WORLD_SIZE=$((SLURM_JOB_NUM_NODES * processes)) LOCAL_WORLD_SIZE=$processes "${on_first_node[@]}" \
         "$python" -m megatron_vapo "${arguments[@]}" --dry-run || exit
     [ -z "${VAPO_GPU:-}" ] || plan "$recipe" "$processes" ${overrides[@]+"${overrides[@]}"}
     echo "follow it: tail -f $logs/node0.log (each rank's output is below that folder)"

@@ -5,8 +5,8 @@
 #
 # MODEL is the Hugging Face folder of the base, RUN the run's folder. Conversion proves that Megatron holds the model that
 # Hugging Face has (--check compares logits) and leaves RUN-base for other tools; export makes RUN-export of the last
-# checkpoint; evaluation answers the recipe's problems with it. Options for sbatch: SBATCH_* (slurm/site.env), and
-# TASK_OPTIONS and TRAIN_OPTIONS for the two kinds of jobs.
+# checkpoint; evaluation answers the recipe's problems with it. Options for sbatch: SBATCH_* (slurm/site.env), TASK_OPTIONS
+# (conversions, without GPUs: --mem=0 and the like) and TRAIN_OPTIONS (training, and evaluation on one node of its kind).
 set -euo pipefail
 
 [ $# -ge 3 ] || { sed -n '2,4p' "$0"; exit 2; }
@@ -22,6 +22,7 @@ convert=$(submit ${TASK_OPTIONS:-} --job-name=convert slurm/task.sh \
 train=$(submit ${TRAIN_OPTIONS:-} --dependency=afterok:"$convert" "$script" model.path="$model" run_dir="$run" "$@")
 export=$(submit ${TASK_OPTIONS:-} --dependency=afterok:"$train" --job-name=export slurm/task.sh \
     bash -c "$python tools/convert_megatron_to_hf.py \$(ls -d $run/checkpoints/step_* | tail -n 1)/actor $run-export --base $model")
-evaluate=$(submit ${TASK_OPTIONS:-} --dependency=afterok:"$export" --job-name=evaluate slurm/task.sh \
+node=$(sed -nE 's/^#SBATCH (--(gpus-per-node|exclusive|mem)\S*).*/\1/p' "$script")  # what training asks of each
+evaluate=$(submit $node ${TRAIN_OPTIONS:-} --nodes=1 --dependency=afterok:"$export" --job-name=evaluate slurm/task.sh \
     "$python" -m megatron_vapo evaluate "$run-export" --recipe "$run/recipe.yaml")
 echo "convert $convert, train $train, export $export, evaluate $evaluate"

@@ -14,7 +14,7 @@ from megatron_vapo.commands.train import first_process
 from megatron_vapo.config import PrecisionConfig, Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.recipe.layout import check_model, check_world
-from megatron_vapo.recipe.load import load_recipe, with_overrides
+from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import Inputs, read_evaluation_inputs, world_size
 from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.determinism import be_deterministic
@@ -27,10 +27,22 @@ if TYPE_CHECKING:
     from megatron_vapo.rollout import RolloutEngine
 
 
+# A folder's tensors are whole; SGLang takes such in flattened buckets, and one process can host a server of any size.
+_OF_A_FOLDER = ("rollout.sglang.placement=colocated", "rollout.sglang.update=flattened_bucket")
+
+
 def evaluate_checkpoint(
-    path: str, recipe_path: str | None, overrides: Iterable[str], data: str | None, samples: int | None
+    path: str,
+    recipe_path: str | None,
+    overrides: Iterable[str],
+    data: str | None,
+    samples: int | None,
+    dry_run: bool = False,
 ) -> None:
-    """Print avg@k and pass@k of a Hugging Face folder or a run's checkpoint."""
+    """Print avg@k and pass@k of a Hugging Face folder or a run's checkpoint.
+
+    A folder is evaluated by one process, a checkpoint by as many as its actor's layout takes.
+    """
     checkpoint = Path(path)
     is_hf = (checkpoint / "config.json").is_file()
     if not is_hf and not (checkpoint / "state.json").is_file():
@@ -40,6 +52,7 @@ def evaluate_checkpoint(
     recipe_path = recipe_path or _recipe_of(checkpoint, is_hf)
     given = {"evaluation.data": data, "evaluation.samples": samples, "model.path": path if is_hf else None}
     overrides = [*overrides, *(f"{key}={value}" for key, value in given.items() if value is not None)]
+    overrides += _OF_A_FOLDER if is_hf else ()
     recipe = load_recipe(recipe_path, overrides)
     if recipe.evaluation.data is None:
         raise RecipeError("evaluation.data is not set: name a prompt set with --data")
@@ -49,6 +62,9 @@ def evaluate_checkpoint(
     if not is_hf:
         check_world("actor", recipe.actor, world_size())
         check_model("actor", recipe.actor, inputs.architecture)
+    if dry_run:
+        print(f"{path}: {len(inputs.held_out)} problems x {recipe.evaluation.samples} responses: ready to evaluate")
+        return
 
     metrics = _evaluated(recipe, inputs, checkpoint, is_hf)
     if first_process():
@@ -77,10 +93,7 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     from megatron_vapo.training.build import build_engine
 
     init_world()
-    if is_hf:
-        # A folder's tensors are whole; SGLang takes such in flattened buckets.
-        recipe = with_overrides(recipe, ["rollout.sglang.update=flattened_bucket"])
-    else:
+    if not is_hf:
         refuse_damaged(checkpoint)
     settings, reward = recipe.evaluation, recipe.reward
     with (

@@ -213,8 +213,11 @@ def _check_engine(recipe: Recipe, architecture: Architecture) -> None:
         return
     settings, world = recipe.rollout.sglang, world_size()
     colocated = settings.placement == "colocated"
-    hosts = list(range(world if colocated else settings.tensor_parallel))
-    shards = sglang_shards(architecture, settings.tensor_parallel, hosts)
+    _check_node(settings, world)
+    by_rank = colocated and settings.hosts(world) == settings.tensor_parallel
+    shards = sglang_shards(
+        architecture, settings.tensor_parallel, list(range(world if by_rank else settings.tensor_parallel))
+    )
     if recipe.rollout.quantization == "fp8":
         _check_fp8_rollout(architecture, shards)
     if not colocated and world % settings.servers:
@@ -264,6 +267,22 @@ _ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 def _options(variable: str) -> list[str]:
     return os.environ.get(variable, "").replace(" ", "").lower().split(",")
+
+
+def _check_node(settings: SGLangConfig, world: int) -> None:
+    """Refuse servers that would need more than one node: they are started without --nnodes."""
+    ranks, devices = settings.tensor_parallel, torch.cuda.device_count()
+    if torch.cuda.is_available() and ranks > devices:
+        raise LayoutError(
+            f"rollout.sglang.tensor_parallel={ranks}: a server runs on one node, and this one has {devices} devices: "
+            "lower it, so that each node hosts servers of its own"
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if settings.placement == "colocated" and world > 1 and local % ranks:
+        raise LayoutError(
+            f"rollout.sglang.tensor_parallel={ranks} does not divide the {local} processes of a node, on which a "
+            "server's ranks must lie together: lower it"
+        )
 
 
 def _check_kernels(actor: ActorConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -15,11 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.records import records, timeless
-from megatron_vapo.weights.architecture import read_architecture
-from megatron_vapo.weights.table import hf_shapes
+from tests.hollow import write_hollow_weights
 from tests.slurm import private_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -507,29 +504,8 @@ def qwen_32b(tmp_path: Path, checkpoint: Path) -> Path:
     shutil.copytree(REPOSITORY / "recipes" / "shapes" / "Qwen2.5-32B", folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, folder)
-    shapes = hf_shapes(read_architecture(folder))
-    groups: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        layer = re.search(r"layers\.(\d+)\.", name)
-        file = f"model-{int(layer[1]) // 4 if layer else 16:05d}-of-00017.safetensors"
-        groups.setdefault(file, {})[name] = shape
-    for file, held in groups.items():
-        write_hollow(folder / file, held)
-    index = {"metadata": {}, "weight_map": {name: file for file, held in groups.items() for name in held}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_hollow_weights(folder)
     return folder
-
-
-def write_hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
 
 
 @pytest.fixture

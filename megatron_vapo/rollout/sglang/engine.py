@@ -77,7 +77,7 @@ class SGLangEngine:
         if self._way == "distributed":
             check_torch()
         size = dist.get_world_size()
-        hosts = servers.tensor_parallel if self._colocated else size // servers.servers
+        hosts = servers.hosts(size)
         self._number, self._host = divmod(dist.get_rank(), hosts)
         self._leads = self._host == 0
         self._leaders = list(range(0, size, hosts))

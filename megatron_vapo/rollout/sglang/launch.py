@@ -87,5 +87,5 @@ def _first_device(own: SGLangConfig, device: torch.device) -> int:
     """Return the first device: colocated, the leader's own; separate, after those of the node's training processes."""
     if own.placement == "colocated":
         return device.index
-    hosts = dist.get_world_size() // own.servers
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + device.index // hosts * own.tensor_parallel
+    number = device.index // own.hosts(dist.get_world_size())
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + number * own.tensor_parallel
