@@ -277,7 +277,7 @@ def _check_node(settings: SGLangConfig, world: int) -> None:
             f"rollout.sglang.tensor_parallel={ranks}: a server runs on one node, and this one has {devices} devices: "
             "lower it, so that each node hosts servers of its own"
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if settings.placement == "colocated" and world > 1 and local % ranks:
         raise LayoutError(
             f"rollout.sglang.tensor_parallel={ranks} does not divide the {local} processes of a node, on which a "
