@@ -17,7 +17,9 @@ from megatron_vapo.config import ActorConfig, OffloadConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.offload import KINDS, SAVED
+from megatron_vapo.models.parameters import held_parameters
 from megatron_vapo.models.roles import Actor
+from megatron_vapo.models.roles import fused as role_fused
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.recipe.precision import fp8_refusal
@@ -48,19 +50,25 @@ def _against_float32(work: Workplace, precision: PrecisionConfig, logprob_limit:
     exact, exact_gradient = _seen(work, batch, PrecisionConfig(), torch.float32)
     ours, gradient = _seen(work, batch, precision, torch.bfloat16)
     difference = float((ours - exact).abs().mean())
-    cosine = float(F.cosine_similarity(gradient, exact_gradient, dim=0))
+    assert gradient.keys() == exact_gradient.keys(), gradient.keys() ^ exact_gradient.keys()
+    joined = [torch.cat([held[name] for name in exact_gradient]) for held in (gradient, exact_gradient)]
+    cosine = float(F.cosine_similarity(*joined, dim=0))
     assert difference < logprob_limit, f"log-probs differ by {difference:.4f} nats on average"
     assert cosine > cosine_limit, f"cosine of the gradients is {cosine:.4f}"
     return {"log-prob difference": difference, "gradient cosine": cosine}
 
 
-def _seen(work: Workplace, batch: Experience, precision: PrecisionConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-probs [T], and the gradient of their mean [parameters]."""
+def _seen(
+    work: Workplace, batch: Experience, precision: PrecisionConfig, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs [T], and the gradient of their mean by parameter: kinds of layers differ in their order."""
     trainer = _trainer(work, ActorConfig(micro_batch_tokens=1024, precision=precision), dtype)
     assert precision.linear == "model" or trainer.model.config.fp8, "the model was built without FP8"
     logprobs, _ = trainer.model.forward(batch)
     trainer.update(batch, _mean(len(logprobs)))
-    gradient = torch.cat([p.main_grad.double().flatten() for p in trainer.model.modules[0].parameters()])
+    with trainer.model.layout.active():
+        held = held_parameters(trainer.model)
+    gradient = {name: parameters[0].main_grad.double().flatten() for name, parameters in held.items()}
     trainer.model.layout.close()
     return logprobs, gradient
 
@@ -82,7 +90,7 @@ def _mean(tokens: int) -> Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Te
 
 
 def logprob_kernels(_: Workplace) -> Numbers:
-    """Log-probs, entropy and gradients, from logits and fused, against float64 on the CPU."""
+    """Log-probs, entropy and gradients, from logits, fused and by Triton, against float64 on the CPU."""
     generator = torch.Generator().manual_seed(0)
     tokens, hidden, vocab = 300, 128, 5003
     x, weight = torch.randn(tokens, hidden, generator=generator), torch.randn(vocab, hidden, generator=generator) / 8
@@ -107,6 +115,8 @@ def logprob_kernels(_: Workplace) -> Numbers:
 
     expected = results(plain, torch.float64, torch.device("cpu"))
     found = {"from logits": ours, "fused": fused}
+    if torch.cuda.is_available():
+        found["triton"] = lambda *rest: role_fused("triton")(*rest, vocab)
     worst = {
         name: max(relative(a, b) for a, b in zip(results(way, torch.float32, device()), expected))
         for name, way in found.items()

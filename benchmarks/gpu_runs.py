@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.gpu_machine import Numbers, Workplace, need_cuda
+from benchmarks.gpu_machine import NotAvailable, Numbers, Workplace, need_cuda
 from benchmarks.gpu_models import QWEN_1_5B, TINY, make_model, make_prompts, responses
 from megatron_vapo.checkpoint.run_folder import open_run_folder
 from megatron_vapo.commands.doctor import find_sglang
@@ -104,13 +104,17 @@ def memory_against_plan(work: Workplace) -> Numbers:
 
 
 def rollouts(work: Workplace) -> Numbers:
-    """Two steps on what an engine writes: SGLang where there is a GPU and SGLang, else the embedded engine."""
+    """Two steps on what an engine writes: SGLang where there is a GPU and SGLang, else the embedded engine.
+
+    The engine's weights are proven after every sync, which after the first is also after a wake-up.
+    """
     cuda, sglang = torch.cuda.is_available(), find_sglang()
     settings = [
         "minibatch_size=16",
         "actor.logprobs=chunked",
         f"model.dtype={'bfloat16' if cuda else 'float32'}",
         f"rollout.max_response_tokens={256 if cuda else 24}",
+        "rollout.check_weights_every=1",
         *(f"{role}.distributed_optimizer=true" for role in ROLES),
         *OFFLOAD,
     ]
@@ -126,6 +130,25 @@ def rollouts(work: Workplace) -> Numbers:
         "tokens/s": record["response/length_mean"] * 16 / record["seconds/rollout"],
         "log-prob difference to the actor": record["rollout/logprob_difference_mean"],
     }
+
+
+def separate_placement(work: Workplace) -> Numbers:
+    """Two steps with SGLang on a GPU of its own, which gets weights by broadcast."""
+    need_cuda()
+    sglang = find_sglang()
+    if torch.cuda.device_count() < 2 or sglang is None:
+        raise NotAvailable("needs two CUDA devices and SGLang")
+    settings = [
+        "minibatch_size=16",
+        "model.dtype=bfloat16",
+        "rollout.max_response_tokens=256",
+        "rollout.check_weights_every=1",
+        "rollout.engine=sglang",
+        f"rollout.sglang.python={sglang[0]}",
+        "rollout.sglang.placement=separate",
+    ]
+    record = _trained(work, "separate placement", QWEN_1_5B, settings)[-1]
+    return {"log-prob difference to the actor": record["rollout/logprob_difference_mean"]}
 
 
 def determinism(work: Workplace) -> Numbers:

@@ -44,7 +44,7 @@ def load_hf(model: ParallelModel, folder: str | Path) -> dict[torch.nn.Parameter
     source.check(expected)
     exact: dict[torch.nn.Parameter, Tensor] = {}
     with model.layout.active(), torch.no_grad():
-        held = _held_parameters(model)
+        held = held_parameters(model)
         unknown = held.keys() - {entry.megatron for entry in entries(model.architecture)}
         assert not unknown, f"parameters that the table of names does not know: {sorted(unknown)}"
         for entry in entries(model.architecture):
@@ -81,14 +81,14 @@ def held_tensors(model: ParallelModel) -> dict[str, Tensor]:
     """Return this rank's parameters by name: the source of a reshard (`weights.transfer`)."""
     model.offloader.ready("parameters")
     with model.layout.active():
-        return {name: _numbers(parameters[0]) for name, parameters in _held_parameters(model).items()}
+        return {name: _numbers(parameters[0]) for name, parameters in held_parameters(model).items()}
 
 
 def gather_training_ranks(model: ParallelModel) -> list[TrainingRank]:
     """Return what each rank of the world holds; all ranks must call it."""
     with model.layout.active():
         experts = parallel_state.get_expert_tensor_parallel_group()
-        names = frozenset(_held_parameters(model))
+        names = frozenset(held_parameters(model))
     mine = TrainingRank(names, model.layout.tp_rank, model.layout.tp_size, experts.rank(), experts.size())
     return gather_objects(mine)
 
@@ -98,7 +98,7 @@ def _numbers(parameter: torch.nn.Parameter) -> Tensor:
     return dequantize_fp8_tensor(parameter).detach() if is_float8tensor(parameter) else parameter.data
 
 
-def _held_parameters(model: ParallelModel) -> dict[str, list[torch.nn.Parameter]]:
+def held_parameters(model: ParallelModel) -> dict[str, list[torch.nn.Parameter]]:
     """Return this rank's parameters by Megatron name with global layer and expert numbers; tied copies share one."""
     held: dict[str, list[torch.nn.Parameter]] = {}
     for module in model.modules:
