@@ -6,8 +6,9 @@
 4. `sleep`: memory of cache and weights goes to training.
 
 Colocated, the processes of `tensor_parallel` ranks host one server together. The first of them, the leader, starts it
-and asks it; all of them hand it the shards of their own ranks. Separate, each server has a leader alone, never sleeps,
-and gets whole tensors by broadcast.
+and asks it; all of them hand it the shards of their own ranks. (A process without others hosts a server of any size,
+and sends it whole tensors.) Separate, each server has a leader alone, never sleeps, and gets whole tensors by a
+broadcast.
 """
 
 from __future__ import annotations
