@@ -105,7 +105,8 @@ def test_an_environment_that_lacks_the_gpu_path_is_refused(
     monkeypatch.setattr(gpu_check, "absent", lambda: missing)
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
     assert gpu_check.main() == 9
-    assert all(name in capsys.readouterr().err for name in (*missing, "docs/install.md", "--partial"))
+    said = capsys.readouterr().err
+    assert all(name in said for name in (*missing, "docs/install.md", "--partial"))
 
 
 def test_what_is_cut_leaves_a_report_of_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
