@@ -25,6 +25,12 @@ class PickledFolder(HFFolder):
         """Return a tensor's type."""
         return self._stored(name).dtype
 
+    def _shapes(self, names: set[str]) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in {self._files[name] for name in names}:
+            shapes |= {n: tuple(t.shape) for n, t in _load(path).items() if n in names and self._files[n] == path}
+        return shapes
+
     def _stored(self, name: str) -> Tensor:
         return _load(self._files[name])[name]
 

@@ -58,6 +58,7 @@ def test_every_recipe_is_an_arm() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == {arm.name for arm in ARMS}
 
 
+@pytest.mark.slow
 def test_literal_and_scaled_differ_in_lambda_alone() -> None:
     scaled = {load_recipe(arm.recipe).algorithm.lambda_policy for arm in ARMS if arm.name.endswith("_scaled")}
     assert len(scaled) == 1 and scaled.pop() < 0.95

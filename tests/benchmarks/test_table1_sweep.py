@@ -106,6 +106,7 @@ def test_arms_of_a_seed_share_what_they_should(swept: Callable[..., MadeUp], tmp
     assert from_actor.critic.reward_model is None
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_skipped_and_kept_small(swept: Callable[..., MadeUp], tmp_path: Path) -> None:
     swept([VAPO], 1)
     assert swept([VAPO, DAPO], 1).done == ["seed_000/dapo"]
@@ -133,6 +134,7 @@ def test_a_complete_run_of_other_settings_is_refused(
     assert "complete with other settings (actor.optimizer.learning_rate): delete it" in failed
 
 
+@pytest.mark.slow
 def test_tuning_uses_one_grid_and_other_seeds(
     tmp_path: Path, write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_model_without_trainer_holds_parameters_only(make_actor, folder: Path,
     assert not any(hasattr(p, "main_grad") or p.grad is not None for p in model.modules[0].parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROLES)
 def test_training_in_between_is_the_same(train_actor, folder: Path, batch, name: str) -> None:
     moved, stays = make(train_actor, folder, name), make(train_actor, folder, name, OffloadConfig())

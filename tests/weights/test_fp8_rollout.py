@@ -172,13 +172,14 @@ def test_bytes_in_blocks_are_those_of_the_tensors():
 
 def test_an_engine_without_fp8_gets_what_the_blocks_stand_for():
     weight = torch.randn(200, 140)
-    parameter = Parameter("model.layers.0.mlp.up_proj.weight", (200, 140), ())
+    up = "model.layers.0.mlp.up_proj.weight"
+    parameter = Parameter(up, (200, 140), (Box(up, 0, 200, 0, 140),))
     ((name, rounded),) = fp8.rounded_in_blocks(parameter, weight)
     codes, scales = fp8.to_blocks(weight)
     exact = codes.double() * scales.double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:200, :140]
     assert name == parameter.name and rounded.dtype == torch.float32
     torch.testing.assert_close(rounded.double(), exact, rtol=1e-6, atol=0)
-    norm = Parameter("model.norm.weight", (200,), ())
+    norm = Parameter("model.norm.weight", (200,), (Box("model.norm.weight", 0, 200, 0, 1),))
     assert next(fp8.rounded_in_blocks(norm, weight))[1] is weight
 
 

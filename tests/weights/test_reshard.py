@@ -148,6 +148,7 @@ def same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], expected[name]), name
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60)
 def test_engine_shards_equal_gathering_everything(data: st.DataObject) -> None:
