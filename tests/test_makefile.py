@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -19,7 +20,10 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def make(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    """Run make as a user does, whatever make runs these tests."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
 def test_gpu_check_runs_in_the_active_environment_and_makes_none(foreign: Path) -> None:
