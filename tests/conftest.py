@@ -12,7 +12,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -181,9 +181,10 @@ def make_experience() -> Callable[..., object]:
     return make
 
 
-@pytest.fixture
-def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards run in this process: faster where processes are not what is tested, and with its random generators."""
+@pytest.fixture(scope="module")
+def inline_rewards() -> Iterator[None]:
+    """Rewards of a module's tests run in this process: faster where processes are not what is tested, and with its
+    random generators."""
     from concurrent.futures import Future
 
     from megatron_vapo.rewards import RewardInput, scorer, worker
@@ -202,7 +203,9 @@ def inline_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(scorer, "Pool", Inline)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "Pool", Inline)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -79,8 +79,6 @@ class Crash(Exception):
     """Stands for kill -9."""
 
 
-pytestmark = pytest.mark.usefixtures("inline_rewards")
-
 PHASES = [phase for phase in Phase if phase not in (Phase.STARTING, Phase.SLEEP)]
 
 
@@ -104,7 +102,10 @@ class Events(Watchdog):
 
 @pytest.fixture(scope="module")
 def start(
-    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path], tiny_problems: Path
+    inline_rewards: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    make_checkpoint: Callable[..., Path],
+    tiny_problems: Path,
 ) -> Callable[..., bool]:
     """`start(run_dir, *overrides, interrupt=...)` trains until the end or until stopped; True at the end."""
     recipe_file = tmp_path_factory.mktemp("resume") / "resume.yaml"
