@@ -308,6 +308,12 @@ class ValuePretrainingConfig:
     target_explained_variance: float = setting(
         0.95, "Stop once the explained variance, measured on new rollouts before training on them, reaches this."
     )
+    judged_rollouts: int = setting(
+        3,
+        "The explained variance that is compared with target_explained_variance is the mean over so many rollouts: "
+        "that of one scatters.",
+        AT_LEAST_1,
+    )
     epochs: int = setting(1, "Passes over each rollout batch.", AT_LEAST_1)
     reset_optimizer: bool = setting(
         False, "Start VAPO with fresh critic optimizer states instead of those that pretraining left."

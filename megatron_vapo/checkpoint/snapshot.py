@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_vapo.data.position import SamplingPosition
@@ -22,6 +22,8 @@ class RunState:
     """Response tokens of training rollouts, those that no batch held included."""
     pretraining_tokens: int = 0
     """Response tokens of value pretraining's rollouts."""
+    explained_variances: list[float] = field(default_factory=list)
+    """The critic's on each of value pretraining's rollouts, before it was trained on."""
     reward_failures: int = 0
     """Responses whose reward raised or died, on all ranks."""
     reward_timeouts: int = 0

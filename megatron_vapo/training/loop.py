@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
-from megatron_vapo.algorithm.statistics import explained_variance
 from megatron_vapo.checkpoint.pretrained_critic import load_pretrained_critic, save_pretrained_critic
+from megatron_vapo.checkpoint.snapshot import RunState
+from megatron_vapo.config import ValuePretrainingConfig
 from megatron_vapo.training.objectives import monte_carlo_returns, with_advantages
 from megatron_vapo.training.run import Run
 
@@ -72,29 +74,29 @@ def pretrain_critic(run: Run) -> None:
 
 
 def _pretraining_steps(run: Run) -> bool:
-    """Return whether a rollout was explained as well as the recipe asks before the bound on steps."""
+    """Return whether rollouts were explained as well as the recipe asks before the bound on steps."""
     settings = run.recipe.value_pretraining
-    explained = False
-    while run.state.pretraining_steps < settings.max_steps and not explained:
+    while not (done := _is_explained(run.state, settings)) and run.state.pretraining_steps < settings.max_steps:
         step = run.state.pretraining_steps + 1
 
         rollout = run.rollout("pretrain", step)
         batch = run.values(rollout.batch)
         batch = monte_carlo_returns(batch, run.recipe.algorithm.gamma)
         run.interrupt.check()
-        # Judged on rollouts that the critic was not trained on yet.
-        explained = (
-            explained_variance(batch.require("values"), batch.require("returns")) >= settings.target_explained_variance
-        )
         metrics = run.update_critic(batch, settings.epochs, step)
 
         run.finish_step("pretrain", step, rollout, batch, metrics)
-        if not explained:  # else pretraining is first concluded: a resumed run could not judge it again
-            if _due(step, run.recipe.checkpoint.every, last=step == settings.max_steps):
-                run.save()
-            run.settle()
-            run.interrupt.check()
-    return explained
+        if _due(step, run.recipe.checkpoint.every, last=step == settings.max_steps):
+            run.save()
+        run.settle()
+        run.interrupt.check()
+    return done
+
+
+def _is_explained(state: RunState, settings: ValuePretrainingConfig) -> bool:
+    """Return whether the last rollouts, before the critic was trained on them, were explained well enough."""
+    judged = state.explained_variances[-settings.judged_rollouts :]
+    return len(judged) == settings.judged_rollouts and fmean(judged) >= settings.target_explained_variance
 
 
 def _evaluate_if_due(run: Run) -> None:

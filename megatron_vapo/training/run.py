@@ -172,10 +172,12 @@ class Run:
             batch: the rollout's, with all that was computed for it.
             metrics: of the updates.
         """
-        self._advance(self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures))
-        everything = step_metrics.of_step(
-            batch, metrics, self.timer.step_seconds(), self.state, self.recipe.algorithm.gamma
-        )
+        state = self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
+        everything = step_metrics.of_step(batch, metrics, self.timer.step_seconds(), state, self.recipe.algorithm.gamma)
+        if kind == "pretrain":
+            explained = [*state.explained_variances, everything["critic/explained_variance"]]
+            state = replace(state, explained_variances=explained)
+        self._advance(state)
         everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
         warnings = {} if self._records is None else self._records.step(kind, step, batch, everything)
         self.display.advance(everything)

@@ -317,7 +317,8 @@ OUT_OF_BOUNDS = {
     "at least 1": (
         *("minibatch_size", "epochs", "max_skipped_updates", "rollout.prompts_per_step", "rollout.samples_per_prompt"),
         *("rollout.max_response_tokens", "rollout.transformers.batch_size", "rollout.dynamic_sampling_rounds"),
-        *("value_pretraining.epochs", "value_pretraining.max_steps", "data.max_prompt_tokens", "evaluation.samples"),
+        *("value_pretraining.epochs", "value_pretraining.judged_rollouts", "value_pretraining.max_steps"),
+        *("data.max_prompt_tokens", "evaluation.samples"),
         *("evaluation.problems", "checkpoint.keep", "actor.tensor_parallel", "actor.pipeline_parallel"),
         *("actor.virtual_pipeline", "actor.context_parallel", "actor.expert_parallel", "actor.expert_tensor_parallel"),
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),

@@ -229,7 +229,7 @@ DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
         (),
         (*DELAYED, "rollout.quantization=fp8"),
         ("value_pretraining.enabled=false",),
-        ("value_pretraining.target_explained_variance=-100",),  # reached in the first step
+        ("value_pretraining.target_explained_variance=-100", "value_pretraining.judged_rollouts=1"),  # the first step's
         ("value_pretraining.reset_optimizer=true", "rollout.dynamic_sampling=true"),
         SHARDED,
         ("algorithm.advantage=group", "model.dtype=bfloat16"),
