@@ -38,9 +38,12 @@ class TokenText {
   /** Return the first and the last token in sight. */
   get inSight() {
     const { box, rows, lines } = this;
-    const first = Math.floor(box.scrollTop / rows.height);
-    const last = Math.min(lines.length, Math.ceil((box.scrollTop + box.clientHeight) / rows.height)) - 1;
-    return lines.length ? [lines[first][0].token, lines[last].at(-1).token] : [0, 0];
+    if (!lines.length) return [0, 0];
+    // A box without height, as a pane that is hidden or not laid out yet has, shows its first line.
+    const within = (line) => Math.max(0, Math.min(line, lines.length - 1));
+    const first = within(Math.floor(box.scrollTop / rows.height));
+    const last = Math.max(first, within(Math.ceil((box.scrollTop + box.clientHeight) / rows.height) - 1));
+    return [lines[first][0].token, lines[last].at(-1).token];
   }
 
   /** Break the tokens into lines, after newlines and where the width ends. */
