@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_vapo.config import RolloutConfig
+from megatron_vapo.errors import RolloutError
 from megatron_vapo.rollout.sglang.client import ServerFailure
 from megatron_vapo.rollout.sglang.engine import SGLangEngine
 
@@ -21,9 +22,12 @@ class Fake:
     def __init__(self) -> None:
         self.called: list[str] = []
         self.failing: str | None = None
+        self.hangs = False
 
     def stop(self) -> None:
         self.called.append("stop")
+        if self.hangs:
+            raise RolloutError("has not ended within 60 s")
 
     def resident_bytes(self) -> int:
         return 0
@@ -65,6 +69,14 @@ def test_a_server_that_failed_before_does_not_keep_its_memory_either(engine: SGL
     engine.failure = "gave no sign of life"
     engine.sleep()
     assert fake.called == ["stop"]
+
+
+def test_a_server_that_does_not_even_end_stops_all_ranks_at_the_next_sync(engine: SGLangEngine, fake: Fake) -> None:
+    """Raised in `sleep`, by one rank, it would leave the others waiting."""
+    engine.failure, fake.hangs = "gave no sign of life", True
+    engine.sleep()
+    assert engine.asleep and engine.failure == "has not ended within 60 s"
+    assert engine.revive() == "has not ended within 60 s"  # which is raised everywhere
 
 
 def test_the_trainer_gives_its_memory_back_before_the_cache_wakes_up(

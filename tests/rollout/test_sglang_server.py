@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import psutil
 import pytest
 
 from megatron_vapo.errors import RolloutError
+from megatron_vapo.rollout.sglang import server as server_module
 from megatron_vapo.rollout.sglang import supervisor
 from megatron_vapo.rollout.sglang.server import Address, Server, ServerSettings, free_port
 
@@ -298,6 +300,22 @@ def test_a_signal_to_the_trainer_s_group_does_not_reach_the_server(start: Callab
     """Ctrl-C goes to all processes of the terminal's foreground group; the trainer still asks its server then."""
     start()
     assert all(os.getpgid(process.pid) != os.getpgid(0) for process in tree(os.getpid()))
+
+
+def test_a_server_that_does_not_end_is_not_waited_for_for_ever(
+    start: Callable[..., Server], settings: ServerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process that hangs in a driver, its supervisor is stopped."""
+    server = start()
+    hanging = psutil.Process(server._supervisor.pid)
+    hanging.suspend()
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "_END_S", 0.2)
+        with pytest.raises(RolloutError, match=f"within 0.2 s.*{re.escape(str(settings.log))}"):
+            server.stop()
+    hanging.resume()
+    server.stop()
+    assert not server.running
 
 
 def test_a_port_that_is_taken_is_replaced(settings: ServerSettings) -> None:

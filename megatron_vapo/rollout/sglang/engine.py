@@ -198,7 +198,7 @@ class SGLangEngine:
             self._attempt(self._call("/release_memory_occupation", {"tags": [*AT_LAST, *AT_FIRST]}))
             self._counts["rollout/memory_released_gib"] += (before - self._occupied()) / 2**30
         if self.failure is not None:
-            self._stop()  # it would keep its memory while the models train
+            self._kill()  # it would keep its memory while the models train
         self.asleep = True
 
     def metrics(self) -> dict[str, float]:
@@ -220,8 +220,8 @@ class SGLangEngine:
         self._counts["rollout/restarts"] += bool(self._starts)
         self._starts += 1
         self.asleep = False
-        self._stop()
         try:
+            self._stop()
             self._server = Server(self._launch, self._answers)
         except RolloutError as error:
             return str(error)
@@ -231,6 +231,14 @@ class SGLangEngine:
     def _stop(self) -> None:
         if self._server is not None:
             self._server.stop()
+
+    def _kill(self) -> None:
+        """End a server that failed. One that does not end is the failure; the next `revive` tries again, and reports it
+        to all ranks."""
+        try:
+            self._stop()
+        except RolloutError as error:
+            self.failure = str(error)
 
     def _answers(self, address: Address) -> bool:
         async def ask() -> bool:

@@ -18,6 +18,7 @@ from megatron_vapo.rollout.sglang import supervisor
 from megatron_vapo.rollout.sglang.environment import inherited
 
 _PORT_ATTEMPTS = 5
+_END_S = 60.0
 _POLL_S = 0.2
 _SERVER = "sglang.launch_server"
 
@@ -82,8 +83,18 @@ class Server:
         return self._supervisor.poll() is None
 
     def stop(self) -> None:
-        """Kill the server and all its processes; returns when they are gone."""
-        self._supervisor.communicate()  # closes its stdin and waits
+        """Kill the server and all its processes; returns when they are gone.
+
+        Raises:
+            RolloutError: they are not gone in time, as processes that hang in a device's driver.
+        """
+        try:
+            self._supervisor.communicate(timeout=_END_S)  # closes its stdin and waits
+        except subprocess.TimeoutExpired as error:
+            raise RolloutError(
+                f"the SGLang server was killed and has not ended within {_END_S:g} s: see the processes below "
+                f"{self._supervisor.pid}, which may hold their device, and {self._settings.log}"
+            ) from error
 
     def resident_bytes(self) -> int:
         """Return the bytes of host memory of the server's processes."""
