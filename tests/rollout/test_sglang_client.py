@@ -229,6 +229,7 @@ class Outcome:
         self.failure: str | None = None
         self.counts: Counter[str] = Counter()
         self.server: FakeServer
+        self.process: FakeProcess
 
 
 def ask(
@@ -245,7 +246,7 @@ def ask(
     async def run() -> None:
         outcome.server = FakeServer(write)
         async with outcome.server.up() as url:
-            process = FakeProcess(url, warm)
+            process = outcome.process = FakeProcess(url, warm)
             pool = RequestPool(process, settings, (END,), VERSION, outcome.counts)
             other = asyncio.create_task(meanwhile(outcome.server, process, pool)) if meanwhile else None
 
@@ -418,7 +419,7 @@ def test_a_server_that_hangs_is_given_up() -> None:
         return await asyncio.Event().wait()  # never
 
     outcome = ask(write, 6, RolloutConfig(sglang=SGLangConfig(retries=2, concurrency=4, stall_seconds=0.4)))
-    assert "no sign of life for 0.4 s" in outcome.failure
+    assert "no sign of life for 0.4 s (rollout.sglang.stall_seconds)" in outcome.failure
     assert set(outcome.delivered) <= {0} and not outcome.counts
 
 
@@ -436,6 +437,33 @@ def test_a_server_has_the_time_of_a_start_for_its_first_response() -> None:
     outcome = ask(write, 2, settings, warm=False)
     assert set(outcome.delivered) == {0}  # long after stall_seconds
     assert "no sign of life for 0.4 s" in outcome.failure  # which count from then on
+
+
+def test_the_time_of_a_start_is_named_where_it_was_the_limit() -> None:
+    async def write(server: FakeServer, body: dict, before: int) -> object:
+        server.healthy.clear()
+        return await asyncio.Event().wait()  # never
+
+    settings = RolloutConfig(sglang=SGLangConfig(retries=0, stall_seconds=0.1, start_seconds=0.5))
+    outcome = ask(write, 1, settings, warm=False)
+    assert "no sign of life for 0.5 s (rollout.sglang.start_seconds)" in outcome.failure
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_server_has_generated_once_there_is_a_token(tokens: int) -> None:
+    """A request that was aborted while it waited shows no kernels."""
+
+    async def write(server: FakeServer, body: dict, before: int) -> object:
+        await server.until_aborted(body)
+        return answer([7] * tokens, "abort")
+
+    async def stop(server: FakeServer, process: FakeProcess, pool: RequestPool) -> None:
+        while not server.asked:
+            await asyncio.sleep(0)
+        pool.stopping = True
+
+    outcome = ask(write, 1, meanwhile=stop, warm=False)
+    assert len(outcome.delivered) == 1 and outcome.process.has_generated == (tokens > 0)
 
 
 @pytest.mark.slow

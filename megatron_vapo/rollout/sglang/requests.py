@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -59,7 +59,7 @@ class RequestPool:
             async with places:
                 response = await self._send(server, requests[number], sampling, max_tokens)
             progress[0] = loop.time()
-            self._server.has_generated = True
+            self._server.has_generated |= len(response.token_ids) > 0  # an abort may come before any
             deliver((number, response))
 
         async with connect(self._server.address) as server:
@@ -133,11 +133,17 @@ class RequestPool:
             await asyncio.sleep(0.2)
 
     @property
-    def _patience(self) -> float:
-        """The seconds of silence after which a server counts as hung; those of a start until its first response is
-        there, for which kernels are compiled."""
+    def _limit(self) -> Literal["start_seconds", "stall_seconds"]:
+        """The setting that says how long a server may be silent: that of a start, where it is longer, until the first
+        response is there, for which kernels are compiled."""
         own = self._settings.sglang
-        return own.stall_seconds if self._server.has_generated else max(own.start_seconds, own.stall_seconds)
+        starting = not self._server.has_generated and own.start_seconds > own.stall_seconds
+        return "start_seconds" if starting else "stall_seconds"
+
+    @property
+    def _patience(self) -> float:
+        """The seconds of silence after which a server counts as hung."""
+        return getattr(self._settings.sglang, self._limit)
 
     async def _watch(self, server: Connection, progress: Callable[[], float]) -> str:
         """Return once the server has ended, or has neither answered nor made progress for as long as `_patience`."""
@@ -154,7 +160,7 @@ class RequestPool:
                     probe = asyncio.create_task(server.healthy(self._patience))
                 limit = self._patience
                 if loop.time() - max(alive, progress()) > limit:
-                    return f"the server gave no sign of life for {limit:g} s (rollout.sglang.stall_seconds)"
+                    return f"the server gave no sign of life for {limit:g} s (rollout.sglang.{self._limit})"
         finally:
             probe.cancel()
 
