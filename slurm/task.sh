@@ -1,7 +1,8 @@
 #!/bin/bash
 # One command on one node, with the site's settings: sbatch slurm/task.sh COMMAND... It has no GPU unless asked for:
 #
-#     sbatch --gpus-per-node=8 --exclusive --mem=0 slurm/task.sh $VAPO_PYTHON -m megatron_vapo evaluate RUN/export ...
+#     sbatch --gpus-per-node=8 --exclusive --mem=0 slurm/task.sh \
+#         ${VAPO_PYTHON:-.venv/bin/python} -m megatron_vapo evaluate RUN/export ...
 #
 #SBATCH --job-name=vapo_task
 #SBATCH --nodes=1
