@@ -78,6 +78,9 @@ train() {
         recipe=$1
         shift
     fi
+    # The batch shell alone is told of the time limit. What is asked for before the ranks start, they find as they do.
+    trap 'echo "time limit is near: asking the run to stop"; touch "$logs/stop"' USR1
+    trap 'echo "job is to end: asking the run to stop"; touch "$logs/stop"' TERM
     local overrides=()
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then  # a job array: its numbers are seeds, each with a run folder of its own
         overrides+=("seed=$SLURM_ARRAY_TASK_ID" "name=$(basename "$recipe" .yaml)_seed$SLURM_ARRAY_TASK_ID")
@@ -101,9 +104,6 @@ train() {
 
     "${on_each_node[@]}" --nodes="$SLURM_JOB_NUM_NODES" --output="$logs/node%n.log" bash slurm/node.sh "${arguments[@]}" &
     local launched=$! code
-    # The batch shell alone is told of the time limit.
-    trap 'echo "time limit is near: asking the run to stop"; touch "$logs/stop"' USR1
-    trap 'echo "job is to end: asking the run to stop"; touch "$logs/stop"' TERM
     while wait "$launched"; kill -0 "$launched" 2> /dev/null; do :; done  # a signal ends `wait` before srun ends
     wait "$launched"
     code=$?
