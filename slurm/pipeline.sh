@@ -22,7 +22,8 @@ convert=$(submit ${TASK_OPTIONS:-} --job-name=convert slurm/task.sh \
 train=$(submit ${TRAIN_OPTIONS:-} --dependency=afterok:"$convert" "$script" model.path="$model" run_dir="$run" "$@")
 export=$(submit ${TASK_OPTIONS:-} --dependency=afterok:"$train" --job-name=export slurm/task.sh \
     bash -c "$python tools/convert_megatron_to_hf.py \$(ls -d $run/checkpoints/step_* | tail -n 1)/actor $run-export --base $model")
-node=$(sed -nE 's/^#SBATCH (--(gpus-per-node|exclusive|mem)\S*).*/\1/p' "$script")  # what training asks of each
+# What training asks of each node.
+node=$(sed -nE 's/^#SBATCH (--(gpus-per-node|cpus-per-task|exclusive|mem)\S*).*/\1/p' "$script")
 evaluate=$(submit $node ${TRAIN_OPTIONS:-} --nodes=1 --dependency=afterok:"$export" --job-name=evaluate slurm/task.sh \
     "$python" -m megatron_vapo evaluate "$run-export" --recipe "$run/recipe.yaml")
 echo "convert $convert, train $train, export $export, evaluate $evaluate"

@@ -1,4 +1,4 @@
-"""slurm/job.sh alone, with stand-ins for Slurm's programs. It needs no Slurm."""
+"""slurm/job.sh and slurm/pipeline.sh alone, with stand-ins for Slurm's programs. They need no Slurm."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ else
 fi
 """
 SCONTROL = "#!/bin/bash\necho node1\n"
+SBATCH = '#!/bin/bash\necho "$*" >> submitted\necho 7\n'
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """A copy of slurm/ to work in, and stand-ins before all other programs."""
     shutil.copytree(REPOSITORY / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("site.env"))
     (tmp_path / "bin").mkdir()
-    for name, content in {"srun": SRUN, "scontrol": SCONTROL}.items():
+    for name, content in {"srun": SRUN, "scontrol": SCONTROL, "sbatch": SBATCH}.items():
         (tmp_path / "bin" / name).write_text(content)
         (tmp_path / "bin" / name).chmod(0o755)
     outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "VAPO"))}
@@ -53,3 +54,10 @@ def test_a_signal_during_the_dry_run_reaches_the_ranks(
         rest = job.stdout.read().splitlines()
     assert job.returncode == 0
     assert rest[0].endswith("asking the run to stop") and rest[-2:] == ["stop", "done"]
+
+
+def test_evaluation_asks_of_its_node_what_training_asks_of_each(environment: dict[str, str], tmp_path: Path) -> None:
+    command = ["bash", "slurm/pipeline.sh", "slurm/gsm8k_0.5b.sh", "models/base", "runs/first"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    evaluation = (tmp_path / "submitted").read_text().splitlines()[-1].split()
+    assert {"--gpus-per-node=1", "--cpus-per-task=16", "--mem=96G", "--nodes=1"} <= set(evaluation)
