@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,28 +49,57 @@ def test_a_failure_is_told_in_its_first_line_and_nothing_else_is_kept_from_runni
     assert run_part("log-prob kernels against float64", tmp_path).status == "pass"
 
 
-def test_a_process_that_dies_is_the_failure_of_its_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second part kills the first process; the second process does all that come after it."""
-    scripts = iter(
-        [
-            f"note('versions'); os.kill(os.getpid(), {signal.SIGKILL.value})",
-            "; ".join(f"note({name!r})" for name in list(PARTS)[2:]),
-        ]
-    )
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Result]]:
+    """`workers(*scripts)` -> what `check` makes of processes that run these, one after another."""
     start = subprocess.Popen
 
-    def worker(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
-        head = (
-            "import json, os, sys; note = lambda part: print(json.dumps({'part': part, 'status': 'pass'}), "
-            f"file=open({command[-1] + '/results.jsonl'!r}, 'a'))"
-        )
-        return start([sys.executable, "-c", f"{head}; {next(scripts)}"])
+    def run(*scripts: str) -> list[Result]:
+        left = iter(scripts)
 
-    monkeypatch.setattr(gpu_check.subprocess, "Popen", worker)
-    results = check(seconds=60)
-    assert [result.part for result in results] == list(PARTS)
+        def worker(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+            head = (
+                "import json, os, sys; note = lambda part, status='pass': print(json.dumps({'part': part, "
+                f"'status': status}}), flush=True, file=open({command[-1] + '/results.jsonl'!r}, 'a'))"
+            )
+            return start([sys.executable, "-c", f"{head}; {next(left)}"])
+
+        monkeypatch.setattr(gpu_check.subprocess, "Popen", worker)
+        results = check(seconds=60)
+        assert [result.part for result in results] == list(PARTS)
+        assert next(left, None) is None
+        return results
+
+    return run
+
+
+DIES = f"os.kill(os.getpid(), {signal.SIGKILL.value})"
+
+
+def noting(parts: list[str]) -> str:
+    return "; ".join(f"note({name!r})" for name in parts)
+
+
+def test_a_process_that_dies_is_the_failure_of_its_part_alone(workers: Callable[..., list[Result]]) -> None:
+    """The second part kills the first process; the second process does all that come after it."""
+    results = workers(f"note('versions'); {DIES}", noting(list(PARTS)[2:]))
     assert [result.status for result in results] == ["pass", "fail"] + ["pass"] * (len(PARTS) - 2)
     assert "-9" in results[1].reason
+
+
+def test_a_process_that_dies_after_a_failure_that_it_noted_is_not_the_next_part_s(
+    workers: Callable[..., list[Result]],
+) -> None:
+    results = workers(f"note('versions', 'fail'); {DIES}", noting(list(PARTS)[1:]))
+    assert [result.status for result in results] == ["fail"] + ["pass"] * (len(PARTS) - 1)
+
+
+@pytest.mark.parametrize("status", ["pass", "fail"])
+def test_a_process_that_dies_after_the_last_part_changes_nothing(
+    status: str, workers: Callable[..., list[Result]]
+) -> None:
+    results = workers(f"{noting(list(PARTS)[:-1])}; note({list(PARTS)[-1]!r}, {status!r}); {DIES}")
+    assert [result.status for result in results] == ["pass"] * (len(PARTS) - 1) + [status]
 
 
 def test_what_comes_too_late_is_not_available() -> None:
@@ -138,6 +168,7 @@ def test_what_is_cut_leaves_a_report_of_what_came_before(tmp_path: Path, monkeyp
 
 STAND_IN = """
 import dataclasses, sys, tempfile
+from collections.abc import Callable
 from pathlib import Path
 from megatron_vapo.runtime import cpu_backend
 cpu_backend.install()
