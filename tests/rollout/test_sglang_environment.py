@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,3 +122,30 @@ def test_an_error_in_meeting_is_the_servers_failure(monkeypatch: pytest.MonkeyPa
     updater = WeightUpdater("distributed", 0, 1, torch.device("cpu"), 1.0, "weights")
     with pytest.raises(ServerFailure, match=str(error)):
         asyncio.run(updater.send(None, [("a", torch.ones(1))]))
+
+
+class BrokenGroup(update_group.UpdateGroup):
+    """Has met a server that does not receive."""
+
+    def __init__(self, backend: str) -> None:
+        self.name, self.backend = "weights-1", backend
+
+    def broadcast(self, memory: torch.Tensor) -> None:
+        raise RuntimeError("remote process exited")
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_a_group_whose_broadcast_failed_is_given_up(backend: str) -> None:
+    """NCCL's kernels would wait for the old server's until they end this process; gloo has none."""
+
+    async def post(*_: object) -> None:
+        await asyncio.Event().wait()  # never
+
+    aborted: list[str] = []
+    group = BrokenGroup(backend)
+    group._group = SimpleNamespace(abort=lambda: aborted.append(backend))
+    updater = WeightUpdater("distributed", 0, 1, torch.device("cpu"), 1.0, "weights-1")
+    updater._group = group
+    with pytest.raises(ServerFailure, match="remote process exited"):
+        asyncio.run(updater.send(SimpleNamespace(post=post), [("a", torch.ones(1))]))
+    assert aborted == ["nccl"] * (backend == "nccl") and updater._group is None

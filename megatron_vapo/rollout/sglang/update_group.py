@@ -62,3 +62,9 @@ class UpdateGroup:
     def broadcast(self, memory: Tensor) -> None:
         """Send to all ranks of the server; they must be told to receive."""
         self._group.broadcast(memory, 0).wait()
+
+    def abort(self) -> None:
+        """Give the group up with its failed server: kernels of NCCL would wait for it until NCCL ends this process. Not
+        yet verified on a GPU."""
+        if self.backend == "nccl":
+            self._group.abort()

@@ -61,7 +61,13 @@ class WeightUpdater:
             "flush_cache": False,
         }
         sent = asyncio.to_thread(group.broadcast, memory)
-        await asyncio.gather(server.post("/update_weights_from_distributed", body, self._seconds), _or_failure(sent))
+        try:
+            answer = server.post("/update_weights_from_distributed", body, self._seconds)
+            await asyncio.gather(answer, _or_failure(sent))
+        except ServerFailure:
+            self._group = None
+            group.abort()
+            raise
 
     def _listen(self, size: int) -> UpdateGroup:
         return UpdateGroup(self._group_name, size, self._device, self._seconds)
