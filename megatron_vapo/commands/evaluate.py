@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vapo.commands.train import first_process
-from megatron_vapo.config import PrecisionConfig, Recipe
+from megatron_vapo.config import OffloadConfig, PrecisionConfig, Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.load import load_recipe
@@ -130,7 +130,8 @@ def _checkpoint_loader(recipe: Recipe, inputs: Inputs, engine: RolloutEngine, ch
     from megatron_vapo.weights.hf_folder import torch_dtype
 
     layout = ParallelLayout(recipe.actor, recipe.seed)
-    role = replace(recipe.actor, precision=PrecisionConfig())  # nothing is computed
+    # Nothing is computed; beside a server that answers, the parameters wait on the host.
+    role = replace(recipe.actor, precision=PrecisionConfig(), offload=OffloadConfig(parameters=True))
     actor = Actor(role, inputs.architecture, torch_dtype(recipe.model.dtype), layout)
     load_parameters(actor, checkpoint / "actor")
     actor.offloader.keep()

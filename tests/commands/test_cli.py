@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from benchmarks.records import records
 from megatron_vapo.cli import main
+from megatron_vapo.models.offload import Offloader
 from megatron_vapo.runtime.manifest import write_manifest
 
 REWARD = "def even(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
@@ -296,11 +297,22 @@ def test_an_alarm_stops_the_run_with_a_checkpoint(command: Callable[..., Answer]
 
 
 @pytest.mark.slow
-def test_export_and_checkpoint_evaluate_alike(trained: tuple[Path, str], command: Callable[..., Answer]) -> None:
+def test_export_and_checkpoint_evaluate_alike(
+    trained: tuple[Path, str], command: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint's parameters leave the device to the engine."""
     run, _ = trained
+    keep, resident = Offloader.keep, []
+
+    def noting(offloader: Offloader) -> None:
+        keep(offloader)
+        resident.append(offloader.resident()["parameters"])
+
+    monkeypatch.setattr(Offloader, "keep", noting)
     export, checkpoint = (command("evaluate", run / part) for part in ("export", "checkpoints/step_000002"))
     assert export.code == checkpoint.code == 0
     assert export.output == checkpoint.output
+    assert resident and not any(resident)
     accuracy = json.loads((run / "summary.json").read_text())["accuracy_after"]
     assert export.output.startswith(f"avg@4 {accuracy:.4f} +- ") and "(6 problems" in export.output
     more = command("evaluate", run / "export", "--samples", "5", "evaluation.problems=7")
