@@ -4,6 +4,8 @@
         "finish_reason": "stop", "source": ...}                     a `RewardInput`
     <- 0.5   or   {"score": 0.5, any metrics}
 
+Of a row, bytes are sent as base64, dates and times as ISO 8601, decimals as text, NaN and infinity as null.
+
 Secrets are in the environment and never in the recipe, which a run writes into its folder, nor in messages: `{NAME}` in
 the URL is the variable NAME, and VAPO_REWARD_HEADERS holds headers.
 """
@@ -11,11 +13,16 @@ the URL is the variable NAME, and VAPO_REWARD_HEADERS holds headers.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
+import math
 import os
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -81,7 +88,8 @@ class Service:
         Raises:
             ServiceError: with the last of its answers.
         """
-        body = json.dumps(vars(sample) | {"row": dict(sample.row)}, default=str)
+        row = {name: _plain(value, name) for name, value in sample.row.items()}
+        body = json.dumps(vars(sample) | {"row": row}, allow_nan=False)
         began, pause = monotonic(), _FIRST_PAUSE_S
         while True:
             problem, result = await self._ask(body)
@@ -126,6 +134,27 @@ class Service:
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             text = text.replace(secret, "***")
         return text[:200]
+
+
+def _plain(value: object, column: str) -> Any:
+    """Return a value of a row as JSON holds it (see the module)."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case date() | time():
+            return value.isoformat()
+        case Decimal():
+            return str(value)
+        case Mapping():
+            return {str(key): _plain(one, column) for key, one in value.items()}
+        case list() | tuple():
+            return [_plain(one, column) for one in value]
+    kind = type(value).__name__
+    raise ServiceError(f"the column {column} holds a {kind}, which JSON cannot: write it as text in the data")
 
 
 def _variable(name: str, shown: str) -> str:

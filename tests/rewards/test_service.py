@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -159,6 +162,40 @@ def test_the_whole_input_is_sent_and_metrics_come_back(judge: Judge, scorer: Rew
     assert judge.headers[-1]["path"] == f"/v1/score?key={SECRET}"
     assert scores(scorer, "plain") == [-1.0]
     assert scorer.take_failures()["score"].failed == 0
+
+
+ROW = {
+    "image": b"\x89PNG\xff",
+    "when": datetime.datetime(2026, 2, 3, 4, 5, tzinfo=datetime.UTC),
+    "day": datetime.date(2026, 2, 3),
+    "price": Decimal("1.10"),
+    "weights": [1.5, float("nan"), float("-inf")],
+    "nested": {"none": None, "yes": True, "data": b"\x00"},
+}
+"""What Parquet may hold besides text and numbers."""
+
+
+def test_a_row_is_sent_as_json_that_anybody_reads(judge: Judge, scorer: RewardScorer) -> None:
+    begun = [scorer.begin(replace(sample("plain"), row=ROW))]
+    scorer.wait(begun)
+    assert scorer.finish(begun)[0].outcome == -1.0 and scorer.take_failures()["score"].failed == 0
+    assert judge.asked[-1]["row"] == {
+        "image": "iVBOR/8=",
+        "when": "2026-02-03T04:05:00+00:00",
+        "day": "2026-02-03",
+        "price": "1.10",
+        "weights": [1.5, None, None],
+        "nested": {"none": None, "yes": True, "data": "AA=="},
+    }
+
+
+def test_what_json_cannot_hold_is_named(judge: Judge, scorer: RewardScorer) -> None:
+    asked = len(judge.asked)
+    begun = [scorer.begin(replace(sample("plain"), row={"lasted": datetime.timedelta(1)}))]
+    scorer.wait(begun)
+    scorer.finish(begun)
+    assert "the column lasted holds a timedelta" in scorer.take_failures()["score"].first
+    assert len(judge.asked) == asked
 
 
 @pytest.mark.parametrize("kind", ["overloaded", "limited", "cut", "dropped"])
