@@ -8,10 +8,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite  # `math` is a module of this package, too
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from megatron_vapo.config import RewardConfig
-from megatron_vapo.errors import RecipeError, few
+from megatron_vapo.errors import RecipeError, few, first_line
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,20 @@ def get_reward(name: str, timeout_s: float = 10.0) -> Reward:
 
     Raises:
         RecipeError: an unknown name (with the nearest known one), a module that cannot be imported, a function that is
-            not in it or takes other parameters, a URL that cannot work.
+            not in it, takes other parameters or does not pickle, a URL that cannot work.
     """
     if name.startswith(("http://", "https://")):
         from megatron_vapo.rewards.service import Service  # aiohttp, for those who need it
 
         service = Service.of(name, timeout_s)
+        if "/" in service.name:
+            raise RecipeError(
+                f"reward {name}: would be called {service.name} in metrics, where a slash begins the name of a metric: "
+                "write a name without one after #"
+            )
         return Reward(service.name, service, takes_input=True, asynchronous=True)
     function = _function(name)
+    _check_pickles(name, function)
     asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
     short = name if name in REWARDS else name.rpartition(":")[2]
     return Reward(short, function, _takes_input(name, function), asynchronous)
@@ -117,6 +124,17 @@ def _function(name: str) -> Callable[..., Any]:
     if not callable(function):
         raise RecipeError(f"reward {name!r}: {module_name} has no function {function_name!r}")
     return function
+
+
+def _check_pickles(name: str, function: Callable[..., Any]) -> None:
+    """Refuse what cannot be sent to the processes that rewards run in (`pool.py`)."""
+    try:
+        ForkingPickler.dumps(function)
+    except Exception as error:  # a callable object may raise anything here
+        raise RecipeError(
+            f"reward {name!r} cannot be sent to the processes that rewards run in ({first_line(error)}): write a "
+            "function with `def` at the top of a module, which needs no open files, locks and the like to be there"
+        ) from error
 
 
 def _takes_input(name: str, function: Callable[..., Any]) -> bool:

@@ -17,20 +17,21 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from time import monotonic
 
 from megatron_vapo.rewards import Reward, RewardInput
-from megatron_vapo.rewards.worker import OF_THE_TRAINER, Outcome, failure, serve, too_slow
+from megatron_vapo.rewards.worker import OF_THE_TRAINER, Outcome, describe, failure, serve, too_slow
 
 START_UP_S = 300.0
 """Limit for a new process to import the reward; generous, for many processes may read one file system at once."""
@@ -67,7 +68,7 @@ class Pool:
         self._waiting: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self.broken = ""
-        """Why no process can start at all: that is no fault of a sample."""
+        """Why nothing can be scored any more: that is no fault of a sample."""
         self._closing = False
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -78,6 +79,8 @@ class Pool:
         """Score a sample by one of the rewards while the caller goes on."""
         job = _Job(reward, sample)
         self._waiting.append(job)
+        if self.broken:  # the thread may be gone; it looks at what waits after it has set this
+            self._refuse_waiting()
         self._rouse()
         return job.future
 
@@ -97,6 +100,17 @@ class Pool:
             os.write(self._wake, b".")
 
     def _run(self) -> None:
+        try:
+            self._until_closed()
+        except Exception as error:  # noqa: BLE001  # whatever it is, nobody may wait for ever
+            self.broken = f"rewards can no longer be run: {describe(error)}"
+            for worker in self._workers:
+                worker.fail(failure(self.broken))
+            self._refuse_waiting()
+        for worker in self._workers:
+            worker.kill()
+
+    def _until_closed(self) -> None:
         resource_tracker.ensure_running()  # now, for it unblocks signals of the thread that starts it
         signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TRAINER)  # a process inherits this, deaf from its first moment
         while not self._closing:
@@ -109,13 +123,12 @@ class Pool:
                 if not worker.heard(worker.connection in ready):
                     self._workers.remove(worker)
                     self.broken = self.broken or worker.broken
-        for worker in self._workers:
-            worker.kill()
 
     def _hand_out(self) -> None:
         """Give what waits to workers with room; start more where there are not enough."""
-        while self._waiting and self.broken:
-            self._waiting.popleft().future.set_result(failure(self.broken))
+        if self.broken:
+            self._refuse_waiting()
+            return
         for worker in self._workers:
             while self._waiting and worker.room:
                 worker.give(self._waiting.popleft())
@@ -128,6 +141,11 @@ class Pool:
                 self._rouse()
                 return
             starting += 1
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            with suppress(IndexError):  # another thread has taken it
+                self._waiting.popleft().future.set_result(failure(self.broken))
 
     def _patience(self) -> float | None:
         """Return seconds until the next thing that is due; None if there is none."""
@@ -170,13 +188,14 @@ class _Worker:
         """Let it score a sample; the limit begins now."""
         number, job.deadline = next(self._numbers), monotonic() + self._limit_s
         try:
-            self.connection.send((number, job.reward, job.sample))
-        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            message = ForkingPickler.dumps((number, job.reward, job.sample))
+        except Exception as error:  # noqa: BLE001  # of what the row holds, whatever it is
             job.future.set_result(failure(f"the row cannot be sent to the reward's process: {error}"))
             return
-        except OSError:  # it died; `heard` finds out why
-            pass
         self._jobs[number] = job
+        limit = min(one.deadline for one in self._jobs.values())
+        with suppress(OSError), _killed_at(limit, self.process):  # it died; `heard` finds out why
+            self.connection.send_bytes(message)
 
     def heard(self, something: bool) -> bool:
         """Take what it sent, and watch the time; return whether it lives on."""
@@ -184,9 +203,9 @@ class _Worker:
             if something:
                 self._receive()
         except (EOFError, OSError):  # closed from the other end
-            self._end()
+            (self._overdue if self._late else self._end)()
             return False
-        if self.deadline is not None and monotonic() > self.deadline:
+        if self._late:
             self._overdue()
             return False
         return True
@@ -196,6 +215,17 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
+
+    def fail(self, outcome: Outcome) -> None:
+        """End it; this is the outcome of what it was at."""
+        self.kill()
+        for job in self._jobs.values():
+            job.future.set_result(outcome)
+        self._jobs.clear()
+
+    @property
+    def _late(self) -> bool:
+        return self.deadline is not None and monotonic() > self.deadline
 
     def _receive(self) -> None:
         message = self.connection.recv()
@@ -209,14 +239,22 @@ class _Worker:
         self.process.join(timeout=1.0)  # for its exit code
         if not self.ready:
             self.broken = "a reward worker ended while starting; its own message is above"
-        self._fail(failure(f"the reward ended its process (exit code {self.process.exitcode})"))
+        self.fail(failure(f"the reward ended its process (exit code {self.process.exitcode})"))
 
     def _overdue(self) -> None:
         if not self.ready:
             self.broken = f"a reward worker did not start within {START_UP_S:g} s"
-        self._fail(failure(too_slow(self._timeout_s), timed_out=True))
+        self.fail(failure(too_slow(self._timeout_s), timed_out=True))
 
-    def _fail(self, outcome: Outcome) -> None:
-        self.kill()
-        for job in self._jobs.values():
-            job.future.set_result(outcome)
+
+@contextmanager
+def _killed_at(limit: float, process: BaseProcess) -> Iterator[None]:
+    """Kill a process that does not read what is written to it until `limit`: with its pipe full, writing would wait
+    for ever for one that is held up in C, and nobody would watch the time."""
+    timer = threading.Timer(limit - monotonic(), process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

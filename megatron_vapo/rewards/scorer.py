@@ -24,7 +24,7 @@ class Score(NamedTuple):
     """The scores of a response.
 
     outcome: by `reward.name`.
-    added: by `reward.add`, each times its weight.
+    added: by `reward.add`, each times its weight; where there is no score, less the weight's size.
     parts: every reward's by its name, and its metrics by name/metric.
     """
 
@@ -145,7 +145,7 @@ class RewardScorer:
         for reward, outcome in zip(self._rewards, outcomes):
             if outcome is not None:
                 parts |= {f"{reward.name}/{name}": value for name, value in outcome.metrics.items()}
-        added = sum(weight * score for weight, score in zip(self._weights, scores))
+        added = sum(map(_added, self._weights, outcomes))
         return Score(scores[0], added, parts)
 
     def _count(self, reward: Reward, judged: list[tuple[RewardInput, Outcome]]) -> None:
@@ -157,6 +157,13 @@ class RewardScorer:
         self.failures[reward.name] = self.failures.get(reward.name, Failures()) + new
         if failed:
             logger.warning("reward %s failed on %d of %d: %s", reward.name, len(failed), len(judged), first)
+
+
+def _added(weight: float, outcome: Outcome | None) -> float:
+    """Return what a reward adds. A failure is no bonus: with a weight below 0, too, it costs."""
+    if outcome is None or outcome.error:
+        return FAILURE_SCORE * abs(weight)
+    return weight * outcome.score
 
 
 def _described(sample: RewardInput) -> str:

@@ -43,12 +43,14 @@ def outcome_of(returned: Any) -> Outcome:
     """Return the outcome of what a reward returned: a number, or a dict of `score` and metrics.
 
     Raises:
-        ValueError: it is neither, or not finite.
+        ValueError: it is neither, or not finite, or has a metric `mean`: the mean of its scores is logged as that.
     """
     if not isinstance(returned, Mapping):
         return Outcome(_number(returned, "the reward"), {})
     if "score" not in returned:
         raise ValueError(f"the reward returned a dict without 'score': its keys are {', '.join(map(str, returned))}")
+    if "mean" in returned:
+        raise ValueError("the reward returned a metric 'mean', as which the mean of its scores is logged: rename it")
     values = {str(key): _number(value, f"the reward's {key}") for key, value in returned.items()}
     return Outcome(values.pop("score"), values)
 
@@ -138,7 +140,8 @@ async def _judged_in_time(reward: Reward, sample: RewardInput, timeout_s: float)
         async with limit:
             returned = await reward.function(*reward.arguments(sample))
         return outcome_of(returned)
-    except Exception as error:  # noqa: BLE001  # as in `_judged`
+    # As in `_judged`. What it waits for may be cancelled, which is no `Exception`: nobody would answer for the sample.
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
         return failure(too_slow(timeout_s), timed_out=True) if limit.expired() else failure(describe(error))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+
 import pytest
 
 from megatron_vapo.config import RewardConfig
@@ -43,6 +46,24 @@ def with_keyword(response: str, *, answer: str) -> float:
     return 0.0
 
 
+def strict(limit: int) -> Callable[[str, str], float]:
+    def inner(response: str, answer: str) -> float:
+        return float(limit)
+
+    return inner
+
+
+class Locked:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, response: str, answer: str) -> float:
+        return 0.0
+
+
+nameless = lambda response, answer: 0.0  # noqa: E731
+closure, locked = strict(3), Locked()
+
 HERE = __name__
 
 
@@ -72,8 +93,12 @@ def test_built_in_checkers_have_their_own_names(name: str) -> None:
         (f"{HERE}:of_three", "needs 3 arguments (response, answer, row)"),
         (f"{HERE}:of_none", "needs 0 arguments"),
         (f"{HERE}:with_keyword", "needs 2 arguments"),
+        (f"{HERE}:nameless", "cannot be sent to the processes that rewards run in (PicklingError"),
+        (f"{HERE}:closure", "write a function with `def` at the top of a module"),
+        (f"{HERE}:locked", "cannot be sent to the processes that rewards run in (TypeError"),
         ("http://user:secret@judge/score", "holds a password"),
         ("http:///score", "without a host"),
+        ("http://judge/score#helpful/short", "would be called helpful/short in metrics"),
         ("https://{REWARD_HOST_THAT_IS_NOT_SET}/score", "REWARD_HOST_THAT_IS_NOT_SET is not set"),
     ],
 )

@@ -55,6 +55,9 @@ def length(sample):
 def no_score(sample):
     return {"points": 1}
 
+def own_mean(sample):
+    return {"score": 1, "mean": 0.5}
+
 arrived = []
 together = None
 
@@ -72,6 +75,8 @@ async def unruly_async(sample):
         await asyncio.Event().wait()
     if sample.response == "block":
         threading.Event().wait()
+    if sample.response == "cancel":
+        raise asyncio.CancelledError
     return unruly(sample.response, sample.answer)
 """
 
@@ -208,6 +213,29 @@ def test_a_machine_without_room_for_a_process(monkeypatch: pytest.MonkeyPatch) -
         assert failures.broken and "Resource temporarily unavailable" in failures.first
 
 
+@pytest.mark.parametrize("method", ["__init__", "_receive"])
+def test_nobody_waits_for_a_pool_whose_thread_has_ended(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """An error that nothing expects, with nothing and with something under way: all fail, also what comes later."""
+    receive = pool_module._Worker._receive
+
+    def fail(worker: pool_module._Worker, *_: object) -> None:
+        if method == "_receive" and not worker.ready:
+            receive(worker)
+            return
+        raise LookupError("nothing expects it")
+
+    monkeypatch.setattr(pool_module._Worker, method, fail)
+    with build(workers=2) as scorer:
+        begun = [scorer.begin(sample("1")) for _ in range(3)]
+        until = time.monotonic() + 60
+        scorer.wait(begun, lambda: time.monotonic() > until)
+        begun.append(scorer.begin(sample("2")))
+        assert all(one.futures[0].done() for one in begun)
+        assert [score.outcome for score in scorer.finish(begun)] == [-1.0] * 4
+        failures = scorer.take_failures()["unruly"]
+        assert failures.broken and "LookupError: nothing expects it" in failures.first
+
+
 def test_a_worker_that_cannot_start_fails_all_and_is_tried_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,14 +259,29 @@ def test_the_first_decides_and_others_add_by_weight() -> None:
     )
     with RewardScorer(get_rewards(settings), settings) as scorer:
         right, cut = scores(scorer, [sample("7", "7", ("a", "b")), sample("7", "7", ("a", "b"), reason="length")])
-        assert right.outcome == 7.0 and right.added == 0.5 * 2 + 0.25
+        assert right.outcome == 7.0 and right.added == 0.5 * 2 + 0.25  # judged, and wrong: what the weight asks for
         assert right.parts == {"unruly": 7.0, "length": 2.0, "chained_arithmetic": -1.0, "no_score": -1.0} | {
             "length/tokens": 1.0, "length/cut": 0.0}  # fmt: skip
         # A function of text alone cannot see that a response was cut: wrong, without being asked.
-        assert cut.outcome == -1.0 and cut.added == right.added and cut.parts["length/cut"] == 1.0
+        assert cut.outcome == -1.0 and cut.added == 0.5 * 2 - 0.25 and cut.parts["length/cut"] == 1.0
         failures = scorer.take_failures()
         assert (failures["unruly"].calls, failures["length"].calls) == (1, 2)
         assert failures["no_score"].raised == 2 and "without 'score': its keys are points" in failures["no_score"].first
+
+
+def test_a_metric_cannot_take_the_name_of_the_mean_score() -> None:
+    """Both would be `rewards/own_mean/mean`."""
+    with build("own_mean") as scorer:
+        assert outcomes(scorer, ["1"]) == [-1.0]
+        assert "a metric 'mean'" in scorer.failures["own_mean"].first
+
+
+@pytest.mark.parametrize("weight", [0.25, -0.25])
+def test_a_reward_that_fails_is_never_a_bonus(weight: float) -> None:
+    settings = RewardConfig("unruly_rewards:length", add={"unruly_rewards:unruly": weight}, timeout_seconds=60.0)
+    with RewardScorer(get_rewards(settings), settings) as scorer:
+        judged, raised, cut = scores(scorer, ["-1", "raise", sample("3", reason="length")])
+        assert (judged.added, raised.added, cut.added) == (-weight, -0.25, -0.25)
 
 
 def test_coroutine_functions_run_side_by_side() -> None:
@@ -266,6 +309,28 @@ def test_time_limits_of_coroutine_functions(monkeypatch: pytest.MonkeyPatch) -> 
         assert outcomes(scorer, ["block"]) == [-1.0]
         assert outcomes(scorer, ["3"]) == [3.0]
         assert counts(scorer, "unruly_async") == (2, 0, 1)
+
+
+def test_a_coroutine_that_is_cancelled_costs_itself_only() -> None:
+    with build("unruly_async") as scorer:
+        assert outcomes(scorer, ["1", "cancel", "2"]) == [1.0, -1.0, 2.0]
+        assert "CancelledError" in scorer.failures["unruly_async"].first
+        assert counts(scorer, "unruly_async") == (3, 1, 0)
+
+
+def test_a_process_that_no_longer_reads_what_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held up in C: the time limit holds while more is written to it than its pipe takes."""
+    monkeypatch.setattr(pool_module, "LOOP_MARGIN_S", 0.3)
+    with build("unruly_async", timeout_seconds=0.3) as scorer:
+        outcomes(scorer, ["1"])  # it has started
+        begun = [scorer.begin(sample("spin"))]
+        time.sleep(0.1)  # it holds the interpreter
+        begun += [scorer.begin(sample("wait", words=["x" * 2**22]))]
+        until = time.monotonic() + 60
+        scorer.wait(begun, lambda: time.monotonic() > until)
+        assert time.monotonic() < until
+        assert [score.outcome for score in scorer.finish(begun)] == [-1.0, -1.0]
+        assert scorer.take_failures()["unruly_async"].timed_out == 2
 
 
 # The ends of processes.
