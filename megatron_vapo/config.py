@@ -439,7 +439,7 @@ class RolloutConfig:
         512, "MiB that a rank sends, and receives, at a time in a weight sync or an export.", AT_LEAST_1, resume=True
     )
     sampling: SamplingConfig = group(SamplingConfig, "How the tokens that are trained on are drawn.")
-    dynamic_sampling: bool = setting(False, "Draw new prompts for groups whose rewards are all equal (DAPO).")
+    dynamic_sampling: bool = setting(False, "Draw new prompts for groups that are all right or all wrong (DAPO).")
     dynamic_sampling_rounds: int = setting(
         10, "Rounds of new prompts at most; then groups with equal rewards fill the batch.", AT_LEAST_1
     )

@@ -117,8 +117,8 @@ class Group:
 
     @property
     def teaches(self) -> bool:
-        """Whether the outcomes of a complete group differ."""
-        return len({sample.result.outcome for sample in self.samples}) > 1
+        """Whether a complete group has right responses and others."""
+        return len({sample.result.outcome > 0 for sample in self.samples}) > 1
 
 
 def joined(first: Response, then: Response) -> Response:

@@ -435,6 +435,16 @@ def test_groups_that_teach_come_first_when_rounds_are_over() -> None:
     assert batch.outcomes.tolist() == [1.0] + [-1.0] * 11
 
 
+@pytest.mark.parametrize(
+    ("outcomes", "teaches"), [((0.5, 0.9), False), ((-1.0, 0.0), False), ((0.0, 0.1), True), ((-1.0, 1.0), True)]
+)
+def test_a_group_teaches_where_some_are_right_and_some_are_wrong(outcomes: Sequence[float], teaches: bool) -> None:
+    """Right is above 0, as everywhere: scores that differ on one side of it count as alike."""
+    response = Response(torch.tensor([1]), torch.zeros(1), "stop", 0)
+    samples = [Sample(0, response, Scored(response, "", outcome)) for outcome in outcomes]
+    assert Group(0, PROMPTS[0], samples).teaches == teaches
+
+
 # The time limit of a step.
 
 
