@@ -16,7 +16,6 @@ Written as `runtime.durable` says; nothing older is removed before the new one i
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.checkpoint.run_folder import DATA
+from megatron_vapo.checkpoint.run_folder import DATA, checkpoints
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
 from megatron_vapo.data.position import SamplingPosition
@@ -39,7 +38,6 @@ from megatron_vapo.runtime.durable import begin_folder, clean_up, finish_folder,
 from megatron_vapo.runtime.manifest import Entry, describe
 from megatron_vapo.runtime.verification import refuse_damaged
 
-_NAME = re.compile(r"(step|pretrain)_\d{6,}")
 _STATE, _RECIPE, _SAMPLING = "state.json", "recipe.yaml", "sampling.pt"
 
 
@@ -223,12 +221,6 @@ class _Pending:
         except Exception as error:  # noqa: BLE001  # whatever it is, the training thread reports it, with the rank
             self.error = first_line(error)
         self.done.set()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints under their final names, oldest first."""
-    found = [path for path in folder.glob("*_*") if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (path.name.startswith("step_"), path.name))
 
 
 def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from omegaconf import OmegaConf
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.fingerprint import changes
-from megatron_vapo.errors import CheckpointError, RecipeError
+from megatron_vapo.errors import CheckpointError, DataError, RecipeError, few, first_line
 from megatron_vapo.recipe.load import MOVED, to_yaml
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.recipe.schema import SCHEMA
+from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.runtime.durable import remove, write_text
+from megatron_vapo.runtime.manifest import damage, read_manifest
 
 _RECIPE, _SUMMARY, _LOCK = "recipe.yaml", "summary.json", ".lock"
+_CHECKPOINT = re.compile(r"(step|pretrain)_\d{6,}")
 DATA = "data.json"
 """The file of a checkpoint with the fingerprint of its prompts (`Inputs.fingerprint`)."""
 _MARK = "# The settings of the run in this folder, written by megatron-vapo.\n"
@@ -57,15 +62,18 @@ def open_run_folder(
 
 
 def check_data(recipe: Recipe, inputs: Inputs, note: Callable[[str], None]) -> None:
-    """Compare the prompts with those of the newest checkpoint, if there is one. Called by one process.
+    """Compare the prompts with those of the checkpoint to go on from, if there is one. Called by one process.
+
+    One whose list of prompts is damaged is left to `Checkpoints.load`, which refuses it or goes on from an older one.
 
     Raises:
         CheckpointError: they are others (what changed is named), and `checkpoint.changed_data` is stop.
     """
-    path = Path(recipe.run_dir, "checkpoints", "latest", DATA)
-    if not path.is_file():
+    found = checkpoints(Path(recipe.run_dir, "checkpoints"))
+    usable = found if recipe.checkpoint.resume_older else found[-1:]
+    before = next((prompts for prompts in map(_fingerprint, reversed(usable)) if prompts is not None), None)
+    if before is None:
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
     read = {"data.train": inputs.prompts, "evaluation.data": inputs.held_out}
     changed = [f"{key}, {text}" for key, prompts in read.items() for text in changes(before[key], prompts)]
     if changed and recipe.checkpoint.changed_data == "stop":
@@ -75,6 +83,41 @@ def check_data(recipe: Recipe, inputs: Inputs, note: Callable[[str], None]) -> N
         )
     if changed:
         note(f"WARNING: the run goes on with other prompts: {'; '.join(changed)}")
+
+
+def check_same_data(inputs: Inputs) -> None:
+    """Compare the prompts with those of the first rank: each rank reads files of its own node. All ranks together.
+
+    Raises:
+        DataError: some ranks have read others (they are named).
+    """
+    mine = {key: sha256(repr(rows).encode()).hexdigest() for key, rows in inputs.fingerprint.items()}
+    found = gather_objects((socket.gethostname(), mine))
+    first_host, first = found[0]
+    for key, digest in first.items():
+        others = [f"{rank} (on {host})" for rank, (host, theirs) in enumerate(found) if theirs[key] != digest]
+        if others:
+            raise DataError(
+                f"{key}: other prompts on rank {few(others)} than on rank 0 (on {first_host}): give all nodes the same "
+                "files, or name files that all of them see"
+            )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints under their final names, oldest first."""
+    found = [path for path in folder.glob("*_*") if path.is_dir() and _CHECKPOINT.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.name.startswith("step_"), path.name))
+
+
+def _fingerprint(checkpoint: Path) -> dict[str, dict[str, str]] | None:
+    """Return the fingerprint of the prompts that a checkpoint was made with, None where the file is not as written."""
+    try:
+        entries = read_manifest(checkpoint)
+    except CheckpointError:
+        return None
+    if DATA not in entries or damage(checkpoint, [(DATA, entries[DATA])]):
+        return None
+    return json.loads((checkpoint / DATA).read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -161,7 +204,12 @@ def may_change(key: str) -> bool:
 
 def _read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / _SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({first_line(error)}): remove it, and the run goes on from its last checkpoint"
+        ) from error
 
 
 def _empty(folder: Path) -> None:

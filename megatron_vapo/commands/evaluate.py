@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vapo.checkpoint.run_folder import check_same_data
 from megatron_vapo.commands.train import first_process
 from megatron_vapo.config import OffloadConfig, PrecisionConfig, Recipe
 from megatron_vapo.errors import CheckpointError, RecipeError
@@ -93,6 +94,7 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
     from megatron_vapo.training.build import build_engine
 
     init_world()
+    check_same_data(inputs)
     if not is_hf:
         refuse_damaged(checkpoint)
     settings, reward = recipe.evaluation, recipe.reward

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_vapo.checkpoint.run_folder import check_data, open_run_folder, sole_use
+from megatron_vapo.checkpoint.run_folder import check_data, check_same_data, open_run_folder, sole_use
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError, RewardError, RolloutError
 from megatron_vapo.observe.progress import ProgressDisplay
@@ -64,6 +64,7 @@ def _work(recipe: Recipe, inputs: Inputs, restart: bool, console: Console, body:
     machine = detect_machine()
     for name, role in recipe.roles.items():
         check_machine(name, role.precision, machine)
+    check_same_data(inputs)
     with ExitStack() as stack:
         summary = on_first_rank(lambda: _open(recipe, inputs, restart, stack, console))
         if summary is not None:

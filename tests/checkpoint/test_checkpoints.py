@@ -161,7 +161,7 @@ def kinds(checkpoint: Path) -> list[str]:
     """Files of every kind. How many there are of tensors, and whether plain values have their own, is Megatron's."""
     data = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.glob("*/*.distcp"))
     common = [name for name in ("actor/common.pt",) if (checkpoint / name).exists()]
-    ours = ["sampling.pt", "recipe.yaml", "state.json", "manifest.json"]
+    ours = ["sampling.pt", "recipe.yaml", "data.json", "state.json", "manifest.json"]
     return [data[0], data[-1], "actor/.metadata", "critic/metadata.json", *common, *ours]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,13 +15,22 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from megatron_vapo.checkpoint.run_folder import changed_keys, check_data, may_change, open_run_folder, sole_use
+from megatron_vapo.checkpoint import run_folder
+from megatron_vapo.checkpoint.run_folder import (
+    changed_keys,
+    check_data,
+    check_same_data,
+    may_change,
+    open_run_folder,
+    sole_use,
+)
 from megatron_vapo.data.fingerprint import fingerprint
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.errors import CheckpointError, RecipeError
+from megatron_vapo.errors import CheckpointError, DataError, RecipeError
 from megatron_vapo.observe.report import write_summary
 from megatron_vapo.recipe.load import load_recipe, to_yaml
 from megatron_vapo.recipe.schema import SCHEMA
+from megatron_vapo.runtime.manifest import write_manifest
 
 
 @pytest.fixture
@@ -189,6 +200,13 @@ def test_a_run_that_sampled_its_tokens_is_finished_before_its_last_step(recipe_f
     assert open_run_folder(load_recipe(recipe_file, ["limits.sampled_tokens=901"]), restart=False) is None
 
 
+def test_a_damaged_summary_is_named(recipe_file: Path, folder: Path) -> None:
+    open_run_folder(load_recipe(recipe_file), restart=False)
+    (folder / "summary.json").write_text('{"steps": 1')
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged .*: remove it"):
+        open_run_folder(load_recipe(recipe_file), restart=False)
+
+
 # What is deleted, and what never.
 
 
@@ -291,15 +309,24 @@ def test_folders_are_not_for_everyone_to_write(recipe_file: Path, folder: Path) 
 # The data
 
 
+PROMPTS = [Prompt(f"q{n}", str(n), n, f"train.jsonl, line {n + 1}", dataset="train") for n in range(4)]
+
+
+def with_prompts(checkpoint: Path, train: list[Prompt], held_out: list[Prompt]) -> None:
+    """A checkpoint that holds nothing else."""
+    checkpoint.mkdir(parents=True)
+    made_with = {"data.train": fingerprint(train), "evaluation.data": fingerprint(held_out)}
+    (checkpoint / "data.json").write_text(json.dumps(made_with))
+    write_manifest(checkpoint, {})
+
+
 def test_other_prompts_than_the_checkpoints(recipe_file: Path, folder: Path) -> None:
-    prompts = [Prompt(f"q{n}", str(n), n, f"train.jsonl, line {n + 1}", dataset="train") for n in range(4)]
+    prompts = PROMPTS
     inputs = SimpleNamespace(prompts=prompts, held_out=prompts[:2])
     notes: list[str] = []
     recipe = load_recipe(recipe_file)
     check_data(recipe, inputs, notes.append)  # no checkpoint yet
-    (folder / "checkpoints" / "latest").mkdir(parents=True)
-    before = {"data.train": fingerprint(prompts), "evaluation.data": fingerprint(prompts[:2])}
-    (folder / "checkpoints" / "latest" / "data.json").write_text(json.dumps(before))
+    with_prompts(folder / "checkpoints" / "step_000001", prompts, prompts[:2])
     check_data(recipe, inputs, notes.append)
 
     inputs.prompts = [*prompts[:2], replace(prompts[2], answer="5"), prompts[3]]
@@ -313,3 +340,44 @@ def test_other_prompts_than_the_checkpoints(recipe_file: Path, folder: Path) -> 
     assert changed in str(caught.value) and "checkpoint.changed_data=continue" in str(caught.value) and not notes
     check_data(load_recipe(recipe_file, ["checkpoint.changed_data=continue"]), inputs, notes.append)
     assert notes == [f"WARNING: the run goes on with other prompts: {changed}"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "other", "unlisted", "gone", "manifest"])
+def test_a_damaged_list_of_prompts_is_left_to_the_loading_of_the_checkpoint(
+    recipe_file: Path, folder: Path, harm: str
+) -> None:
+    """Where the run may go on from an older checkpoint, that one's prompts are compared."""
+    newest, inputs = folder / "checkpoints" / "step_000002", SimpleNamespace(prompts=PROMPTS, held_out=[])
+    with_prompts(folder / "checkpoints" / "step_000001", PROMPTS[:3], [])
+    with_prompts(newest, PROMPTS, [])
+    if harm == "gone":
+        (newest / "data.json").unlink()
+    elif harm == "manifest":
+        (newest / "manifest.json").write_text("{")
+    elif harm == "unlisted":
+        (newest / "manifest.json").write_text('{"files": {}}')
+    else:
+        text = (newest / "data.json").read_text()
+        (newest / "data.json").write_text(text[:9] if harm == "cut" else text.replace("train", "xrain"))
+    check_data(load_recipe(recipe_file), inputs, lambda text: None)
+    with pytest.raises(CheckpointError, match="3 prompts then, 4 now"):
+        check_data(load_recipe(recipe_file, ["checkpoint.resume_older=true"]), inputs, lambda text: None)
+    shutil.rmtree(folder / "checkpoints" / "step_000001")
+    check_data(load_recipe(recipe_file, ["checkpoint.resume_older=true"]), inputs, lambda text: None)
+
+
+def test_ranks_that_read_other_prompts_are_named_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two nodes: the files of the second node are older."""
+    node = {"data.train": fingerprint(PROMPTS), "evaluation.data": fingerprint(PROMPTS[:2])}
+    stale = node | {"data.train": fingerprint([*PROMPTS[:3], replace(PROMPTS[3], answer="5")])}
+    sent: list[object] = []
+    monkeypatch.setattr(run_folder, "gather_objects", lambda mine: sent.append(mine) or [mine])
+    for host, prompts in (("first", node), ("first", node), ("second", stale), ("second", stale)):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        check_same_data(SimpleNamespace(fingerprint=prompts))
+    monkeypatch.setattr(run_folder, "gather_objects", lambda mine: list(sent))
+    with pytest.raises(DataError) as caught:
+        check_same_data(SimpleNamespace(fingerprint=node))
+    assert str(caught.value).startswith(
+        "data.train: other prompts on rank 2 (on second), 3 (on second) than on rank 0 (on first): "
+    )
