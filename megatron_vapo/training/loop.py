@@ -71,6 +71,7 @@ def pretrain_critic(run: Run) -> None:
     run.end_pretraining()
     if pretrains:
         run.save()
+        run.interrupt.check()  # the last step may have raised an alarm of alarms.stop
 
 
 def _pretraining_steps(run: Run) -> bool:
