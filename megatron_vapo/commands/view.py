@@ -101,9 +101,16 @@ def _decoder(recipe: Recipe, run: Path) -> Callable[[list[int]], str]:
 
 
 def _alarm(raised: Raised) -> dict[str, str]:
-    alarm, kind, since, until = raised
-    steps = f"since {kind} step {since}" if until is None else f"{kind} steps {since} to {until}"
-    return {"name": alarm.name, "when": steps, "advice": alarm.advice}
+    return {"name": raised.alarm.name, "when": _when(raised), "advice": raised.alarm.advice}
+
+
+def _when(raised: Raised) -> str:
+    _, kind, since, until, until_kind = raised
+    if until is None:
+        return f"since {kind} step {since}"
+    if kind == until_kind:
+        return f"{kind} steps {since} to {until}"
+    return f"{kind} step {since} to {until_kind} step {until}"
 
 
 def _critic(run: Path, kept: Sequence[Step]) -> Iterator[dict[str, Any]]:

@@ -73,6 +73,8 @@ class Raised(NamedTuple):
     """The step, of its kind, that raised it."""
     until: int | None
     """The last step that had it; None where that is the run's last one so far."""
+    until_kind: str
+    """The kind of the last step that had it: an alarm may last from value pretraining into training."""
 
 
 def read_history(folder: Path) -> list[Record]:
@@ -101,7 +103,8 @@ def raised(history: History) -> list[Raised]:
             start = start or record
             if following is None or not following.get(alarm.metric):
                 until = None if following is None else int(record["step"])
-                found.append((history.index(start), Raised(alarm, start["kind"], int(start["step"]), until)))
+                lasted = Raised(alarm, start["kind"], int(start["step"]), until, record["kind"])
+                found.append((history.index(start), lasted))
                 start = None
     return [item for _, item in sorted(found, key=lambda pair: pair[0])]
 

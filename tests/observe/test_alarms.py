@@ -136,6 +136,10 @@ def test_value_pretraining_comes_before_training() -> None:
         history[-1] |= judge(history, SETTINGS)
     (found,) = raised(history)
     assert (found.kind, found.since, history[-1]["alarms/flat_values"]) == ("pretrain", STEPS, 4)
+    history.append({"kind": "train", "step": 3, **HEALTHY})
+    history[-1] |= judge(history, SETTINGS)
+    (found,) = raised(history)
+    assert (found.kind, found.since, found.until_kind, found.until) == ("pretrain", STEPS, "train", 2)
 
 
 def test_the_warning_has_the_number_the_bound_and_what_to_do() -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from megatron_vapo.cli import main
+from megatron_vapo.commands.view import _when
 from megatron_vapo.config import AlgorithmConfig
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.observe.alarms import ALARMS, Raised
 from megatron_vapo.training.objectives import CLIPPED_BY, policy_ratios
 from megatron_vapo.training.token_records import critic_calibration
 from tests.commands.view.conftest import HOSTILE, LONG, ViewedRun, hostile_tokenizer
@@ -123,6 +125,18 @@ def test_alarms_of_the_metrics_are_listed(embedded: dict[str, Any]) -> None:
     (alarm,) = embedded["alarms"]
     assert (alarm["name"], alarm["when"]) == ("flat_values", "since train step 2")
     assert alarm["advice"].startswith("Likely causes: ")
+
+
+@pytest.mark.parametrize(
+    ("until", "until_kind", "shown"),
+    [
+        (None, "train", "since pretrain step 16"),
+        (18, "pretrain", "pretrain steps 16 to 18"),
+        (3, "train", "pretrain step 16 to train step 3"),
+    ],
+)
+def test_the_steps_of_an_alarm(until: int | None, until_kind: str, shown: str) -> None:
+    assert _when(Raised(ALARMS[0], "pretrain", 16, until, until_kind)) == shown
 
 
 def test_the_step_that_is_asked_for_opens(viewed_run: ViewedRun, capsys: pytest.CaptureFixture[str]) -> None:
