@@ -115,6 +115,13 @@ def _validate_alarms(recipe: Recipe) -> None:
     off = [name for name in recipe.alarms.stop if getattr(recipe.alarms, name) is None]
     if off:
         raise RecipeError(f"alarms.stop names {', '.join(off)}, and alarms.{off[0]}=null turns it off: choose one")
+    needs_critic = {alarm.name for alarm in ALARMS if any(metric.startswith("critic/") for metric in alarm.metrics)}
+    silent = [name for name in recipe.alarms.stop if name in needs_critic and not recipe.uses_critic]
+    if silent:
+        raise RecipeError(
+            f"alarms.stop names {', '.join(silent)}, which watch a critic, and algorithm.advantage="
+            f"{recipe.algorithm.advantage} has none: leave them out"
+        )
 
 
 def _validate_role(name: str, role: RoleConfig) -> None:

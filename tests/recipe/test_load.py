@@ -430,6 +430,10 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["value_pretraining.checkpoint=x", "value_pretraining.enabled=false"],
             ["value_pretraining.checkpoint", "value_pretraining.enabled=false"],
         ),
+        (
+            ["alarms.stop=[truncation, flat_values]", "algorithm.advantage=group"],
+            ["alarms.stop names flat_values,", "algorithm.advantage=group has none"],
+        ),
         (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
         (["critic.sequence_parallel=true"], ["critic.sequence_parallel", "critic.tensor_parallel above 1"]),
         (["actor.virtual_pipeline=2"], ["actor.virtual_pipeline=2", "actor.pipeline_parallel above 1"]),
@@ -463,6 +467,7 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
         ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
         ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.sglang.request_seconds=30"],
         ["algorithm.importance=truncate", "algorithm.importance_cap=1"],
+        ["alarms.stop=[truncation, entropy_collapse, logprob_drift]", "algorithm.advantage=group"],
         ["evaluation.sampling.temperature=0", "evaluation.samples=1"],
         ["algorithm.old_logprobs=rollout", "rollout.max_logprob_difference=0.05", "rollout.check_weights_every=0"],
     ],
