@@ -39,6 +39,8 @@ _KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _FLOATS_PER_TOKEN = 7  # rollout_logprobs, logprobs, entropy, values, advantages, returns, ratios
 _BYTES_PER_TOKEN = 8 + 4 * _FLOATS_PER_TOKEN + 1
 _BYTES_PER_PROMPT_TOKEN, _BYTES_PER_RESPONSE = 8, 64
+_ANSWER = 200
+"""Characters that are kept of a reference answer, which may be a whole program: answers are no part of the bound."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class TokenRecord:
     """B, of which `batch` holds R."""
     batch: Experience
     answers: list[str]
-    """[R] reference answers; empty where the prompt is not in the run's prompt set (a replayed rollout)."""
+    """[R] the first 200 characters of each reference answer; empty where the prompt is not in the run's prompt set (a
+    replayed rollout)."""
     ratios: Tensor | None
     """[T] float32, of the policy in the last update that the token took part in; None without policy updates."""
     clipped: Tensor | None
@@ -154,7 +157,7 @@ class TokenRecords:
             step,
             responses=len(batch),
             batch=replace(kept, update_logprobs=None),  # the ratios say the same
-            answers=[self._answers.get(prompt, "") for prompt in _prompts(kept)],
+            answers=[self._answers.get(prompt, "")[:_ANSWER] for prompt in _prompts(kept)],
             ratios=ratios,
             clipped=clipped,
             calibration=None if batch.values is None else critic_calibration(batch),

@@ -110,6 +110,14 @@ def test_a_file_is_no_larger_than_the_bound(batch: Experience, tmp_path: Path) -
     assert not (tmp_path / "none").exists()
 
 
+def test_a_long_answer_does_not_fill_the_file(batch: Experience, tmp_path: Path) -> None:
+    """A row's answer may be a whole program, and stands once for each response."""
+    known = Prompt("2 + 2", "4" * 10**5, 0, "line 1", token_ids=tuple(batch.tokens[:3].tolist()))
+    store(tmp_path, prompts=(known,)).write("train", 1, batch)
+    assert TokenRecord.load(path_of(tmp_path, "train", 1)).answers[0] == "4" * 200
+    assert path_of(tmp_path, "train", 1).stat().st_size < 10**4
+
+
 def test_what_a_lost_interval_wrote_is_removed(batch: Experience, tmp_path: Path) -> None:
     before = store(tmp_path)
     for kind, steps in (("pretrain", 2), ("train", 4)):
