@@ -139,16 +139,6 @@ def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
             torch.testing.assert_close(response.logprobs, expected.detach(), rtol=0, atol=2e-5)
 
 
-def test_signals_to_the_whole_job_leave_a_server_alone(run: Run) -> None:
-    """Nor do schedulers that it spawns hear what Slurm sends to all processes."""
-    before = run.engine._starts
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        for process in processes(run):
-            process.send_signal(number)
-    assert_written_by_the_actor(run, rolled_out(run, 0))
-    assert run.engine._starts == before
-
-
 def test_a_server_loads_from_disk_what_a_run_exports(run: Run, tmp_path: Path) -> None:
     """SGLang's own reader of checkpoints, bit for bit; the actor has changed since this server was given weights."""
     trained = held_tensors(run.actor)

@@ -29,17 +29,45 @@ GONE_S = 60
 
 FAKE_LAUNCH_SERVER = '''
 """Stands for sglang.launch_server: the same arguments, and children as unruly as can be."""
-import argparse, json, multiprocessing, os, signal, subprocess, sys, time
+import argparse, json, os, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+parser = argparse.ArgumentParser()
+parser.add_argument("--host")
+parser.add_argument("--port", type=int)
+parser.add_argument("--config")
+parser.add_argument("--report")
+parser.add_argument("--mode", default="serve")
+parser.add_argument("--flag", action="store_true")
+arguments = parser.parse_args()
+signal.signal(signal.SIGTERM, lambda *_: os._exit(4))  # SGLang has a handler of its own too
+with open(arguments.config) as config:
+    key = config.read().split('"')[1]
+readable_by_others = os.stat(arguments.config).st_mode & 0o077
+print(f"server_args=ServerArgs(api_key='{key}', port={arguments.port})", flush=True)
+print(f"twice {key} {key}", file=sys.stderr, flush=True)
+
 SLEEP = [sys.executable, "-c", "import signal; signal.pause()"]
+children = [
+    subprocess.Popen(SLEEP),
+    subprocess.Popen(SLEEP, start_new_session=True),
+    # A daemon: an orphan with a session and output of its own.
+    subprocess.Popen(["setsid", "--fork", *SLEEP], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+]
+children[2].wait()
+
+if arguments.mode == "end at once":
+    print("torch.OutOfMemoryError: CUDA out of memory", flush=True)
+    sys.exit(3)
+if arguments.mode == "never answer":
+    signal.pause()
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/end":
             os._exit(0)
-        self.send_response(200 if self.headers["Authorization"] == f"Bearer {self.server.key}" else 401)
+        self.send_response(200 if self.headers["Authorization"] == f"Bearer {key}" else 401)
         self.end_headers()
         self.wfile.write(b"up")
 
@@ -47,45 +75,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--host")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--config")
-    parser.add_argument("--report")
-    parser.add_argument("--mode", default="serve")
-    parser.add_argument("--flag", action="store_true")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(4))  # SGLang has a handler of its own too
-    with open(arguments.config) as config:
-        key = config.read().split('"')[1]
-    readable_by_others = os.stat(arguments.config).st_mode & 0o077
-    print(f"server_args=ServerArgs(api_key='{key}', port={arguments.port})", flush=True)
-    print(f"twice {key} {key}", file=sys.stderr, flush=True)
-    subprocess.Popen(SLEEP)
-    subprocess.Popen(SLEEP, start_new_session=True)
-    # A daemon: an orphan with a session and output of its own.
-    daemon = ["setsid", "--fork", *SLEEP]
-    subprocess.run(daemon, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    if arguments.mode == "end at once":
-        print("torch.OutOfMemoryError: CUDA out of memory", flush=True)
-        sys.exit(3)
-    if arguments.mode == "never answer":
-        signal.pause()
-    server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
-    server.key = key
-    # As SGLang starts its scheduler, and with it multiprocessing's resource tracker.
-    multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,)).start()
-    report = {"environment": dict(os.environ), "arguments": sys.argv[1:], "public": readable_by_others}
-    with open(arguments.report + ".part", "w") as file:
-        json.dump(report, file)
-    os.rename(arguments.report + ".part", arguments.report)
-    server.serve_forever()
-
-
-if __name__ == "__main__":  # the spawned process imports this module too
-    main()
+server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
+report = {"environment": dict(os.environ), "arguments": sys.argv[1:], "public": readable_by_others}
+with open(arguments.report + ".part", "w") as file:
+    json.dump(report, file)
+os.rename(arguments.report + ".part", arguments.report)
+server.serve_forever()
 '''
 
 
@@ -148,7 +143,7 @@ def _note_earlier_children() -> None:
 
 
 def tree(owner: int) -> list[psutil.Process]:
-    """Supervisor, server, and the server's four children and resource tracker."""
+    """Supervisor, server and the server's three children."""
     return [process for process in psutil.Process(owner).children(recursive=True) if process not in EARLIER]
 
 
@@ -168,7 +163,7 @@ def test_a_server_starts_and_stops_with_all_its_processes(start: Callable[..., S
     server = start()
     assert server.running and answers(server.address)
     processes = tree(os.getpid())
-    assert len(processes) == 7 and len({os.getsid(process.pid) for process in processes}) >= 3
+    assert len(processes) == 5 and len({os.getsid(process.pid) for process in processes}) >= 3
     assert server.resident_bytes() > 2**20
     server.stop()
     assert not server.running
@@ -287,7 +282,7 @@ def test_nothing_outlives_its_owner(settings: ServerSettings, how: signal.Signal
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
         assert owner.stdout.readline() == b"up\n"
         processes = tree(owner.pid)
-        assert len(processes) == 7
+        assert len(processes) == 5
         if stopped:
             server = server_process(processes)
             for process in [server, *server.children(recursive=True)]:

@@ -116,7 +116,7 @@ class Server:
         # -P: this folder, of which a module is called requests, is not to be searched for imports.
         supervised = [sys.executable, "-P", supervisor.__file__, str(self._settings.log)]
         process = subprocess.Popen(
-            [*supervised, self._settings.python, _SERVER, *words],
+            [*supervised, self._settings.python, "-m", _SERVER, *words],
             stdin=subprocess.PIPE,
             env=inherited() | dict(self._settings.environment),
             start_new_session=True,  # signals to the trainer's group are the trainer's to answer

@@ -1,13 +1,12 @@
 """The process that runs a rollout server for no longer than its trainer lives.
 
-It is started as `python supervisor.py LOG PYTHON MODULE ARGUMENTS...`, with the API key on stdin.
+It is started as `python supervisor.py LOG COMMAND...`, with the API key on stdin.
 
 1. The server gets its key in a file that only its user can read: arguments are public in process lists.
 2. Its output goes to LOG with the key blotted out, for SGLang prints its settings.
 3. SIGTERM and SIGUSR1, which Slurm may send to all processes of a job, are the trainer's to answer: blocked here, they
    stay blocked in the server, which would drain and end, or end at once. (Ignoring them would not last: SGLang has a
-   handler of its own. Nor would blocking alone: multiprocessing unblocks SIGTERM where it starts its resource tracker,
-   so the tracker is started first, and the signals are blocked again before the server begins.)
+   handler of its own.)
 4. Once the trainer's end of stdin closes, whatever way the trainer ended, or the server's own process ends, every
    process that the server started is killed. Orphans among them become this process's children, so none is missed.
 
@@ -28,21 +27,11 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_LAUNCH = """
-import runpy, signal, sys
-from multiprocessing import resource_tracker
-
-resource_tracker.ensure_running()
-signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
-del sys.argv[0]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-"""Run the module that is named first among the arguments, as `python -m` does."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(log_path: str, python: str, module: str, *arguments: str) -> int:
-    """Run the server, a module of that Python, to its end; returns its exit status."""
+def main(log_path: str, command: list[str]) -> int:
+    """Run the server to its end; returns its exit status."""
     key = sys.stdin.readline().strip()
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
@@ -50,7 +39,7 @@ def main(log_path: str, python: str, module: str, *arguments: str) -> int:
         settings.write(f'api-key: "{key}"\n')
         settings.flush()
         server = subprocess.Popen(
-            [python, "-c", _LAUNCH, module, *arguments, "--config", settings.name],
+            [*command, "--config", settings.name],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -84,4 +73,4 @@ def _end_with_server(server: subprocess.Popen) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
