@@ -187,7 +187,11 @@ def test_a_lost_node_requeues_the_job(user: User, settings: list[str], local: li
     wait(lambda: (run / "checkpoints" / "step_000001").is_dir() and train_steps(run) >= 1, 300, job.outputs)
     user.cluster.kill_node("node2")
     wait(lambda: job.show("Restarts") == "1", 120, job.outputs)
+    # Slurm tries for a minute to end the first start's step on the lost node, and would end the second start's for it.
+    user.cluster.run("scontrol", "hold", job.number)
     user.cluster.start_node("node2")
+    wait(lambda: re.search(r"Agent queue size:\s+0\s", user.cluster.run("sdiag").stdout), 300, job.outputs)
+    user.cluster.run("scontrol", "release", job.number)
     job.wait_for("COMPLETED", "FAILED", requeued=True, seconds=400)
     assert job.state == "COMPLETED", job.outputs()
     assert timeless(run) == local
