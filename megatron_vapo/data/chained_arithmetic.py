@@ -8,15 +8,14 @@ A prompt is a start digit and some labelled operations, a response works through
 
 A step is written in full (`b9*7=3`) or sloppily, from the head (`a=9`), and may be redone after `!`. All operations are
 invertible modulo 10, so a wrong step stays wrong unless a second error cancels it.
-
-The `^` that begins every text is part of the prompt, and the tokenizer of the tiny model adds nothing of its own:
-a prompt has the same token ids in supervised training, in any rollout engine, and with or without special tokens.
 """
 
 import random
 from dataclasses import dataclass
+from functools import partial
 
-PAD, BOS, EOS = "_", "^", "$"
+from megatron_vapo.data.toy_problems import BOS, EOS, PAD, problem_sets
+
 ANSWER, REDO = "#", "!"
 LABELS = "abcdefghijklmnopqrstu"
 """More than `MAX_STEPS`, to make the vocabulary 40: divisible by the usual tensor-parallel sizes."""
@@ -93,17 +92,7 @@ def make_problem(rng: random.Random) -> Problem:
     return Problem(rng.randrange(10), steps)
 
 
-def make_problem_sets(seed: int, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """Return disjoint sets of `train` and `held_out` distinct problems.
-
-    The held-out problems are drawn first: they depend on the seed and their number alone.
-    """
-    rng = random.Random(seed)
-    problems: dict[Problem, None] = {}
-    while len(problems) < held_out + train:
-        problems[make_problem(rng)] = None
-    distinct = list(problems)
-    return distinct[held_out:], distinct[:held_out]
+make_problem_sets = partial(problem_sets, make_problem)
 
 
 def demonstrate(problem: Problem, mixture: Mixture, rng: random.Random) -> str:

@@ -11,16 +11,15 @@ the last standing line back, so that it can be written again:
 A response is right if the lines that stand at its end are the whole derivation: no gap, no wrong digit. So nearly all
 errors are tokens of their own, corrections undo them, and the reward comes at the end alone. All operations are
 invertible: a wrong digit stays wrong.
-
-The `^` that begins every text is part of the prompt, and the tokenizer of the tiny model adds nothing of its own:
-a prompt has the same token ids in supervised training, in any rollout engine, and with or without special tokens.
 """
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-PAD, BOS, EOS = "_", "^", "$"
+from megatron_vapo.data.toy_problems import BOS, EOS, PAD, problem_sets
+
 GAP, TAKE_BACK = "?", "!"
 LABELS = "abcdefghijklmnopqrst"
 """The labels of lines, `MAX_STEPS` of them. The vocabulary is 40, divisible by the usual tensor-parallel sizes."""
@@ -78,17 +77,7 @@ def make_problem(rng: random.Random) -> Problem:
     return Problem(rng.randrange(10), steps)
 
 
-def make_problem_sets(seed: int, train: int, held_out: int) -> tuple[list[Problem], list[Problem]]:
-    """Return disjoint sets of `train` and `held_out` distinct problems.
-
-    The held-out problems are drawn first: they depend on the seed and their number alone.
-    """
-    rng = random.Random(seed)
-    problems: dict[Problem, None] = {}
-    while len(problems) < held_out + train:
-        problems[make_problem(rng)] = None
-    distinct = list(problems)
-    return distinct[held_out:], distinct[:held_out]
+make_problem_sets = partial(problem_sets, make_problem)
 
 
 def write_line(label: str, value: int, step: str) -> tuple[str, int]:
