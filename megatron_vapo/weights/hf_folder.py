@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -85,17 +86,21 @@ class HFFolder:
 
     def _shapes(self, names: set[str]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors, with each file opened once: a model with experts has 18,000 of them."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
         shapes: dict[str, tuple[int, ...]] = {}
-        for path in {self._files[name] for name in names}:
-            with safe_open(path, framework="pt") as file:
-                held = names & set(file.keys())
-                shapes |= {n: tuple(file.get_slice(n).get_shape()) for n in held if self._files[n] == path}
+        for path, held in by_file.items():
+            shapes |= self._shapes_in(path, held)
         return shapes
+
+    def _shapes_in(self, path: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        with safe_open(self._files[name], framework="pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        return self._shapes({name})[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type that `read` returns."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,19 +18,13 @@ class PickledFolder(HFFolder):
 
     WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        return tuple(self._stored(name).shape)
-
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's type."""
         return self._stored(name).dtype
 
-    def _shapes(self, names: set[str]) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in {self._files[name] for name in names}:
-            shapes |= {n: tuple(t.shape) for n, t in _load(path).items() if n in names and self._files[n] == path}
-        return shapes
+    def _shapes_in(self, path: Path, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        tensors = _load(path)
+        return {name: tuple(tensors[name].shape) for name in names}
 
     def _stored(self, name: str) -> Tensor:
         return _load(self._files[name])[name]
