@@ -118,7 +118,7 @@ class WeightSync:
     def _verify_handover(self) -> None:
         """Check that the engine holds what it was given."""
         (held,) = self._digests()
-        differing = [name for name, given in self._handed.items() if held and held.get(name, "") not in (given, None)]
+        differing = _differing(self._handed, held) if held else []
         raise_everywhere(self._not_held(differing), TrainingError)
 
     def _digests(self) -> list[Mapping[str, str | None]]:
@@ -147,8 +147,8 @@ class WeightSync:
 
         def compared() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in stream(plan, source, self._transport):
-                shown = self._shown(parameters[name], tensor) if held else {}
-                differing.extend(part for part, sum_ in shown.items() if held.get(part, "") not in (sum_, None))
+                if held:
+                    differing.extend(_differing(self._shown(parameters[name], tensor), held))
                 yield name, tensor
 
         try:
@@ -161,3 +161,8 @@ class WeightSync:
         if not differing:
             return None
         return f"weight sync: the rollout engine of rank {self._plan.rank} does not hold the actor's {few(differing)}"
+
+
+def _differing(given: Mapping[str, str], held: Mapping[str, str | None]) -> list[str]:
+    """Return the parameters of which the engine holds others, by checksums; it may show none of some (None)."""
+    return [name for name, checksum in given.items() if held.get(name, "") not in (checksum, None)]
