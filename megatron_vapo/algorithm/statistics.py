@@ -61,7 +61,7 @@ def mean_deviation_within(x_T: Tensor, cu_seqlens: Tensor) -> float:
 
 def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Tensor:
     """Return means [K] over equal parts of each response's own length; NaN where a part has no token."""
-    return _mean_by_bin(x_T, relative_position_bins(cu_seqlens, bins), bins)
+    return mean_by_bin(x_T, relative_position_bins(cu_seqlens, bins), bins)
 
 
 def calibration(predicted_T: Tensor, success_T: Tensor, bins: int) -> Tensor:
@@ -72,11 +72,12 @@ def calibration(predicted_T: Tensor, success_T: Tensor, bins: int) -> Tensor:
     """
     bin_T = (predicted_T * bins).long().clamp(0, bins - 1)
     counts_K = torch.bincount(bin_T, minlength=bins).double()
-    means = [_mean_by_bin(x_T, bin_T, bins) for x_T in (predicted_T, success_T)]
+    means = [mean_by_bin(x_T, bin_T, bins) for x_T in (predicted_T, success_T)]
     return torch.stack([*means, counts_K], dim=1)
 
 
-def _mean_by_bin(x_T: Tensor, bin_T: Tensor, bins: int) -> Tensor:
+def mean_by_bin(x_T: Tensor, bin_T: Tensor, bins: int) -> Tensor:
+    """Return means [K] over the tokens of each bin, 0 to K - 1; NaN for an empty one."""
     zeros_K = torch.zeros(bins, dtype=torch.float64, device=x_T.device)
     x_64 = x_T.detach().double()
     return zeros_K.index_add(0, bin_T, x_64) / zeros_K.index_add(0, bin_T, torch.ones_like(x_64))

@@ -9,6 +9,7 @@ import torch
 from megatron_vapo.algorithm.statistics import (
     explained_variance,
     logprob_difference,
+    mean_by_bin,
     mean_by_relative_position,
     mean_deviation_within,
     relative_error,
@@ -107,7 +108,8 @@ def token_metrics(batch: Experience) -> dict[str, float]:
         }
     if batch.advantages is not None:
         metrics["advantage/mean"] = float(batch.advantages.mean())
-        metrics |= _by_position("advantage", batch.advantages, batch)
+        means = mean_by_relative_position(batch.advantages, batch.cu_seqlens, POSITION_BINS)
+        metrics |= _by_tenth("advantage", means)
     return metrics
 
 
@@ -132,16 +134,16 @@ def critic_metrics(batch: Experience, gamma: float) -> dict[str, float]:
         metrics[f"critic/explained_variance_tenth_{k + 1}"] = explained_variance(
             values[tenth == k], returns[tenth == k]
         )
-    metrics |= _by_position("critic/value", values, batch)
-    for name, chosen in (("right", batch.correct), ("wrong", ~batch.correct)):
+    metrics |= _by_tenth("critic/value", mean_by_bin(values, tenth, POSITION_BINS))
+    right = batch.per_token(batch.correct)
+    for name, chosen in (("right", right), ("wrong", ~right)):
         if chosen.any():
-            part = batch.select(chosen.nonzero().flatten())
-            metrics |= _by_position(f"critic/value_{name}", part.require("values"), part)
+            means = mean_by_bin(values[chosen], tenth[chosen], POSITION_BINS)
+            metrics |= _by_tenth(f"critic/value_{name}", means)
     return metrics
 
 
-def _by_position(name: str, values: torch.Tensor, batch: Experience) -> dict[str, float]:
-    means = mean_by_relative_position(values, batch.cu_seqlens, POSITION_BINS)
+def _by_tenth(name: str, means: torch.Tensor) -> dict[str, float]:
     return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means)}
 
 
