@@ -138,12 +138,16 @@ class Run:
             return self._updates(self.trainers["critic"], objectives.value_objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> tuple[Experience, dict[str, float]]:
-        """Train the policy; add the log-probs that the updates saw, and return means of metrics over minibatches."""
-        seen, trainer, epochs = SeenOutputs(), self.trainers["actor"], self.recipe.epochs
+        """Train the policy; return the batch, with the log-probs that the updates saw where tokens are recorded
+        (observe.tokens_mib), and means of metrics over minibatches."""
+        seen = SeenOutputs() if self.recipe.observe.tokens_mib else None
+        trainer, epochs = self.trainers["actor"], self.recipe.epochs
         with self._phase(Phase.ACTOR_UPDATE):
             metrics = self._updates(trainer, objectives.policy_objective, batch, epochs, step, seen)
-            logprobs, _ = seen.gather(self.actor, int(batch.cu_seqlens[-1]))
-        return replace(batch, update_logprobs=logprobs), metrics
+            if seen is not None:
+                logprobs, _ = seen.gather(self.actor, int(batch.cu_seqlens[-1]))
+                batch = replace(batch, update_logprobs=logprobs)
+        return batch, metrics
 
     def sync_weights(self) -> None:
         """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
