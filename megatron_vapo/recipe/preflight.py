@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
 from itertools import chain
@@ -51,7 +52,7 @@ class Inputs:
     dropped: int = 0
     """Training prompts left out for their length (data.long_prompts)."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """The fingerprint of the prompts, by the setting that lists their files."""
         return {"data.train": fingerprint(self.prompts), "evaluation.data": fingerprint(self.held_out)}
@@ -59,7 +60,7 @@ class Inputs:
     @property
     def digest(self) -> str:
         """The digest of the training prompts."""
-        return sha256(json.dumps(fingerprint(self.prompts)).encode()).hexdigest()
+        return sha256(json.dumps(self.fingerprint["data.train"]).encode()).hexdigest()
 
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

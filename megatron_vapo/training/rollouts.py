@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Rollouts:
         self._recipe, self._inputs, self._sampler, self._layouts = recipe, inputs, sampler, layouts
         self._prompts, self._sleep, self._folder = inputs.prompts, sleep, Path(recipe.run_dir)
         files = prompt_files("data.train", recipe.data.train)
-        self._sizes = {file.name: sum(prompt.dataset == file.name for prompt in inputs.prompts) for file in files}
+        sizes = Counter(prompt.dataset for prompt in inputs.prompts)
+        self._sizes = {file.name: sizes[file.name] for file in files}
         self._order = PromptOrder(
             list(self._sizes.values()), recipe.seed, [file.weight for file in files], inputs.digest
         )
