@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import records
+from megatron_vapo.algorithm import statistics
 from megatron_vapo.algorithm.statistics import explained_variance, relative_position_bins
 from megatron_vapo.commands.train import execute
 from megatron_vapo.config import SamplingConfig
@@ -136,18 +137,12 @@ def explained_by_fifth(values_T: Tensor, told: list[Told]) -> dict[str, Any]:
 
 def calibration(told: list[Told]) -> list[dict[str, float]]:
     """Return predicted and measured success of tokens, in ten bins of the prediction."""
-    bins: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for response in told:
-        for value in response.values:
-            chance = success(value)
-            bins[min(int(chance * CALIBRATION_BINS), CALIBRATION_BINS - 1)].append((chance, float(response.right)))
+    chances = torch.tensor([success(v) for response in told for v in response.values], dtype=torch.float64)
+    rights = torch.tensor([float(response.right) for response in told for _ in response.values])
     return [
-        {
-            "predicted": sum(chance for chance, _ in seen) / len(seen),
-            "measured": sum(right for _, right in seen) / len(seen),
-            "tokens": len(seen),
-        }
-        for _, seen in sorted(bins.items())
+        {"predicted": predicted, "measured": measured, "tokens": int(tokens)}
+        for predicted, measured, tokens in statistics.calibration(chances, rights, CALIBRATION_BINS).tolist()
+        if tokens
     ]
 
 
