@@ -1,4 +1,4 @@
-"""What runs in a reward's own process: a sample in, an outcome out, until the other end closes."""
+"""The loop of a reward's own process: a sample in, an outcome out, until the other end closes."""
 
 from __future__ import annotations
 
