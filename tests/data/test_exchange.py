@@ -1,0 +1,79 @@
+"""Ragged tensors move between real ranks as if everything had been gathered everywhere, and no byte more travels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_vapo.data.exchange import Exchange, Placement, homes
+from megatron_vapo.errors import MachineError
+from tests.data.exchange_ranks import WORLD
+from tests.ranks import run_ranks
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_what_arrives_is_what_gathering_everything_gives(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.data.exchange_ranks", tmp_path / "store", "any"]
+    run_ranks(WORLD, command, tmp_path / "log")
+    for rank in range(WORLD):
+        assert "all examples passed" in (tmp_path / f"log {rank}").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_falls_silent_during_an_exchange_is_named(tmp_path: Path) -> None:
+    """The watchdog names it, and ends the ranks that wait for its rows."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "tests.data.exchange_ranks", tmp_path / "store", "falls silent"]
+    ranks = [
+        subprocess.Popen(command, env=variables | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        said = ranks[0].communicate(timeout=120)[1]
+        codes = [ranks[rank].wait(timeout=120) for rank in (0, 2)]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    assert f"rank 1 (pid {ranks[1].pid}" in said and "its phase was: critic update" in said.replace("_", " ")
+    assert codes == [MachineError.exit_code] * 2
+
+
+@pytest.fixture
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+def test_homes_are_runs_of_about_equal_length(lengths: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda: 4)
+        placement = homes(torch.tensor(lengths))
+    assert placement.responses.tolist() == list(range(len(lengths)))
+    assert len(placement.counts) == 4
+    shares = [sum(lengths[i] for i in placement.on(rank).tolist()) for rank in range(4)]
+    assert max(shares) <= sum(lengths) / 4 + max(lengths)
+
+
+def test_a_response_that_nobody_has_is_named(four_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    held = Placement.by_rank(torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="response 2 is on no rank"):
+        Exchange(held, Placement.by_rank(torch.tensor([3, 3, 1])))
+
+
+def test_alone_nothing_is_copied(world: None) -> None:
+    rows, lengths = torch.arange(6), torch.tensor([1, 3, 2])
+    everywhere = Placement.everywhere(3)
+    assert Exchange(everywhere, homes(lengths))(rows, lengths) is rows
+    turned = Exchange(everywhere, Placement.of([torch.tensor([2, 0])]))
+    assert turned(rows, lengths).tolist() == [4, 5, 0]
