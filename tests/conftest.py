@@ -37,7 +37,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-RANKS = ("tests/crossing/", "tests/distributed/", "tests/slurm/", "tests/rollout/test_sglang_engine.py")
+RANKS = (
+    "tests/crossing/",
+    "tests/distributed/",
+    "tests/slurm/",
+    "tests/rollout/test_sglang_engine.py",
+    "tests/test_ranks.py",
+)
 """Tests of several processes each, of which one at a time is enough for a machine."""
 
 
@@ -240,6 +246,20 @@ def sglang_python() -> str:
     if not python.exists():
         pytest.skip(f"no SGLang environment at {python}: make sglang-cpu")
     return str(python)
+
+
+@pytest.fixture(scope="session")
+def forking_sglang_python(sglang_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same interpreter, whose servers need less CPU time to start (tests/rollout/forked_sglang.py)."""
+    wrapper = tmp_path_factory.mktemp("sglang") / "python"
+    script = REPOSITORY / "tests" / "rollout" / "forked_sglang.py"
+    wrapper.write_text(
+        "#!/bin/sh\n"
+        f'[ "$1 $2" != "-m sglang.launch_server" ] || {{ shift 2; set -- "{script}" "$@"; }}\n'
+        f'exec "{sglang_python}" "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return str(wrapper)
 
 
 @pytest.fixture

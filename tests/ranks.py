@@ -1,29 +1,132 @@
-"""Ranks for tests: processes of their own that talk to each other."""
+"""Ranks for tests: processes of their own that talk to each other, started anew or forked from one that is warm.
+
+Imports are most of a small run's CPU time. Where a test is about what ranks compute, not about how they start,
+`fork=True` spares them: multiprocessing's fork server imports tests/preload.py once and forks every rank, which then is
+`python ARGUMENTS` in all but its imports: environment, folder, output, exit code. What is read while modules are
+imported (PYTHONPATH, TRITON_INTERPRET) or differs between interpreters (the seed of hashes) needs a start anew, and so
+does what tests look for in torchrun's output and processes.
+"""
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import runpy
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch.distributed import TCPStore
 
-def run_ranks(world: int, command: Sequence[str | Path], log: Path, seconds: float = 300, **environment: str) -> None:
-    """Run `command` once a rank, with RANK and WORLD_SIZE, until all have ended well; their output is in "LOG RANK".
+PRELOADED = "tests.preload"
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload([PRELOADED])
+
+
+class Forked:
+    """The fork server's `python ARGUMENTS`, with the part of subprocess.Popen that is needed here."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+        self._process = _context.Process(target=_become, args=(arguments, dict(environment), os.getcwd(), output))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def run_ranks(
+    world: int,
+    arguments: Sequence[str | Path],
+    log: Path,
+    seconds: float = 300,
+    fork: bool = False,
+    python: str | Path = sys.executable,
+    **environment: str,
+) -> None:
+    """Run `python arguments` once a rank, with RANK and WORLD_SIZE, until all have ended well; they write "LOG RANK".
 
     Raises:
-        AssertionError: ranks failed; with the end of every rank's output.
-        subprocess.TimeoutExpired: a rank took longer.
+        AssertionError: a rank failed, which ends the others, or took longer; with the end of every rank's output.
     """
     variables = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)} | environment
+    words = [str(word) for word in arguments]
     logs = [log.with_name(f"{log.name} {rank}") for rank in range(world)]
-    ranks = [
-        subprocess.Popen(command, env=variables | {"RANK": str(rank)}, stdout=out.open("w"), stderr=subprocess.STDOUT)
-        for rank, out in enumerate(logs)
-    ]
+    ranks: list[Forked | subprocess.Popen] = []
     try:
-        codes = [rank.wait(timeout=seconds) for rank in ranks]
+        for rank, output in enumerate(logs):
+            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(Forked(words, own, output) if fork else _start([str(python), *words], own, output))
+        codes = _wait(ranks, seconds)
     finally:
         for rank in ranks:
             rank.kill()
-    assert codes == [0] * world, "\n".join(out.read_text()[-3000:] for out in logs)
+    assert codes == [0] * world, f"exit codes {codes}\n" + "\n".join(out.read_text()[-3000:] for out in logs)
+
+
+def train(world: int, log: Path, *overrides: str, seconds: float = 300) -> str:
+    """Run `megatron-vapo train recipes/tiny.yaml` on forked ranks, as torchrun would; returns rank 0's output."""
+    return run_world(world, ["-m", "megatron_vapo", "train", "recipes/tiny.yaml", *overrides], log, seconds)
+
+
+def run_world(world: int, arguments: Sequence[str | Path], log: Path, seconds: float = 300) -> str:
+    """Run `python arguments` on forked ranks with torchrun's variables; returns rank 0's output."""
+    # As torchrun does: the store is there before the ranks are, at a port that nobody else can take.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    run_ranks(
+        world,
+        arguments,
+        log,
+        seconds,
+        fork=True,
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(store.port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+    )
+    return log.with_name(f"{log.name} 0").read_text()
+
+
+def _start(command: list[str], environment: Mapping[str, str], output: Path) -> subprocess.Popen:
+    with output.open("w") as out:
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: Sequence[Forked | subprocess.Popen], seconds: float) -> list[int | None]:
+    """Exit codes once all have ended, one has failed, or the time is over (None: still running)."""
+    deadline = time.monotonic() + seconds
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if None not in codes or any(codes) or time.monotonic() > deadline:
+            return codes
+        time.sleep(0.05)
+
+
+def _become(arguments: list[str], environment: dict[str, str], folder: str, output: Path) -> None:
+    """Go on in a forked process as `python ARGUMENTS` would."""
+    if PRELOADED not in sys.modules:
+        raise ImportError(f"the fork server could not import {PRELOADED}, started in {folder}")
+    with output.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)
+    torch.seed(), np.random.seed()  # as new processes do; Python's own generator does so after each fork
+    try:
+        if arguments[0] == "-m":
+            sys.argv, sys.path[0] = arguments[1:], folder
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = arguments, str(Path(arguments[0]).parent)
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out

@@ -72,6 +72,6 @@ def test_checkpoints_cross(
 def run(python: Path, verb: str, world: int, folder: Path) -> dict:
     """What rank 0 of `world` processes of this interpreter saw."""
     result = folder / f"{verb}.pt"
-    command = [python, SCRIPT, verb, folder / f"rendezvous {verb}", folder, result]
-    run_ranks(world, command, folder / f"log {verb}", PYTHONPATH=str(REPOSITORY))
+    arguments = [SCRIPT, verb, folder / f"rendezvous {verb}", folder, result]
+    run_ranks(world, arguments, folder / f"log {verb}", python=python, PYTHONPATH=str(REPOSITORY))
     return torch.load(result, weights_only=True)

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.records import records, timeless
 from megatron_vapo.errors import MachineError
+from tests.ranks import train
 
 pytestmark = pytest.mark.slow
 
@@ -61,17 +62,23 @@ class Launched:
             time.sleep(0.1)
 
 
-@pytest.fixture
-def launch(make_checkpoint: Callable[..., Path], tiny_problems: Path) -> Iterator[Callable[..., Launched]]:
-    started: list[Launched] = []
-    paths = [
+@pytest.fixture(scope="module")
+def settings(make_checkpoint: Callable[..., Path], tiny_problems: Path) -> list[str]:
+    return [
         f"model.path={make_checkpoint('qwen2')}",
         f"data.train={tiny_problems}",
         f"evaluation.data={tiny_problems}",
+        *SMALL,
     ]
 
+
+@pytest.fixture
+def launch(settings: list[str]) -> Iterator[Callable[..., Launched]]:
+    """`launch(world, run_dir, *overrides)` by torchrun."""
+    started: list[Launched] = []
+
     def start(world: int, run_dir: Path, *overrides: str) -> Launched:
-        started.append(Launched(world, run_dir, *paths, *SMALL, *overrides))
+        started.append(Launched(world, run_dir, *settings, *overrides))
         return started[-1]
 
     yield start
@@ -79,6 +86,16 @@ def launch(make_checkpoint: Callable[..., Path], tiny_problems: Path) -> Iterato
         if launched.process.poll() is None:
             for process in [*psutil.Process(launched.process.pid).children(recursive=True), launched.process]:
                 process.kill()
+
+
+@pytest.fixture
+def forked(settings: list[str], tmp_path: Path) -> Callable[..., str]:
+    """`forked(world, run_dir, *overrides)` -> the first rank's output; without torchrun, to the end."""
+
+    def run(world: int, run_dir: Path, *overrides: str) -> str:
+        return train(world, tmp_path / "log", *settings, f"run_dir={run_dir}", *overrides)
+
+    return run
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, bytes]:
@@ -106,26 +123,26 @@ def test_a_rank_that_stops_is_named_with_its_phase(
 
 
 def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
-    launch: Callable[..., Launched], tmp_path: Path
+    launch: Callable[..., Launched], forked: Callable[..., str], tmp_path: Path
 ) -> None:
-    settings = ["steps=4", "critic.distributed_optimizer=true", "actor.tensor_parallel=2"]  # all ranks write
-    launch(2, tmp_path / "whole", *settings).end()
-    run = launch(2, tmp_path / "run", *settings)
+    layout = ["steps=4", "critic.distributed_optimizer=true", "actor.tensor_parallel=2"]  # all ranks write
+    forked(2, tmp_path / "whole", *layout)
+    run = launch(2, tmp_path / "run", *layout)
     run.wait_for_step(2)
     run.ranks()[1].send_signal(signal.SIGUSR1)
     output = run.end()
     assert run.process.returncode != 0 and "exitcode  : 75" in output
     assert len(records(tmp_path / "run", "train")) < 4
-    assert launch(2, tmp_path / "run", *settings).end().count("resumed from") == 1
+    assert forked(2, tmp_path / "run", *layout).count("resumed from") == 1
     for ours, theirs in zip(timeless(tmp_path / "run"), timeless(tmp_path / "whole"), strict=True):
         assert ours == theirs
     ours, theirs = last_checkpoint(tmp_path / "run"), last_checkpoint(tmp_path / "whole")
     assert {name for name in ours if "/__1_" in name} and ours == theirs
 
 
-def test_a_run_goes_on_in_another_layout(launch: Callable[..., Launched], tmp_path: Path) -> None:
+def test_a_run_goes_on_in_another_layout(forked: Callable[..., str], tmp_path: Path) -> None:
     """1 process, 2 (tensor-parallel), 4 (data-, pipeline- and context-parallel), a step each, as 1 process alone."""
-    assert launch(1, tmp_path / "whole", "steps=3", "rollout.save=true").end()
+    assert forked(1, tmp_path / "whole", "steps=3", "rollout.save=true")
     replay = f"rollout.replay={tmp_path / 'whole' / 'rollouts'}"
     layouts = {
         1: [],
@@ -133,7 +150,7 @@ def test_a_run_goes_on_in_another_layout(launch: Callable[..., Launched], tmp_pa
         4: ["actor.pipeline_parallel=2", "critic.context_parallel=2", "actor.micro_batch_tokens=256"],
     }
     for step, (world, layout) in enumerate(layouts.items(), start=1):
-        output = launch(world, tmp_path / "run", f"steps={step}", replay, *layout).end()
+        output = forked(world, tmp_path / "run", f"steps={step}", replay, *layout)
         assert step == 1 or "resumed from" in output
     trained = [records(tmp_path / name, "train") for name in ("whole", "run")]
     keys = ("actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm")

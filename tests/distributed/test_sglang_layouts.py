@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.records import records
+from tests.ranks import run_world
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -35,14 +33,14 @@ PARAMETERS_OF_A_RANK = 3 + 4 * 7
 @pytest.mark.parametrize("case", CASES)
 def test_servers_hold_the_actor_and_agree_with_it(
     case: str,
-    sglang_python: str,
+    forking_sglang_python: str,
     make_checkpoint: Callable[..., Path],
     tiny_problems: Path,
     tmp_path: Path,
 ) -> None:
     world, layout, rollout = CASES[case]
     overrides = [word.replace("ROLE", role) for word in layout for role in ("actor", "critic")]
-    overrides += [f"rollout.{word}" for word in ["engine=sglang", f"sglang.python={sglang_python}", *rollout]]
+    overrides += [f"rollout.{word}" for word in ["engine=sglang", f"sglang.python={forking_sglang_python}", *rollout]]
     overrides += [
         f"run_dir={tmp_path / 'run'}",
         f"model.path={make_checkpoint('qwen2', intermediate_size=64)}",
@@ -60,18 +58,9 @@ def test_servers_hold_the_actor_and_agree_with_it(
         "checkpoint.every=0",
     ]
     script = Path(__file__).with_name("sglang_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, str(script), "recipes/tiny.yaml", *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    output = run_world(world, [script, "recipes/tiny.yaml", *overrides], tmp_path / "log", seconds=500)
     server_ranks = 2 if "separate" in case or world == 2 else 4
-    assert f"compared {server_ranks * PARAMETERS_OF_A_RANK} parameters" in done.stdout
+    assert f"compared {server_ranks * PARAMETERS_OF_A_RANK} parameters" in output
     rows = records(tmp_path / "run", "train")
     differences = [row["rollout/logprob_difference_max"] for row in rows]
     assert len(differences) == 2

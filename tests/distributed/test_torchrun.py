@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from benchmarks.records import records, timeless
 from megatron_vapo.weights.torch_dist import TorchDistReader
+from tests.ranks import train
 
 pytestmark = pytest.mark.slow
 
@@ -26,10 +27,14 @@ SMALL = ["minibatch_size=8", "rollout.prompts_per_step=4", "rollout.samples_per_
          "actor.optimizer.warmup_steps=3", "checkpoint.every=0"]  # fmt: skip
 
 
-def _command(world: int, run_dir: Path, checkpoint: Path, problems: Path, *overrides: str) -> list[str]:
+def _torchrun(world: int) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml"]
+
+
+def _settings(run_dir: Path, checkpoint: Path, problems: Path, *overrides: str) -> list[str]:
     paths = [f"run_dir={run_dir}", f"model.path={checkpoint}", f"data.train={problems}", f"evaluation.data={problems}"]
-    return [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *paths, *SMALL, *overrides]
+    return [*paths, *SMALL, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,11 @@ def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
     }
     for world, overrides in layouts.items():
         replay = [] if world == 1 else [f"rollout.replay={tmp_path / '1' / 'rollouts'}"]
-        command = _command(world, tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *overrides, *replay)
-        subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+        settings = _settings(tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *overrides, *replay)
+        if world == 4:
+            subprocess.run([*_torchrun(world), *settings], env=ENVIRONMENT, check=True, timeout=300)
+        else:
+            train(world, tmp_path / f"log {world}", *settings)
     alone = records(tmp_path / "1")
     for world in (2, 4):
         together = records(tmp_path / str(world))
@@ -73,8 +81,7 @@ def test_offloading_changes_nothing_on_2_processes(tmp_path: Path, checkpoint: P
     moves = [f"{role}.offload.{kind}=true" for role in ("actor", "critic") for kind in kinds]
     for name, overrides in (("stays", []), ("moves", moves)):
         steps = ["steps=2", "checkpoint.every=1", *layout, *overrides]
-        command = _command(2, tmp_path / name, checkpoint, tiny_problems, *steps)
-        subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+        train(2, tmp_path / f"log {name}", *_settings(tmp_path / name, checkpoint, tiny_problems, *steps))
     stays, moved = (timeless(tmp_path / name, but=("memory/",)) for name in ("stays", "moves"))
     assert moved == stays
     for role in ("actor", "critic"):
@@ -92,7 +99,8 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:
     run_dir = tmp_path / "run"
-    command = _command(2, run_dir, checkpoint, tiny_problems, "steps=100000", "value_pretraining.enabled=false")
+    endless = ["steps=100000", "value_pretraining.enabled=false"]
+    command = [*_torchrun(2), *_settings(run_dir, checkpoint, tiny_problems, *endless)]
     launcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         _wait_for_a_step(run_dir, launcher)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +23,7 @@ def test_both_kinds_of_layers_are_one_model(make_model, make_experience, tmp_pat
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, tmp_path / "batch.pt")
     paths = os.pathsep.join([str(SCRIPT.parents[2]), str(SCRIPT.parent / "stand_ins")])
-    command = [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path]
-    run_ranks(2, command, tmp_path / "log", PYTHONPATH=paths)
+    run_ranks(2, [SCRIPT, tmp_path / "rendezvous", tmp_path], tmp_path / "log", PYTHONPATH=paths)
 
 
 def test_names_of_transformer_engines_layers_are_those_of_the_table():

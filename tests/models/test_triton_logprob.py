@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """Of each case, what each rank found. Processes of their own, because Triton decides when it is imported whether it
     interprets."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
-    run_ranks(WORLD, command, folder / "log", seconds=400, TRITON_INTERPRET="1")
+    arguments = [SCRIPT, folder / "rendezvous", folder]
+    run_ranks(WORLD, arguments, folder / "log", seconds=400, TRITON_INTERPRET="1")
     return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(WORLD)] for name in triton_ranks.CASES}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,8 +25,7 @@ WORLD = 2
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, float]]]:
     """Of each case, what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, SCRIPT, folder / "rendezvous", folder]
-    run_ranks(WORLD, command, folder / "log", seconds=400, KINETO_LOG_LEVEL="5")
+    run_ranks(WORLD, [SCRIPT, folder / "rendezvous", folder], folder / "log", seconds=400, fork=True)
     return {
         name: [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(WORLD)]
         for name in plan_ranks.CASES

@@ -57,7 +57,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def start(
     world: None,
-    sglang_python: str,
+    forking_sglang_python: str,
     make_checkpoint: Callable[..., Path],
     tiny_problems: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -70,7 +70,8 @@ def start(
         paths = [f"run_dir={folder}", f"model.path={checkpoint}", f"data.train={tiny_problems}"]
         (folder / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
         changes = [f"rollout.{override}" for override in overrides]
-        recipe = load_recipe(folder / "recipe.yaml", [*paths, f"rollout.sglang.python={sglang_python}", *changes])
+        python = f"rollout.sglang.python={forking_sglang_python}"
+        recipe = load_recipe(folder / "recipe.yaml", [*paths, python, *changes])
         display, interrupt = ProgressDisplay(Console(quiet=True), quiet=True), Interrupt(recipe.limits)
         return Run(recipe, read_inputs(recipe), display, interrupt, Watchdog(recipe.limits, interrupt, str(folder)))
 

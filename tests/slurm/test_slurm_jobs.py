@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks.records import records, timeless
 from tests.hollow import write_hollow_weights
+from tests.ranks import train
 from tests.slurm import private_cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -128,12 +129,10 @@ def settings(checkpoint: Path, tiny_problems: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def local(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """The same run by torchrun on this machine, never interrupted."""
-    run = tmp_path_factory.mktemp("local") / "run"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = [*launcher, "-m", "megatron_vapo", "train", "recipes/tiny.yaml", *settings, f"run_dir={run}"]
-    subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, timeout=400)
-    return timeless(run)
+    """The same run without Slurm, never interrupted."""
+    folder = tmp_path_factory.mktemp("local")
+    train(4, folder / "log", *settings, f"run_dir={folder / 'run'}", seconds=400)
+    return timeless(folder / "run")
 
 
 @pytest.mark.slow

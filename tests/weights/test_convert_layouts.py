@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,7 @@ def test_round_trips_through_layouts_are_bitwise(make_model, make_experience, tm
         hf_to_megatron(tmp_path / name / "hf", tmp_path / name / "megatron", lambda done, total: None)
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, tmp_path / "batch.pt")
-    command = [sys.executable, SCRIPT, tmp_path / "rendezvous", tmp_path]
-    run_ranks(2, command, tmp_path / "log", PYTHONPATH=str(SCRIPT.parents[2]))
+    run_ranks(2, [SCRIPT, tmp_path / "rendezvous", tmp_path], tmp_path / "log", fork=True)
     for name in CASES:
         folder = tmp_path / name
         megatron_to_hf(folder / "saved", folder / "back", folder / "hf", lambda done, total: None)
