@@ -8,7 +8,7 @@ from megatron_vapo.models.checkpointing import load_parameters, load_trainer, sa
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.durable import begin_folder, finish_folder
-from megatron_vapo.runtime.verification import refuse_damaged
+from megatron_vapo.runtime.verification import describe_shared, refuse_damaged
 
 
 def save_pretrained_critic(critic: Trainer, folder: Path) -> None:
@@ -17,8 +17,10 @@ def save_pretrained_critic(critic: Trainer, folder: Path) -> None:
     Raises:
         MachineError: it could not be written.
     """
-    save_trainer(critic, on_first_rank(lambda: begin_folder(folder)))
-    on_first_rank(lambda: finish_folder(folder))
+    part = on_first_rank(lambda: begin_folder(folder))
+    save_trainer(critic, part)
+    entries = describe_shared(part)
+    on_first_rank(lambda: finish_folder(folder, entries))
 
 
 def load_pretrained_critic(critic: Trainer, folder: Path, with_optimizer: bool) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_vapo.errors import CheckpointError, MachineError, few, first_line
 from megatron_vapo.models.megatron_versions import StagedSave, load_checkpoint
 from megatron_vapo.models.offload import SAVED
 from megatron_vapo.models.parallel_model import ParallelModel
+from megatron_vapo.models.sharded_state import optimizer_state, written_here
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
 from megatron_vapo.weights.torch_dist import TorchDistReader
@@ -40,7 +40,7 @@ class Save:
         self.error: Exception | None = None
         with model.offloader.borrowed(*SAVED), model.layout.active():
             content = {"role": model.name} | sharded_parameters(model) | _optimizer(trainer, loading=False)
-            self._staged = StagedSave(content, folder)
+            self._staged = StagedSave(written_here(content), folder)
             self._buckets = [_copied(bucket) for bucket in self._staged.buckets()]
 
     @property
@@ -117,14 +117,12 @@ def _load(model: ParallelModel, folder: Path, others: Callable[[], dict[str, Any
     """Load parameters in place, and return all that was read, what `others` asks for included."""
     if not (folder / "metadata.json").is_file():
         raise CheckpointError(f"{folder}: no checkpoint of the {model.name} (metadata.json is missing)")
-    # Megatron unpickles its descriptions and objects without limits; a folder may come from anyone.
-    on_first_rank(lambda: TorchDistReader(folder).check_objects())
     present = _readable_objects(model, folder)
     wanted = {name: readable(part, present) for name, part in sharded_parameters(model).items()} | others()
     try:
         state = load_checkpoint(wanted, folder)
-    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {_reason(error)}") from error
+    except (dist_checkpointing.core.CheckpointingException, CheckpointError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {first_line(error)}") from error
     role = state.get("role", model.name)  # converted checkpoints have no role
     if role != model.name:
         raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.name}")
@@ -145,7 +143,9 @@ def _readable_objects(model: ParallelModel, folder: Path) -> set[str]:
     Transformer Engine's extra state holds a pickle, which it loads without limits: the largest values of past steps,
     for delayed scaling alone, which are gathered anew within a step.
     """
-    return set() if model.config.transformer_impl == "transformer_engine" else TorchDistReader(folder).objects
+    if model.config.transformer_impl == "transformer_engine":
+        return set()
+    return on_first_rank(lambda: TorchDistReader(folder).objects)
 
 
 def readable(tensors: dict[str, Any], present: set[str]) -> dict[str, Any]:
@@ -166,23 +166,14 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "step")}
 
 
-def _reason(error: Exception | CheckpointException) -> str:
-    """Return what went wrong, in one line; PyTorch's exception holds a failure of each rank."""
-    return first_line(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
-
-
 def _optimizer(trainer: Trainer, loading: bool) -> dict[str, Any]:
     parameters = sharded_parameters(trainer.model)
     weights = parameters["model0"] if len(parameters) == 1 else parameters
     return {
-        "optimizer": trainer.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_metadata()),
+        "optimizer": optimizer_state(trainer.optimizer, weights, loading),
         "scheduler": trainer.scheduler.state_dict(),
     }
 
 
 def _metadata() -> dict[str, Any]:
-    return {
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        # The default of 0.16.1, fully_sharded_model_space, is broken.
-        "distrib_optim_sharding_type": "fully_reshardable",
-    }
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}

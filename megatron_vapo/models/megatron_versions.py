@@ -10,12 +10,19 @@ from __future__ import annotations
 import logging
 import queue
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,7 +31,11 @@ from megatron.core.tensor_parallel import random as megatron_random
 from packaging.version import Version
 from torch import Tensor
 
-from megatron_vapo.weights.torch_dist import COMMON_STATE, TorchDistReader
+from megatron_vapo.errors import CheckpointError
+from megatron_vapo.runtime.collectives import on_first_rank
+from megatron_vapo.weights.shared_read import Want, read_shared
+from megatron_vapo.weights.torch_dist import COMMON_STATE, Box, TorchDistReader
+from megatron_vapo.weights.transport import TorchTransport
 
 _IS_0_19 = Version(version("megatron-core")) >= Version("0.19")
 
@@ -82,23 +93,94 @@ class StagedSave:
 
 
 def load_checkpoint(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Load by Megatron checkpoints of all supported versions; all ranks together.
+    """Fill Megatron's sharded state dict from a checkpoint of any supported version, of which all ranks together read
+    every byte of the tensors once; return it with the plain values that the checkpoint holds.
 
-    0.16.1 finds plain values in common.pt only. 0.19.2 writes them among the tensors, and reads both.
+    Raises:
+        CheckpointError: something is missing, has another shape, is damaged, or would run code.
     """
+    reader, objects = on_first_rank(lambda: _opened(folder))
+    strategy = _SharedRead(reader, objects)
     if _IS_0_19 or (folder / "common.pt").is_file():
-        return dist_checkpointing.load(wanted, str(folder))
-    return dist_checkpointing.load(wanted, str(folder), common_strategy=_common_state_strategy())
+        return dist_checkpointing.load(wanted, str(folder), strategy)
+    # 0.16.1 finds plain values in common.pt only. 0.19.2 writes them among the tensors, and reads both.
+    common = _common_state_strategy(objects[COMMON_STATE])
+    return dist_checkpointing.load(wanted, str(folder), strategy, common_strategy=common)
 
 
-def _common_state_strategy() -> Any:
+def _opened(folder: Path) -> tuple[TorchDistReader, dict[str, Any]]:
+    reader = TorchDistReader(folder)
+    return reader, reader.read_objects()
+
+
+class _SharedRead:
+    """Megatron's strategy of loading (LoadShardedStrategy, a class that 0.19.2 no longer has).
+
+    Args:
+        objects: what is no tensor.
+    """
+
+    can_handle_sharded_objects = True
+
+    def __init__(self, reader: TorchDistReader, objects: dict[str, Any]) -> None:
+        self._reader, self._objects = reader, objects
+
+    def check_backend_compatibility(self, _: object) -> None:
+        """Any: `TorchDistReader` has looked at the folder."""
+
+    def check_version_compatibility(self, _: object) -> None:
+        """Any: `TorchDistReader` has looked at the folder."""
+
+    def load(self, wanted: Any, *_: object) -> Any:
+        """Return the same structure with values; tensors are filled where they are."""
+        tensors = [shard for shard in nested_values(wanted) if isinstance(shard, ShardedTensor)]
+        for shard in tensors:
+            shard.init_data("cpu")
+            shard.data = shard.data.detach()
+            if shard.allow_shape_mismatch:
+                shard.data.zero_()
+        targets = [shard.data.view((1,) * shard.prepend_axis_num + shard.data.shape) for shard in tensors]
+        read_shared(self._reader, [_want(shard) for shard in tensors], targets, TorchTransport())
+        return dict_list_map_outplace(self._value, wanted)
+
+    def _value(self, shard: Any) -> Any:
+        if isinstance(shard, ShardedTensor):
+            return shard.data
+        if shard.unique_key not in self._objects:
+            raise CheckpointError(f"{shard.unique_key} is not in it")
+        return self._objects[shard.unique_key]
+
+
+def _want(shard: ShardedTensor) -> Want:
+    box = Box(tuple(shard.global_offset), (1,) * shard.prepend_axis_num + tuple(shard.local_shape))
+    return Want(shard.key, tuple(shard.global_shape), box, shard.allow_shape_mismatch)
+
+
+def _common_state_strategy(content: dict[str, Any]) -> Any:
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
     class CommonStateStrategy(TorchCommonLoadStrategy):
         def load_common(self, checkpoint_dir: str) -> dict[str, Any]:
-            return TorchDistReader(checkpoint_dir).read_object(COMMON_STATE)
+            return content
 
     return CommonStateStrategy()
+
+
+def optimizer_shards(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, dict[str, Tensor]]]:
+    """Yield each parameter of which this rank's share of the distributed optimizer has something: where it begins in
+    the flattened parameter, and flat float32 tensors by name, the optimizer's own memory (param, exp_avg, ..)."""
+    for of_buffer in optimizer.gbuf_ranges:
+        for of_bucket in chain.from_iterable(of_buffer.values()):
+            for parameter, ranges in of_bucket["param_map"].items():
+                states = optimizer._get_main_param_and_optimizer_states(parameter)
+                flat = {name: state.detach() for name, state in states.items() if name != "step"}
+                yield parameter, ranges["param"].start, flat
+
+
+def synchronize_steps(optimizer: ChainedOptimizer) -> None:
+    """Give the optimizers of dense and expert parameters one count of steps, as Megatron does before it saves them:
+    Transformer Engine's does not count where it has no parameters."""
+    optimizer._synchronize_steps()
 
 
 def hide_successors() -> None:

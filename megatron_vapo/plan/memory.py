@@ -169,19 +169,35 @@ class Model:
         shapes = self.shapes(stage * smallest_world(self.role) // self.role.pipeline_parallel)
         return sum(math.prod(shape) for name, shape in shapes.items() if layer_of_linear(name) in kept)
 
-    def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
-        role = self.role
-        shapes = self.shapes(stage * smallest_world(role) // role.pipeline_parallel)
+    def saved(self, stage: int, world: int) -> int:
+        """Return bytes that a rank of a stage writes to a checkpoint (`models.sharded_state`).
+
+        Data-parallel ranks share all of it; the distributed optimizer has main parameters beside float32 ones too.
+        """
+        main = 4 if self.itemsize != 4 or self.role.distributed_optimizer else 0
+        return self.shared_numbers(stage, world) * (self.itemsize + main + 8)
+
+    def _numbers(self, stage: int) -> tuple[int, int]:
+        """Return the numbers of a rank's parameters, outside experts and in them."""
+        shapes = self.shapes(stage * smallest_world(self.role) // self.role.pipeline_parallel)
         expert = sum(math.prod(shape) for name, shape in shapes.items() if expert_number(name) is not None)
-        dense = sum(math.prod(shape) for shape in shapes.values()) - expert
+        return sum(math.prod(shape) for shape in shapes.values()) - expert, expert
+
+    def shared_numbers(self, stage: int, world: int) -> int:
+        """Return a rank's share of the numbers that data-parallel ranks all have."""
+        role, (dense, expert) = self.role, self._numbers(stage)
         copies, expert_copies = (
-            world // (role.pipeline_parallel * size) if role.distributed_optimizer else 1
+            world // (role.pipeline_parallel * size)
             for size in (role.tensor_parallel, role.expert_tensor_parallel * role.expert_parallel)
         )
-        mine = dense // copies + expert // expert_copies
+        return dense // copies + expert // expert_copies
+
+    def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
+        held = sum(self._numbers(stage))
+        mine = self.shared_numbers(stage, world) if self.role.distributed_optimizer else held
         return {
-            "parameters": (dense + expert) * self.itemsize,
-            "gradients": (dense + expert) * GRADIENT_BYTES,
+            "parameters": held * self.itemsize,
+            "gradients": held * GRADIENT_BYTES,
             "main_parameters": 0 if self.itemsize == 4 else 4 * mine,
             "optimizer": 8 * mine,
         }

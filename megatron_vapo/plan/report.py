@@ -13,7 +13,18 @@ from megatron_vapo.config import Recipe
 from megatron_vapo.plan.hardware import GIB
 from megatron_vapo.plan.memory import Cache, Cluster, PhaseMemoryUse, cache_of, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, smallest_change
-from megatron_vapo.plan.work import Batch, Traffic, batch_of, bubble, forward_flops, seconds, traffic, training_flops
+from megatron_vapo.plan.work import (
+    Batch,
+    CheckpointBytes,
+    Traffic,
+    batch_of,
+    bubble,
+    checkpoint_bytes,
+    forward_flops,
+    seconds,
+    traffic,
+    training_flops,
+)
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 
@@ -42,6 +53,7 @@ class CapacityPlan:
     cache: Cache
     batch: Batch
     traffic: Traffic
+    checkpoint: CheckpointBytes
     flops: float
     """The operations of one step on all devices, decoding left out."""
     seconds: dict[str, float]
@@ -109,6 +121,7 @@ def make_plan_of(
         cache=cache,
         batch=batch,
         traffic=moved,
+        checkpoint=checkpoint_bytes(models, cluster),
         flops=flops,
         seconds=seconds(recipe, models, cluster, cache, moved),
         bubbles={name: bubble(recipe, model, cluster) for name, model in models.items()},
@@ -190,7 +203,7 @@ def _time_table(plan: CapacityPlan) -> Table:
 
 
 def _summary(plan: CapacityPlan, watts: float) -> str:
-    moved, derived = plan.traffic, _derived(plan)
+    moved, saved, derived = plan.traffic, plan.checkpoint, _derived(plan)
     energy = derived["gpu_hours"] * watts * plan.assumptions["power_share"] / 1e6
     inside, updates = _gib(moved.inside_layers), _gib(moved.gradients + moved.parameters)
     return (
@@ -200,6 +213,9 @@ def _summary(plan: CapacityPlan, watts: float) -> str:
         f"Sent by the busiest rank in a step, GiB: gradients and parameters {updates}, inside layers {inside}, "
         f"pipeline {_gib(moved.pipeline)}; received in a weight sync {_gib(moved.reshard)} "
         f"({_gib(moved.reshard_total)} by all ranks); to the host and back {_gib(moved.offload)}\n"
+        f"A checkpoint, GiB: {_gib(saved.total)}; a rank writes {_gib(saved.written)}, which takes as much host memory "
+        f"until it is on disk ({_gib(saved.host)} a node), and reads as much to resume, twice, and gets "
+        f"{_gib(saved.received)} from other ranks\n"
         f"{derived['tokens_per_gpu_second']:.0f} tokens per GPU-second; {plan.steps} steps"
         f"{f' and {plan.pretraining_steps} of value pretraining' if plan.pretraining_steps else ''}: "
         f"{plan.hours:.0f} hours, {derived['gpu_hours']:,.0f} GPU-hours, {energy:.1f} MWh of the GPUs\n"

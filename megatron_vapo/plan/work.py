@@ -122,6 +122,36 @@ def offload_bytes(model: Model, world: int) -> int:
     )
 
 
+@dataclass(frozen=True)
+class CheckpointBytes:
+    """The bytes of one checkpoint, actor and critic."""
+
+    total: int
+    written: int
+    """By the rank that writes most, which keeps as much on the host until it is on disk, and reads it back for the
+    manifest. To resume it reads as much twice: for the manifest, and to load."""
+    host: int
+    """The same, of all ranks of a node."""
+    received: int
+    """Most that a rank receives from others in resuming: parameters that they have read for it."""
+
+
+def checkpoint_bytes(models: dict[str, Model], cluster: Cluster) -> CheckpointBytes:
+    """Return what a checkpoint takes, by `models.sharded_state`; descriptions are left out."""
+    world = cluster.world
+    places = [[(m, rank * m.role.pipeline_parallel // world) for m in models.values()] for rank in range(world)]
+    written = [sum(model.saved(stage, world) for model, stage in of_rank) for of_rank in places]
+    received = max(sum(_lacking(model, stage, world) for model, stage in of_rank) for of_rank in places)
+    of_node = max(written) * min(cluster.assumptions.gpus_per_node, world)
+    return CheckpointBytes(sum(written), max(written), of_node, received)
+
+
+def _lacking(model: Model, stage: int, world: int) -> int:
+    """Return bytes of parameters of a rank that other ranks read."""
+    parameters = model.standing(stage, world)[f"{model.name} parameters"]
+    return parameters - model.shared_numbers(stage, world) * model.itemsize
+
+
 def epochs_of(recipe: Recipe, name: str) -> int:
     """Return passes of a role over a step's batch."""
     return recipe.epochs if name == "actor" else recipe.critic.epochs

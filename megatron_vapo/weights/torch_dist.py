@@ -14,8 +14,10 @@ import io
 import json
 import os
 import pickle
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +42,24 @@ _COMMON = {"common_backend": "torch", "common_backend_version": 1}
 
 COMMON_STATE = "common_state/shard_0_1"
 """The object that holds what is neither tensor nor shard, which Megatron Core 0.16.1 keeps in common.pt."""
+
+
+class Box(NamedTuple):
+    """A box of a tensor: its first number, and its size along each axis."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class StoredPiece(NamedTuple):
+    """A box of a tensor as one rank wrote it, and where it lies."""
+
+    key: str
+    box: Box
+    file: str
+    start: int
+    nbytes: int
+    """In the file: the numbers and some hundred bytes of description."""
 
 
 class TorchDistWriter:
@@ -129,19 +149,16 @@ class TorchDistReader:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self._check_files()
 
-    def check_objects(self) -> None:
-        """Read what is no tensor, as Megatron would, but without letting it run code.
+    def read_objects(self) -> dict[str, Any]:
+        """Return what is no tensor by the name of its shard, without letting it run code; common.pt is tried too.
 
         Raises:
-            CheckpointError: an object is more than plain values and tensors.
+            CheckpointError: an object is damaged, or more than plain values and tensors.
         """
         common = self.folder / "common.pt"
-        objects = [(common, 0, common.stat().st_size)] if common.is_file() else []
-        for index, info in self._storage.items():
-            if index.fqn not in self._tensors:
-                objects.append((self.folder / info.relative_path, info.offset, info.length))
-        for path, offset, length in objects:
-            _read_plain(path, offset, length)
+        if common.is_file():
+            _read_plain(common, 0, common.stat().st_size)
+        return {key: self.read_object(key) for key in sorted(self.objects)}
 
     def read_object(self, key: str) -> Any:
         """Return what Megatron stored under the name of one shard, without letting it run code.
@@ -154,12 +171,12 @@ class TorchDistReader:
             raise CheckpointError(f"{self.folder}: neither common.pt nor {key} is there")
         return _read_plain(self.folder / info.relative_path, info.offset, info.length)[0]
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor, the optimizer's included."""
         return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
 
-    @property
+    @cached_property
     def objects(self) -> set[str]:
         """Return the keys of what is no tensor."""
         return {index.fqn for index in self._storage if index.fqn not in self._tensors}
@@ -168,32 +185,41 @@ class TorchDistReader:
         """Return a tensor's type."""
         return self._tensors[key].properties.dtype
 
+    def pieces(self, key: str, box: Box) -> Iterator[tuple[StoredPiece, Box]]:
+        """Yield the written pieces that have something of a box, each with what they have in common."""
+        top, bottom = (box.offsets[0], box.offsets[0] + box.sizes[0]) if box.offsets else (0, 1)
+        for start, (end, chunks) in self._chunks[key].items():
+            for chunk in chunks if start < bottom and end > top else ():
+                whole = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+                common = _overlap(whole, box)
+                if common is not None:
+                    info = self._storage[MetadataIndex(key, chunk.offsets)]
+                    yield StoredPiece(key, whole, info.relative_path, info.offset, info.length), common
+
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """Return the part of a tensor that starts at `offsets`; extra memory is one written piece."""
-        near = (
-            chunk
-            for start, chunks in self._chunks[key].items()
-            if start < offsets[0] + sizes[0] and start + max(chunk.sizes[0] for chunk in chunks) > offsets[0]
-            for chunk in chunks
-        )
-        pieces = [(chunk, overlap) for chunk in near if (overlap := _overlap(chunk, offsets, sizes))]
+        box = Box(offsets, sizes)
+        pieces = list(self.pieces(key, box))
         if len(pieces) == 1:
-            chunk, (low, size) = pieces[0]
-            return narrow_tensor_by_index(self._load(key, chunk), _minus(low, chunk.offsets), size)
+            piece, common = pieces[0]
+            return narrowed(self.load(piece), piece.box, common)
         whole = torch.empty(sizes, dtype=self.dtype(key))
-        for chunk, (low, size) in pieces:
-            piece = narrow_tensor_by_index(self._load(key, chunk), _minus(low, chunk.offsets), size)
-            narrow_tensor_by_index(whole, _minus(low, offsets), size).copy_(piece)
+        for piece, common in pieces:
+            narrowed(whole, box, common).copy_(narrowed(self.load(piece), piece.box, common))
         return whole
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self._storage[MetadataIndex(key, chunk.offsets)]
-        path = self.folder / info.relative_path
+    def load(self, piece: StoredPiece) -> Tensor:
+        """Return a whole piece.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        path = self.folder / piece.file
         with path.open("rb") as file:
             try:
-                tensor = torch.load(_part_of(file, info.offset, info.length), weights_only=True)
+                tensor = torch.load(_part_of(file, piece.start, piece.nbytes), weights_only=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-                raise CheckpointError(f"{path}: damaged where {key} should be: {_line(error)}") from error
+                raise CheckpointError(f"{path}: damaged where {piece.key} should be: {_line(error)}") from error
         # torch.load leaves a reference cycle that holds the tensor's memory until the collector comes by, and it counts
         # objects, not bytes. The cycle is young, so the young generations are enough, and quick.
         gc.collect(1)
@@ -245,22 +271,29 @@ def _read_plain(path: Path, offset: int, length: int) -> Any:
         raise CheckpointError(f"{path}: damaged, or more than plain values: {_line(error)}") from error
 
 
-def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, list[ChunkStorageMetadata]]:
-    """Group pieces by their first row: experts of many layers make thousands, of which a layer's are found at once."""
+def _by_first_row(chunks: list[ChunkStorageMetadata]) -> dict[int, tuple[int, list[ChunkStorageMetadata]]]:
+    """Group pieces by their first row, with the last row's end: experts of many layers make thousands of pieces, of
+    which a layer's are found at once."""
     grouped: dict[int, list[ChunkStorageMetadata]] = {}
     for chunk in chunks:
-        grouped.setdefault(chunk.offsets[0], []).append(chunk)
-    return grouped
+        grouped.setdefault(chunk.offsets[0] if chunk.offsets else 0, []).append(chunk)
+    return {
+        start: (start + max(chunk.sizes[0] if chunk.sizes else 1 for chunk in group), group)
+        for start, group in grouped.items()
+    }
 
 
-def _overlap(
-    chunk: ChunkStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Return start and size of what a piece and a part have in common."""
-    low = tuple(max(a, b) for a, b in zip(chunk.offsets, offsets, strict=True))
-    high = tuple(min(a + m, b + n) for a, m, b, n in zip(chunk.offsets, chunk.sizes, offsets, sizes, strict=True))
+def _overlap(one: Box, other: Box) -> Box | None:
+    """Return what two boxes of a tensor have in common."""
+    low = tuple(max(a, b) for a, b in zip(one.offsets, other.offsets, strict=True))
+    high = tuple(min(a + m, b + n) for a, m, b, n in zip(*one, *other, strict=True))
     size = _minus(high, low)
-    return (low, size) if min(size, default=1) > 0 else None
+    return Box(low, size) if min(size, default=1) > 0 else None
+
+
+def narrowed(tensor: Tensor, of: Box, part: Box) -> Tensor:
+    """Return the view of a tensor, which is a box of a larger one, that is a part of it."""
+    return narrow_tensor_by_index(tensor, _minus(part.offsets, of.offsets), part.sizes)
 
 
 def _minus(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from megatron_vapo.plan.counts import count_parameters
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, Model, cache_of, engine_weights, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, fits, smallest_change
-from megatron_vapo.plan.work import reshard_bytes, rollout_seconds
+from megatron_vapo.plan.work import checkpoint_bytes, reshard_bytes, rollout_seconds
 from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
@@ -151,6 +151,18 @@ def test_reshard_traffic_is_what_engines_lack(recipe, architectures) -> None:
     engine = engine_weights(recipe, models["actor"])
     assert 0.4 * engine < most < 0.6 * engine
     assert total == pytest.approx(16 * engine / 2, rel=0.02)
+
+
+def test_ranks_share_a_checkpoint(recipe, architectures) -> None:
+    """14 bytes a parameter in bfloat16, of actor and critic; norms count once a tensor-parallel rank."""
+    found = checkpoint_bytes(roles_of(recipe, *architectures), cluster(16))
+    total = 14 * (32_763_876_352 + 32_763_876_352 - 152064 * 5120 + 5120)
+    assert found.total == pytest.approx(total, rel=1e-3)
+    assert total / 128 <= found.written < 1.1 * total / 128  # stages with embeddings have more
+    assert found.host == 8 * found.written
+    models = roles_of(recipe, *architectures)
+    parameters = max(sum(m.standing(s, 128)[f"{n} parameters"] for n, m in models.items()) for s in range(2))
+    assert 0.8 * parameters < found.received < parameters
 
 
 def test_engines_apart_leave_training_its_memory(recipe, architectures) -> None:
