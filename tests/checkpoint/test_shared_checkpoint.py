@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -108,8 +107,7 @@ def folder(
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, folder / "batch.pt")
     for world in sorted(READERS, reverse=True):
-        command = [sys.executable, SCRIPT, folder / f"rendezvous {world}", folder]
-        run_ranks(world, command, folder / f"log {world}", PYTHONPATH=str(SCRIPT.parents[2]))
+        run_ranks(world, [SCRIPT, folder / f"rendezvous {world}", folder], folder / f"log {world}", fork=True)
     return folder
 
 
