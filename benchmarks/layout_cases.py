@@ -149,6 +149,7 @@ def take_updates(case: Case, folder: Path) -> dict:
     from megatron_vapo.models.roles import Actor, Critic
     from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.training import objectives
+    from megatron_vapo.training.updates import Objective, part_and_loss
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import torch_dtype
 
@@ -162,12 +163,20 @@ def take_updates(case: Case, folder: Path) -> dict:
     actor.load_hf(actor_path)
     critic.load_hf(critic_path)
 
+    everything = torch.arange(len(batch))
+    batch = batch.at_home()
     (values,) = critic.model.forward(batch)
     logprobs, entropy = actor.model.forward(batch)
-    critic_steps = [critic.update(batch, objectives.value_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
-    actor_steps = [actor.update(batch, objectives.policy_objective(batch, ALGORITHM)) for _ in range(UPDATES)]
+    forward = replace(batch, values=values, logprobs=logprobs, entropy=entropy).on_first_rank(everything)
+
+    def updates(trainer: Trainer, objective: Objective) -> list[dict[str, float]]:
+        taken = (part_and_loss(trainer.model, objective, batch, ALGORITHM, everything) for _ in range(UPDATES))
+        return [trainer.update(part, loss) for part, loss in taken]
+
+    critic_steps = updates(critic, objectives.value_objective)
+    actor_steps = updates(actor, objectives.policy_objective)
     return {
-        "forward": {"values": values, "logprobs": logprobs, "entropy": entropy},
+        "forward": {name: getattr(forward, name) for name in ("values", "logprobs", "entropy")},
         "critic": critic_steps,
         "actor": actor_steps,
         "parameters": {

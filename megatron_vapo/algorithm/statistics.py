@@ -26,7 +26,19 @@ def moments_mean_variance(moments_3: Tensor) -> tuple[Tensor, Tensor]:
     count, total, squares = moments_3
     mean, mean_square = total / count, squares / count
     variance = mean_square - mean.square()
-    return mean, torch.where(variance > NEGLIGIBLE_VARIANCE * mean_square, variance, 0.0)
+    return mean, torch.where(variance <= NEGLIGIBLE_VARIANCE * mean_square, 0.0, variance)  # what is NaN stays NaN
+
+
+def moments_by_bin(x_T: Tensor, bin_T: Tensor, bins: int) -> Tensor:
+    """Return the `moments` over the tokens of each bin, 0 to K - 1, float64 [K, 3]."""
+    x_64 = x_T.detach().double()
+    weights = (None, x_64, x_64.square())
+    return torch.stack([torch.bincount(bin_T, w, minlength=bins).double() for w in weights], dim=1)
+
+
+def means(moments_K3: Tensor) -> Tensor:
+    """Return the mean of each bin [K]; NaN for an empty one."""
+    return moments_K3[:, 1] / moments_K3[:, 0]
 
 
 def explained_variance(values_T: Tensor, targets_T: Tensor) -> float:
@@ -34,34 +46,34 @@ def explained_variance(values_T: Tensor, targets_T: Tensor) -> float:
 
     Targets without variance leave nothing to explain: 0, so that such a batch never looks like a trained critic.
     """
-    _, residual_variance = moments_mean_variance(moments(targets_T - values_T))
-    _, target_variance = moments_mean_variance(moments(targets_T))
+    return explained(moments(targets_T - values_T), moments(targets_T))
+
+
+def explained(errors_3: Tensor, targets_3: Tensor) -> float:
+    """Return the explained variance from the `moments` of `R - V` and of R."""
+    _, residual_variance = moments_mean_variance(errors_3)
+    _, target_variance = moments_mean_variance(targets_3)
     return 1 - float(residual_variance) / float(target_variance) if target_variance > 0 else 0.0
 
 
-def relative_error(values_T: Tensor, returns_T: Tensor) -> float:
-    """Return the root mean square of `R - V` over that of R: 0 for a perfect critic, 1 for one that says 0 everywhere.
+def relative_error(errors_3: Tensor, returns_3: Tensor) -> float:
+    """Return the root mean square of `R - V` over that of R, from their `moments`: 0 for a perfect critic, 1 for one
+    that says 0 everywhere.
 
     Unlike explained variance it sees a constant bias. Returns that are all 0 give no scale: 0.
     """
-    error, scale = ((x_T.detach().double()).square().mean() for x_T in (returns_T - values_T, returns_T))
-    return math.sqrt(float(error) / float(scale)) if scale > 0 else 0.0
+    error, scale = float(errors_3[2]), float(returns_3[2])
+    return math.sqrt(error / scale) if scale > 0 else 0.0
 
 
-def mean_deviation_within(x_T: Tensor, cu_seqlens: Tensor) -> float:
-    """Return the standard deviation of the numbers within each response, mean over responses."""
+def deviations_within(x_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the standard deviation of the numbers within each response [B] float64."""
     lengths_B = response_lengths(cu_seqlens)
     x_64 = x_T.detach().double()
-    means_B = torch.zeros_like(lengths_B, dtype=torch.float64)
     response_T = to_tokens(torch.arange(len(lengths_B), device=x_T.device), cu_seqlens)
-    means_B = means_B.index_add(0, response_T, x_64) / lengths_B
-    squares_B = torch.zeros_like(means_B).index_add(0, response_T, (x_64 - means_B[response_T]).square())
-    return float((squares_B / lengths_B).sqrt().mean())
-
-
-def mean_by_relative_position(x_T: Tensor, cu_seqlens: Tensor, bins: int) -> Tensor:
-    """Return means [K] over equal parts of each response's own length; NaN where a part has no token."""
-    return mean_by_bin(x_T, relative_position_bins(cu_seqlens, bins), bins)
+    means_B = torch.bincount(response_T, x_64, minlength=len(lengths_B)) / lengths_B
+    squares_B = torch.bincount(response_T, (x_64 - means_B[response_T]).square(), minlength=len(lengths_B))
+    return (squares_B / lengths_B).sqrt()
 
 
 def calibration(predicted_T: Tensor, success_T: Tensor, bins: int) -> Tensor:
@@ -70,17 +82,20 @@ def calibration(predicted_T: Tensor, success_T: Tensor, bins: int) -> Tensor:
 
     The outer bins hold what is predicted below 0 or above 1, as a critic without bounds does.
     """
+    return calibration_of(calibration_sums(predicted_T, success_T, bins))
+
+
+def calibration_sums(predicted_T: Tensor, success_T: Tensor, bins: int) -> Tensor:
+    """Return what the calibration follows from [K, 3] float64: sums of predictions and of successes, and tokens. Those
+    of parts of a batch add up to those of the batch."""
     bin_T = (predicted_T * bins).long().clamp(0, bins - 1)
-    counts_K = torch.bincount(bin_T, minlength=bins).double()
-    means = [mean_by_bin(x_T, bin_T, bins) for x_T in (predicted_T, success_T)]
-    return torch.stack([*means, counts_K], dim=1)
+    weights = (predicted_T.double(), success_T.double(), None)
+    return torch.stack([torch.bincount(bin_T, w, minlength=bins).double() for w in weights], dim=1)
 
 
-def mean_by_bin(x_T: Tensor, bin_T: Tensor, bins: int) -> Tensor:
-    """Return means [K] over the tokens of each bin, 0 to K - 1; NaN for an empty one."""
-    zeros_K = torch.zeros(bins, dtype=torch.float64, device=x_T.device)
-    x_64 = x_T.detach().double()
-    return zeros_K.index_add(0, bin_T, x_64) / zeros_K.index_add(0, bin_T, torch.ones_like(x_64))
+def calibration_of(sums_K3: Tensor) -> Tensor:
+    """Return the calibration that belongs to its sums."""
+    return torch.cat([sums_K3[:, :2] / sums_K3[:, 2:], sums_K3[:, 2:]], dim=1)
 
 
 def relative_position_bins(cu_seqlens: Tensor, bins: int) -> Tensor:
@@ -88,20 +103,16 @@ def relative_position_bins(cu_seqlens: Tensor, bins: int) -> Tensor:
     return token_positions(cu_seqlens) * bins // to_tokens(response_lengths(cu_seqlens), cu_seqlens)
 
 
-def logprob_difference(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float) -> dict[str, float]:
-    """Return how far the trainer's log-probs lie from those the engine sampled with, over tokens.
+def logprob_differences(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float) -> tuple[Tensor, float]:
+    """Return how far the trainer's log-probs lie from those the engine sampled with.
 
-    mean (signed, train - rollout), mean_absolute, max_absolute, and share_above: the share of tokens whose absolute
-    difference exceeds threshold.
+    Float64 [3], which adds up over parts of a batch: tokens, the sum of absolute differences, tokens whose absolute
+    difference exceeds threshold; and the largest absolute difference, 0 without tokens.
     """
-    difference_T = (train_logprobs_T - rollout_logprobs_T).detach().double()
-    absolute_T = difference_T.abs()
-    return {
-        "mean": float(difference_T.mean()),
-        "mean_absolute": float(absolute_T.mean()),
-        "max_absolute": float(absolute_T.max()),
-        "share_above": float((absolute_T > threshold).double().mean()),
-    }
+    absolute_T = (train_logprobs_T - rollout_logprobs_T).detach().double().abs()
+    tokens = torch.tensor(absolute_T.numel(), device=absolute_T.device)
+    sums_3 = torch.stack([tokens, absolute_T.sum(), (absolute_T > threshold).sum()])
+    return sums_3, float(absolute_T.max()) if len(absolute_T) else 0.0
 
 
 class AverageAtK(NamedTuple):

@@ -1,31 +1,35 @@
 """The batch that flows through the loop: ragged responses, packed, never padded rectangles.
 
-Legend: B responses, T response tokens of the batch, N tokens of prompts and responses together.
+Numbers of whole responses are small and known to every process (`Responses`). Tensors of tokens are where they are
+used: an `Experience` holds those of this process's share.
+
+Legend: B responses, b of them on this process, T response tokens of a batch, N with the tokens of prompts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_vapo.data.exchange import Exchange, Placement, homes
 from megatron_vapo.runtime.durable import new_file
 
-Estimate = Literal["logprobs", "entropy", "values", "advantages", "returns", "update_logprobs"]
-"""The tensors that phases after rollout add to a batch."""
+Estimate = Literal["rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns", "update_logprobs"]
+"""The numbers of tokens that the phases of a step add to a batch."""
 
 
-@dataclass(frozen=True)
-class Experience:
-    """The responses with the numbers that engine, reward and models gave them; every process holds the same one."""
+@dataclass(frozen=True, kw_only=True)
+class Responses:
+    """The numbers of whole responses."""
 
-    tokens: Tensor
-    """[N] int64, each prompt followed by its response."""
     prompt_lengths: Tensor
     """[B] int64."""
     response_lengths: Tensor
@@ -34,14 +38,61 @@ class Experience:
     """[B] int64, equal for the samples of one prompt."""
     truncated: Tensor
     """[B] bool, the response hit its limit before its end token."""
-    rollout_logprobs: Tensor
-    """[T] float32, log-probs under which the engine drew the tokens."""
     outcomes: Tensor
     """[B] float32, the reward function's result, +1 or -1."""
     rewards: Tensor
     """[B] float32, what is trained on: the outcome, and penalties where set."""
     weight_versions: Tensor | None = None
     """[B] int64, the oldest weights that wrote a part of the response."""
+
+    def __len__(self) -> int:
+        return len(self.response_lengths)
+
+    @cached_property
+    def sequence_lengths(self) -> Tensor:
+        """Return the tokens of prompt and response [B]."""
+        return self.prompt_lengths + self.response_lengths
+
+    @cached_property
+    def response_tokens(self) -> int:
+        """Return T."""
+        return int(self.response_lengths.sum())
+
+    @property
+    def correct(self) -> Tensor:
+        """Return whether the reward function found each response right [B] bool."""
+        return self.outcomes > 0
+
+    def facts(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return the numbers of the responses `indices [b]`, by name."""
+        return {n: t[indices] for n in FACTS if (t := getattr(self, n)) is not None}
+
+
+FACTS = tuple(field.name for field in fields(Responses))
+"""The names of the numbers of whole responses."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The place of a process's share among all responses of a batch."""
+
+    whole: Responses
+    """All B."""
+    placement: Placement
+    """Who holds which; the same on all processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(Responses):
+    """The responses of a process's share with the numbers that engine, reward and models gave them.
+
+    B, T and N are those of the share. `whole` and `placement` say what all processes hold together.
+    """
+
+    tokens: Tensor
+    """[N] int64, each prompt followed by its response."""
+    rollout_logprobs: Tensor | None = None
+    """[T] float32, log-probs under which the engine drew the tokens."""
     logprobs: Tensor | None = None
     """[T] float32, the actor's before this batch's updates."""
     entropy: Tensor | None = None
@@ -54,14 +105,18 @@ class Experience:
     """[T] float32, the critic's targets."""
     update_logprobs: Tensor | None = None
     """[T] float32, the actor's as each token entered the last update that it took part in: what its ratio came from."""
-
-    def __len__(self) -> int:
-        return len(self.response_lengths)
+    share: Share | None = None
+    """None: this is the whole batch, which every process holds."""
 
     @cached_property
-    def sequence_lengths(self) -> Tensor:
-        """Return the tokens of prompt and response [B]."""
-        return self.prompt_lengths + self.response_lengths
+    def whole(self) -> Responses:
+        """Return the numbers of all processes' responses, minibatches' denominators among what follows from them."""
+        return self.share.whole if self.share else Responses(**self.facts(torch.arange(len(self))))
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Return which process holds which of the responses of `whole`."""
+        return self.share.placement if self.share else Placement.everywhere(len(self))
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -79,42 +134,87 @@ class Experience:
             raise ValueError(f"this batch has no {name}: the phase that computes it did not run")
         return tensor
 
-    @property
-    def correct(self) -> Tensor:
-        """Return whether the reward function found each response right [B] bool."""
-        return self.outcomes > 0
-
     def per_token(self, per_response_B: Tensor) -> Tensor:
         """Spread one number a response over its tokens: [B] -> [T]."""
         return per_response_B.repeat_interleave(self.response_lengths)
 
     def select(self, indices: Tensor) -> Experience:
-        """Return the responses `indices [b]`, in that order."""
-        token_rows = self.token_rows(indices)
-        sequence_starts = offsets(self.sequence_lengths)[:-1][indices]
-        rows = {
-            "tokens": ranges(sequence_starts, self.sequence_lengths[indices]),
-            **dict.fromkeys(_PER_TOKEN, token_rows),
-        }
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v[rows.get(name, indices)] for name, v in values.items() if v is not None})
+        """Return the responses `indices [b]` of this process's, in that order, as a whole batch."""
+        token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
+        rows = dict.fromkeys(_PER_TOKEN, token_rows)
+        rows["tokens"] = ranges(offsets(self.sequence_lengths)[:-1][indices], self.sequence_lengths[indices])
+        return whole_batch({name: tensor[rows.get(name, indices)] for name, tensor in self.tensors().items()})
 
-    def token_rows(self, indices: Tensor) -> Tensor:
-        """Return where the response tokens of the responses `indices [b]` lie among the T, in that order."""
-        return ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
+    def at_home(self) -> Experience:
+        """Return each response at its home, the one process that computes what is computed once for its tokens."""
+        placement = homes(self.whole.sequence_lengths)
+        return self.moved(placement, dict.fromkeys(self.ragged, placement))
+
+    def on_first_rank(self, responses: Tensor) -> Experience:
+        """Return these of all responses on the first rank, and nothing on the others."""
+        nothing = [responses[:0]] * (dist.get_world_size() - 1)
+        placement = Placement.of([responses, *nothing])
+        return self.moved(placement, dict.fromkeys(self.ragged, placement))
+
+    def moved(
+        self, placement: Placement, readers: Mapping[str, Placement], indices: Tensor | None = None
+    ) -> Experience:
+        """Return another share of the batch. All processes call it together.
+
+        Args:
+            placement: the responses that each process is to have.
+            readers: of each tensor of tokens that moves, the processes that get it for their responses. Without
+                `tokens` they are zeros, without another it is None.
+            indices: the responses of `whole` that the new batch is made of, and that `placement` counts; None: all.
+        """
+        whole = self.whole if indices is None else Responses(**self.whole.facts(indices))
+        got: dict[str, Tensor] = {}
+        exchanges: dict[int, Exchange] = {}
+        for name, wanted in readers.items():
+            if id(wanted) not in exchanges:
+                exchanges[id(wanted)] = Exchange(self.placement, _renumbered(wanted, indices))
+            lengths = self.whole.sequence_lengths if name == "tokens" else self.whole.response_lengths
+            rows = exchanges[id(wanted)](getattr(self, name), lengths)
+            if len(wanted.mine) == len(placement.mine):
+                got[name] = rows
+        if "tokens" not in got:
+            got["tokens"] = torch.zeros(int(whole.sequence_lengths[placement.mine].sum()), dtype=torch.int64)
+        return Experience(**whole.facts(placement.mine), **got, share=Share(whole, placement))
+
+    @property
+    def ragged(self) -> list[str]:
+        """Return the names of the tensors of tokens that are set."""
+        return [name for name in RAGGED if getattr(self, name) is not None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are set, by name."""
+        return {name: getattr(self, name) for name in FACTS if getattr(self, name) is not None} | {
+            name: getattr(self, name) for name in self.ragged
+        }
 
     def save(self, path: Path) -> None:
-        """Write all tensors that are set to a safetensors file, whole or not at all."""
+        """Write all tensors of this process's share to a safetensors file, whole or not at all."""
         with new_file(path) as part:
-            save_file({f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}, part)
+            save_file(self.tensors(), part)
 
     @staticmethod
     def load(path: Path) -> Experience:
-        """Read what `save` wrote."""
-        return Experience(**load_file(path))
+        """Read what `save` wrote, as a whole batch."""
+        return whole_batch(load_file(path))
 
 
-_PER_TOKEN = ("rollout_logprobs", *get_args(Estimate))
+def whole_batch(tensors: Mapping[str, Any]) -> Experience:
+    """Return the batch of these tensors, by name, which every process holds."""
+    return Experience(**tensors)
+
+
+_PER_TOKEN = get_args(Estimate)
+RAGGED = ("tokens", *_PER_TOKEN)
+"""The names of the tensors of tokens."""
+
+
+def _renumbered(placement: Placement, indices: Tensor | None) -> Placement:
+    return placement if indices is None else replace(placement, responses=indices[placement.responses])
 
 
 def offsets(lengths: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.errors import LayoutError
 from megatron_vapo.models.megatron_versions import read_globals, write_globals
-from megatron_vapo.runtime.collectives import use_gloo_for_control
+from megatron_vapo.runtime.collectives import gather_objects, use_gloo_for_control
 
 _LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -84,6 +85,15 @@ def layout_sizes(role: RoleConfig) -> dict[str, int | None]:
     }
 
 
+class Place(NamedTuple):
+    """The place of a rank in a layout."""
+
+    dp: int
+    pp: int
+    cp: int
+    tp: int
+
+
 class ParallelLayout:
     """Owns the process groups of one layout over all processes."""
 
@@ -104,13 +114,24 @@ class ParallelLayout:
             self.pp_group = parallel_state.get_pipeline_model_parallel_group()
             self.cp_rank = parallel_state.get_context_parallel_rank()
             self.cp_size = role.context_parallel
+            self.cp_group = parallel_state.get_context_parallel_group()
             self.dp_rank = parallel_state.get_data_parallel_rank()
             self.dp_size = parallel_state.get_data_parallel_world_size()
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Return the place of each rank. All ranks ask for it together, the first time."""
+        return gather_objects(Place(self.dp_rank, self.pp_rank, self.cp_rank, self.tp_rank))
+
+    @property
+    def last_stage(self) -> bool:
+        """Return whether this rank computes outputs and losses."""
+        return self.pp_rank == self.pp_size - 1
 
     @property
     def owns_outputs(self) -> bool:
         """Return whether this rank has the outputs of its tokens: last pipeline stage, first tensor-parallel rank."""
-        return self.pp_rank == self.pp_size - 1 and self.tp_rank == 0
+        return self.last_stage and self.tp_rank == 0
 
     def close(self) -> None:
         """Give the process groups back; each gloo group has threads that poll for as long as it lives."""
@@ -118,7 +139,7 @@ class ParallelLayout:
         for group in groups.values():
             dist.destroy_process_group(group)
         self._state = _fresh_state()
-        self.tp_group = self.pp_group = None
+        self.tp_group = self.pp_group = self.cp_group = None
 
     @contextmanager
     def active(self) -> Iterator[None]:

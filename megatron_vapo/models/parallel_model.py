@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import RoleConfig
+from megatron_vapo.data.exchange import Exchange, Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
 from megatron_vapo.models.attention import pack_sequences
@@ -28,7 +29,6 @@ from megatron_vapo.models.build import build_chunks
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.offload import Offloader, drop_workspaces, parameter_memory
 from megatron_vapo.models.transformer_config import transformer_config
-from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.runtime.kernels import machine_backend
 from megatron_vapo.weights.architecture import Architecture
 
@@ -50,6 +50,8 @@ class ParallelModel(ABC):
 
     name: ClassVar[str]
     """The role's name, in checkpoints and messages."""
+    output_count: ClassVar[int]
+    """Numbers that it computes for a response token."""
 
     def __init__(
         self,
@@ -81,13 +83,15 @@ class ParallelModel(ABC):
 
     @torch.no_grad()
     def forward(self, batch: Experience) -> Outputs:
-        """Return outputs for all response tokens of a batch, tensors [T] in float32, the same on every process."""
-        micros = self.micro_batches(batch)
+        """Return outputs for the response tokens of a process's share of a batch: tensors [T] in float32."""
+        part = self.part(batch)
+        micros = self.micro_batches(part)
         self.offloader.ready("parameters")
         for module in self.modules:
             module.eval()
         parts = self.run_schedule(self.modules, micros, _keep_outputs, forward_only=True)
-        return self.assemble(parts, total=int(batch.cu_seqlens[-1]))
+        back = Exchange(self.owners(part.placement), batch.placement)
+        return tuple(back(output, batch.whole.response_lengths) for output in self.assemble(parts, part))
 
     @property
     def packing(self) -> PackingRule:
@@ -104,13 +108,40 @@ class ParallelModel(ABC):
             quadratic_cost=1 / (12 * self.architecture.hidden) if role.balance == "flops" else 0.0,
         )
 
+    def part(self, batch: Experience, names: Sequence[str] = (), indices: Tensor | None = None) -> Experience:
+        """Return this rank's part of a batch: the responses of its data-parallel rank.
+
+        A pipeline's first and last stages get tokens, its last what losses read; the ranks between know lengths.
+
+        Args:
+            names: what losses read of each token, where it is set.
+            indices: the responses of `batch.whole` that are wanted, a minibatch; None: all.
+        """
+        lengths = batch.whole.sequence_lengths
+        plan, _ = self._plan(lengths if indices is None else lengths[indices])
+        shares = [torch.tensor([i for members in micros for i in members], dtype=torch.int64) for micros in plan]
+
+        def on(*stages: int) -> Placement:
+            return Placement.of([shares[p.dp] if p.pp in stages else shares[p.dp][:0] for p in self.layout.places])
+
+        last = self.layout.pp_size - 1
+        losses = on(last)
+        readers = {"tokens": on(0, last)} | {name: losses for name in names if name in batch.ragged}
+        return batch.moved(on(*range(last + 1)), readers, indices)
+
     def micro_batches(self, batch: Experience) -> list[MicroBatch]:
-        """Pack this data-parallel rank's share of a batch."""
-        rule, lengths = self.packing, batch.sequence_lengths
+        """Pack this data-parallel rank's responses of a batch, of which this rank has these at least."""
+        plan, rule = self._plan(batch.whole.sequence_lengths)
+        here = torch.full((len(batch.whole),), -1)
+        here[batch.placement.mine] = torch.arange(len(batch))
+        mine = plan[self.layout.dp_rank]
+        return [pack(batch, here[torch.tensor(members, dtype=torch.int64)].tolist(), rule) for members in mine]
+
+    def _plan(self, lengths: Tensor) -> tuple[list[list[list[int]]], PackingRule]:
+        """Return the responses of every micro-batch of every data-parallel rank, and how they are packed."""
+        rule = self.packing
         plan = plan_micro_batches(lengths, self.layout.dp_size, rule)
-        if rule.fixed_total:
-            rule = tightened(rule, lengths, plan)
-        return [pack(batch, members, rule) for members in plan[self.layout.dp_rank]]
+        return plan, tightened(rule, lengths, plan) if rule.fixed_total else rule
 
     def run_schedule(
         self, chunks: Sequence[torch.nn.Module], micros: list[MicroBatch], finish: Finish, forward_only: bool
@@ -155,16 +186,30 @@ class ParallelModel(ABC):
         """Return whether layers attend by this package's plan; Transformer Engine's need none."""
         return self.config.transformer_impl == "local"
 
-    def assemble(self, parts: list[dict[str, Any]], total: int) -> Outputs:
-        """Join the `outputs` ([t] each) of all ranks' parts by their `token_index [t]`: tensors [total], the same on
-        every process. Each token is written by the one rank that owns it, and summed over the world."""
-        count = max(gather_objects(len(parts[0]["outputs"]) if parts else 0))
-        joined = torch.zeros(count, total, device=self.device)
-        if self.layout.owns_outputs:
+    def assemble(self, parts: list[dict[str, Any]], batch: Experience) -> list[Tensor]:
+        """Join the `outputs` ([t] each) of this rank's micro-batches by their `token_index [t]`: tensors [T] on the
+        host, on the ranks that `owners` names, and [0] elsewhere.
+
+        Args:
+            batch: what the micro-batches were packed from (`part`).
+        """
+        owns = self.layout.owns_outputs
+        joined = torch.zeros(self.output_count, batch.response_tokens if owns else 0, device=self.device)
+        if owns:
             for part in parts:
                 joined[:, part["token_index"].to(self.device)] = torch.stack(part["outputs"])
-        dist.all_reduce(joined)
-        return tuple(joined.cpu().unbind(0))
+            if self.layout.cp_size > 1:  # each has some tokens of every response
+                dist.all_reduce(joined, group=self.layout.cp_group)
+        return list(joined.cpu() if self.layout.cp_rank == 0 else joined[:, :0].cpu())
+
+    def owners(self, placement: Placement) -> Placement:
+        """Return which rank's `assemble` has the outputs of which responses.
+
+        Args:
+            placement: of the batch that was computed (`part`).
+        """
+        owner = [p.pp == self.layout.pp_size - 1 and p.tp == p.cp == 0 for p in self.layout.places]
+        return Placement.of([placement.on(rank) if owns else placement.on(rank)[:0] for rank, owns in enumerate(owner)])
 
 
 def _keep_outputs(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Any]]:

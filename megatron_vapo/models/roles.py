@@ -28,6 +28,7 @@ class Actor(ParallelModel):
     """The policy. Its outputs are log-prob and entropy of each response token at the sampling temperature."""
 
     name = "actor"
+    output_count = 2
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Critic(ParallelModel):
     sampling temperature."""
 
     name = "critic"
+    output_count = 1
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         return ValueModel(config=config, **stage)

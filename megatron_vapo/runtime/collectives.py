@@ -73,11 +73,21 @@ def all_to_all(rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Te
 
 def sum_over_ranks(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the totals of named numbers over all ranks; they travel as one float64 tensor."""
-    flat = torch.cat([x.detach().double().flatten().cpu() for x in sums.values()])
+    flat = torch.cat(
+        [torch.empty(0, dtype=torch.float64), *(x.detach().double().flatten().cpu() for x in sums.values())]
+    )
     if dist.get_world_size() > 1:
         dist.all_reduce(flat, group=_group)
     parts = flat.split([x.numel() for x in sums.values()])
     return {name: part.view(x.shape) for (name, x), part in zip(sums.items(), parts)}
+
+
+def max_over_ranks(x: float) -> float:
+    """Return the largest number of all ranks."""
+    largest = torch.tensor(x, dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_group)
+    return float(largest)
 
 
 def any_rank(mine: bool) -> bool:

@@ -11,7 +11,7 @@ Written as `runtime.durable` says.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ class Rollout:
     @property
     def sampled_tokens(self) -> int:
         """Response tokens, those that no batch holds included; a replayed batch counts as sampled."""
-        return int(self.metrics.get("rollout/sampled_tokens", int(self.batch.cu_seqlens[-1])))
+        return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.response_tokens))
+
+    def at_home(self) -> Rollout:
+        """Return it with each response at its home."""
+        return replace(self, batch=self.batch.at_home())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The recipe's algorithm settings bound to the mathematics: what is estimated from a rollout batch, and the losses that
 actor and critic are updated with.
 
-Denominators are those of the whole minibatch, which every process holds, so they are known before the first backward.
+Each process computes them for the tokens of its share. Denominators are those of the whole minibatch and follow from
+numbers that every process knows (`Experience.whole`), before the first backward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from megatron_vapo.algorithm import advantages, losses
 from megatron_vapo.algorithm.statistics import moments
 from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import AlgorithmConfig
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, Responses
+from megatron_vapo.runtime.collectives import sum_over_ranks
 
 CLIPPED_BY = ("nothing", "low", "high", "dual")
 """The bounds of the policy's ratio (`losses.clipped`)."""
@@ -27,9 +29,9 @@ def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience
     """Add advantages, and value targets where there is a critic."""
     if algorithm.advantage == "group":
         per_response = advantages.group_normalized_advantages(
-            batch.rewards, batch.groups, divide_by_std=algorithm.group_divide_by_std
+            batch.whole.rewards, batch.whole.groups, divide_by_std=algorithm.group_divide_by_std
         )
-        estimated = replace(batch, advantages=batch.per_token(per_response))
+        estimated = replace(batch, advantages=batch.per_token(per_response[batch.placement.mine]))
     else:
         lambda_policy = policy_lambda(batch, algorithm)
         policy_advantages, targets = advantages.decoupled_gae(
@@ -43,7 +45,8 @@ def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience
         estimated = replace(batch, advantages=policy_advantages, returns=targets)
     if algorithm.whiten_advantages:
         raw = estimated.require("advantages")
-        estimated = replace(estimated, advantages=advantages.whiten(raw, moments(raw)))
+        total = sum_over_ranks({"moments": moments(raw)})["moments"]
+        estimated = replace(estimated, advantages=advantages.whiten(raw, total))
     return estimated
 
 
@@ -81,9 +84,11 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     old_logprobs = _old_logprobs(minibatch, algorithm)
     # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
     mode = "none" if algorithm.importance == "auto" else algorithm.importance
-    importance = losses.importance_correction(old_logprobs, minibatch.rollout_logprobs, mode, algorithm.importance_cap)
+    importance = losses.importance_correction(
+        old_logprobs, minibatch.require("rollout_logprobs"), mode, algorithm.importance_cap
+    )
     positive = minibatch.per_token(minibatch.correct)
-    positive_tokens = int(positive.sum())
+    positive_tokens = int(minibatch.whole.response_lengths[minibatch.whole.correct].sum())
     policy_advantages = minibatch.require("advantages")
 
     def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -118,16 +123,21 @@ def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor
 
 
 def _old_logprobs(batch: Experience, algorithm: AlgorithmConfig) -> Tensor:
-    return batch.rollout_logprobs if algorithm.old_logprobs == "rollout" else batch.require("logprobs")
+    return batch.require("rollout_logprobs" if algorithm.old_logprobs == "rollout" else "logprobs")
 
 
 def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algorithm: AlgorithmConfig) -> Tensor:
     """Each token's weight in a loss [T]: none for those of responses that are left out."""
-    trained = ~minibatch.truncated if algorithm.mask_truncated else torch.ones_like(minibatch.truncated)
-    lengths = minibatch.response_lengths
-    tokens, responses = int(lengths[trained].sum()), int(trained.sum())
-    weights = losses.token_weights(lengths, reduction, total_tokens=max(tokens, 1), total_samples=max(responses, 1))
-    return weights * minibatch.per_token(trained)
+    whole = minibatch.whole
+    counted = whole.response_lengths[_trained(whole, algorithm)]
+    tokens, responses = max(int(counted.sum()), 1), max(len(counted), 1)
+    weights = losses.token_weights(minibatch.response_lengths, reduction, tokens, responses)
+    return weights * minibatch.per_token(_trained(minibatch, algorithm))
+
+
+def _trained(responses: Responses, algorithm: AlgorithmConfig) -> Tensor:
+    """Return the responses that are not left out [B] bool."""
+    return ~responses.truncated if algorithm.mask_truncated else torch.ones_like(responses.truncated)
 
 
 def _part(token_index: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import Recipe
-from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.observe import alarms
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
@@ -15,7 +14,7 @@ from megatron_vapo.observe.report import write_samples
 from megatron_vapo.sampling.evaluation import Evaluation
 from megatron_vapo.sampling.trajectory import Scored
 from megatron_vapo.training.step_metrics import evaluation_rows, sample_rows
-from megatron_vapo.training.token_records import TokenRecords
+from megatron_vapo.training.token_records import Kept, TokenRecords
 
 EVALUATION_ROWS = 64
 """Responses kept of an evaluation."""
@@ -50,7 +49,7 @@ class Records:
         """Append the metrics of an evaluation."""
         self._metrics.write(step, metrics, kind)
 
-    def step(self, kind: StepKind, step: int, batch: Experience, metrics: Mapping[str, float]) -> dict[str, str]:
+    def step(self, kind: StepKind, step: int, kept: Kept, metrics: Mapping[str, float]) -> dict[str, str]:
         """Append the metrics of a step, and keep some of its responses with all that was computed for their tokens.
 
         Returns:
@@ -60,7 +59,7 @@ class Records:
         found = alarms.judge([*self._history, record], self._alarms)
         self._history.append(record | found)
         self._metrics.write(step, {**metrics, **found}, kind)
-        self._tokens.write(kind, step, batch)
+        self._tokens.write(kind, step, kept)
         return {a.name: a.said(record, self._alarms) for a in alarms.ALARMS if found[a.metric] == 1}
 
     def samples(self, step: int, rows: list[tuple[Prompt, Scored]]) -> None:

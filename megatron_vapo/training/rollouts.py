@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
@@ -85,7 +86,7 @@ class Rollouts:
         path = Path(folder, f"{_name(purpose, step)}.safetensors")
         if not path.is_file():
             raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
-        return Rollout(Experience.load(path), metrics={}, failures=(0, 0))
+        return Rollout(Experience.load(path).at_home(), metrics={}, failures=(0, 0))
 
     def stored(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what a run that died had sampled for the step, and go to where that left sampling and generators;
@@ -95,7 +96,7 @@ class Rollouts:
             return None
         self.go_to(stored.after)
         write_generators(stored.generators[dist.get_rank()], self._layouts)
-        return stored.rollout
+        return stored.rollout.at_home()
 
     def sampled(self, purpose: StepKind, step: int) -> tuple[Rollout, list[tuple[Prompt, Scored]]]:
         """Group-sample the next prompts, score the responses, and store the rollout.
@@ -112,13 +113,16 @@ class Rollouts:
             generators = gather_objects(read_generators(self._layouts))
             if dist.get_rank() == 0:
                 self._store.save(_name(purpose, step), StoredRollout(rollout, before, self.position, generators))
-        return rollout, rows
+        return rollout.at_home(), rows
 
     def save(self, purpose: StepKind, step: int, batch: Experience) -> None:
         """Write the batch into the run folder, for other runs to replay, if the recipe says so."""
-        if dist.get_rank() == 0 and self._recipe.rollout.save:
+        if not self._recipe.rollout.save:
+            return
+        whole = batch.on_first_rank(torch.arange(len(batch.whole)))
+        if dist.get_rank() == 0:
             (self._folder / "rollouts").mkdir(exist_ok=True)
-            batch.save(self._folder / "rollouts" / f"{_name(purpose, step)}.safetensors")
+            whole.save(self._folder / "rollouts" / f"{_name(purpose, step)}.safetensors")
 
     def _accuracies(self, rows: list[tuple[Prompt, Scored]]) -> dict[str, float]:
         """The share of right responses to each training file's prompts, where there are several."""

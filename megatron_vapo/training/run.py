@@ -30,6 +30,7 @@ from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
 from megatron_vapo.training.records import Records
 from megatron_vapo.training.rollouts import Rollouts
+from megatron_vapo.training.token_records import Kept
 from megatron_vapo.training.updates import MinibatchUpdates, SeenOutputs
 
 
@@ -145,7 +146,7 @@ class Run:
         with self._phase(Phase.ACTOR_UPDATE):
             metrics = self._updates(trainer, objectives.policy_objective, batch, epochs, step, seen)
             if seen is not None:
-                logprobs, _ = seen.gather(self.actor, int(batch.cu_seqlens[-1]))
+                logprobs, _ = seen.gather(self.actor, batch)
                 batch = replace(batch, update_logprobs=logprobs)
         return batch, metrics
 
@@ -183,7 +184,8 @@ class Run:
             state = replace(state, explained_variances=explained)
         self._advance(state)
         everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
-        warnings = {} if self._records is None else self._records.step(kind, step, batch, everything)
+        kept = Kept.of(batch, self.recipe.observe.tokens_mib * 2**20)
+        warnings = {} if self._records is None else self._records.step(kind, step, kept, everything)
         self.display.advance(everything)
         self._warn(warnings)
         self.timer.start_step()

@@ -1,25 +1,32 @@
-"""Numbers of a step for the record, and rows of responses to read."""
+"""Numbers of a step for the record, and rows of responses to read.
+
+Each process sums up the tokens that are at home with it; totals over processes give the same metrics to all.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_vapo.algorithm.statistics import (
-    explained_variance,
-    logprob_difference,
-    mean_by_bin,
-    mean_by_relative_position,
-    mean_deviation_within,
+    deviations_within,
+    explained,
+    logprob_differences,
+    means,
+    moments,
+    moments_by_bin,
+    moments_mean_variance,
     relative_error,
     relative_position_bins,
 )
 from megatron_vapo.checkpoint.snapshot import RunState
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.observe.timer import STEP
+from megatron_vapo.runtime.collectives import max_over_ranks, sum_over_ranks
 from megatron_vapo.sampling.trajectory import Scored
 from megatron_vapo.training.objectives import monte_carlo_returns
 
@@ -41,9 +48,9 @@ def of_step(
         state: after the step.
         gamma: discount of the returns that the critic's values are compared with.
     """
-    tokens = int(batch.cu_seqlens[-1])
+    tokens = batch.whole.response_tokens
     return (
-        rollout_metrics(batch)
+        rollout_metrics(batch.whole)
         | token_metrics(batch)
         | critic_metrics(batch, gamma)
         | updates
@@ -53,8 +60,8 @@ def of_step(
     )
 
 
-def rollout_metrics(batch: Experience) -> dict[str, float]:
-    """Return rewards and lengths of the responses."""
+def rollout_metrics(batch: Responses) -> dict[str, float]:
+    """Return rewards and lengths of all responses."""
     lengths = batch.response_lengths.double()
     correct = batch.correct
     group_rates = torch.zeros(int(batch.groups.max()) + 1, dtype=torch.float64).index_add_(
@@ -84,8 +91,9 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
     """
     if limit is None:
         return
-    difference = logprob_difference(batch.require("logprobs"), batch.rollout_logprobs, MISMATCH_THRESHOLD)
-    mean = difference["mean_absolute"]
+    differences, _ = _logprob_differences(batch)
+    tokens, total, _ = sum_over_ranks({"differences": differences})["differences"].tolist()
+    mean = total / tokens
     if not mean <= limit:
         raise TrainingError(
             f"mean |actor's - engine's log-prob| is {mean:.3g}, above rollout.max_logprob_difference={limit:g}. Likely "
@@ -95,21 +103,33 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
         )
 
 
+def _logprob_differences(batch: Experience) -> tuple[Tensor, float]:
+    return logprob_differences(batch.require("logprobs"), batch.require("rollout_logprobs"), MISMATCH_THRESHOLD)
+
+
 def token_metrics(batch: Experience) -> dict[str, float]:
     """Return what critic and actor compute for the tokens, summed up."""
-    metrics: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
+    largest = 0.0
     if batch.logprobs is not None:
-        difference = logprob_difference(batch.logprobs, batch.rollout_logprobs, MISMATCH_THRESHOLD)
-        metrics |= {
-            "actor/entropy_before": float(batch.require("entropy").mean()),
-            "rollout/logprob_difference_mean": difference["mean_absolute"],
-            "rollout/logprob_difference_max": difference["max_absolute"],
-            "rollout/logprob_difference_share": difference["share_above"],
-        }
+        sums["entropy"] = moments(batch.require("entropy"))
+        sums["differences"], largest = _logprob_differences(batch)
     if batch.advantages is not None:
-        metrics["advantage/mean"] = float(batch.advantages.mean())
-        means = mean_by_relative_position(batch.advantages, batch.cu_seqlens, POSITION_BINS)
-        metrics |= _by_tenth("advantage", means)
+        tenth = relative_position_bins(batch.cu_seqlens, POSITION_BINS)
+        sums["advantages"] = moments_by_bin(batch.advantages, tenth, POSITION_BINS)
+    metrics: dict[str, float] = {}
+    totals = sum_over_ranks(sums)
+    if "entropy" in totals:
+        tokens, total, above = totals["differences"].tolist()
+        metrics |= {
+            "actor/entropy_before": _mean(totals["entropy"]),
+            "rollout/logprob_difference_mean": total / tokens,
+            "rollout/logprob_difference_max": max_over_ranks(largest),
+            "rollout/logprob_difference_share": above / tokens,
+        }
+    if "advantages" in totals:
+        metrics["advantage/mean"] = _mean(totals["advantages"].sum(0))
+        metrics |= _by_tenth("advantage", means(totals["advantages"]))
     return metrics
 
 
@@ -121,30 +141,45 @@ def critic_metrics(batch: Experience, gamma: float) -> dict[str, float]:
     """
     if batch.values is None:
         return {}
-    values, returns = batch.values, monte_carlo_returns(batch, gamma).require("returns")
+    totals = sum_over_ranks(_critic_sums(batch, batch.values, gamma))
+    wrong, right = totals["values"].split(POSITION_BINS)
+    values, errors, returns = (totals[name].sum(0) for name in ("values", "errors", "returns"))
+    mean, variance = moments_mean_variance(values)
     metrics = {
-        "critic/explained_variance": explained_variance(values, returns),
-        "critic/value_mean": float(values.mean()),
-        "critic/value_deviation": float(values.std(correction=0)),
-        "critic/value_deviation_within": mean_deviation_within(values, batch.cu_seqlens),
-        "critic/relative_error": relative_error(values, returns),
+        "critic/explained_variance": explained(errors, returns),
+        "critic/value_mean": float(mean),
+        "critic/value_deviation": float(variance.sqrt()),
+        "critic/value_deviation_within": float(totals["within"]) / len(batch.whole),
+        "critic/relative_error": relative_error(errors, returns),
     }
-    tenth = relative_position_bins(batch.cu_seqlens, POSITION_BINS)
-    for k in range(POSITION_BINS):
-        metrics[f"critic/explained_variance_tenth_{k + 1}"] = explained_variance(
-            values[tenth == k], returns[tenth == k]
-        )
-    metrics |= _by_tenth("critic/value", mean_by_bin(values, tenth, POSITION_BINS))
-    right = batch.per_token(batch.correct)
-    for name, chosen in (("right", right), ("wrong", ~right)):
-        if chosen.any():
-            means = mean_by_bin(values[chosen], tenth[chosen], POSITION_BINS)
-            metrics |= _by_tenth(f"critic/value_{name}", means)
+    for k, tenth in enumerate(zip(totals["errors"], totals["returns"], strict=True), 1):
+        metrics[f"critic/explained_variance_tenth_{k}"] = explained(*tenth)
+    metrics |= _by_tenth("critic/value", means(wrong + right))
+    for name, chosen in (("right", right), ("wrong", wrong)):
+        if chosen[:, 0].any():
+            metrics |= _by_tenth(f"critic/value_{name}", means(chosen))
     return metrics
 
 
-def _by_tenth(name: str, means: torch.Tensor) -> dict[str, float]:
-    return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means)}
+def _critic_sums(batch: Experience, values: Tensor, gamma: float) -> dict[str, Tensor]:
+    """Return the moments of values by tenth, those of wrong responses first, and of errors and returns by tenth."""
+    returns = monte_carlo_returns(batch, gamma).require("returns")
+    tenth = relative_position_bins(batch.cu_seqlens, POSITION_BINS)
+    right = batch.per_token(batch.correct)
+    return {
+        "values": moments_by_bin(values, tenth + POSITION_BINS * right, 2 * POSITION_BINS),
+        "errors": moments_by_bin(returns - values, tenth, POSITION_BINS),
+        "returns": moments_by_bin(returns, tenth, POSITION_BINS),
+        "within": deviations_within(values, batch.cu_seqlens).sum(),
+    }
+
+
+def _mean(moments_3: Tensor) -> float:
+    return float(moments_mean_variance(moments_3)[0])
+
+
+def _by_tenth(name: str, means_K: Tensor) -> dict[str, float]:
+    return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means_K)}
 
 
 def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:

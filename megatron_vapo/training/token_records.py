@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,12 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vapo.algorithm.statistics import calibration
+from megatron_vapo.algorithm.statistics import calibration_of, calibration_sums
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import AlgorithmConfig
-from megatron_vapo.data.experience import Experience, offsets
+from megatron_vapo.data.experience import FACTS, RAGGED, Experience, Responses, offsets, whole_batch
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import DataError
+from megatron_vapo.runtime.collectives import sum_over_ranks
 from megatron_vapo.runtime.durable import new_file, remove
 from megatron_vapo.training.objectives import policy_ratios
 
@@ -65,7 +66,7 @@ class TokenRecord:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        tensors = {name: getattr(self.batch, name) for name in _EXPERIENCE}
+        tensors: dict[str, Tensor | None] = {**self.batch.tensors()}
         tensors |= {name: getattr(self, name) for name in _OF_RECORD}
         facts = {"format": FORMAT, "kind": self.kind, "step": self.step, "responses": self.responses}
         with new_file(path) as part:
@@ -87,13 +88,13 @@ class TokenRecord:
             kind=facts["kind"],
             step=facts["step"],
             responses=facts["responses"],
-            batch=Experience(**{name: tensors[name] for name in _EXPERIENCE if name in tensors}),
+            batch=whole_batch({name: tensors[name] for name in _EXPERIENCE if name in tensors}),
             answers=facts["answers"],
             **{name: tensors.get(name) for name in _OF_RECORD},
         )
 
 
-_EXPERIENCE = tuple(field.name for field in fields(Experience))
+_EXPERIENCE = (*FACTS, *RAGGED)
 _OF_RECORD = ("ratios", "clipped", "calibration")
 
 
@@ -139,29 +140,41 @@ class TokenRecords:
             if step > (state.steps if kind == "train" else state.pretraining_steps):
                 remove(path_of(folder, kind, step))
 
-    def write(self, kind: StepKind, step: int, batch: Experience) -> None:
-        """Keep some of a step's responses, in place of those that are there.
-
-        Args:
-            batch: all responses, with all that was computed for them.
-        """
+    def write(self, kind: StepKind, step: int, kept: Kept) -> None:
+        """Keep some of a step's responses, in place of those that are there."""
         if self._limit:
             self._folder.mkdir(exist_ok=True)
-            self._record(kind, step, batch).save(path_of(self._folder.parent, kind, step))
+            self._record(kind, step, kept).save(path_of(self._folder.parent, kind, step))
 
-    def _record(self, kind: StepKind, step: int, batch: Experience) -> TokenRecord:
-        kept = batch.select(kept_responses(batch, self._limit))
-        ratios, clipped = (None, None) if kept.update_logprobs is None else policy_ratios(kept, self._algorithm)
+    def _record(self, kind: StepKind, step: int, kept: Kept) -> TokenRecord:
+        batch = kept.batch
+        ratios, clipped = (None, None) if batch.update_logprobs is None else policy_ratios(batch, self._algorithm)
         return TokenRecord(
             kind,
             step,
-            responses=len(batch),
-            batch=replace(kept, update_logprobs=None),  # the ratios say the same
-            answers=[self._answers.get(prompt, "")[:_ANSWER] for prompt in _prompts(kept)],
+            responses=len(batch.whole),
+            batch=replace(batch, update_logprobs=None),  # the ratios say the same
+            answers=[self._answers.get(prompt, "")[:_ANSWER] for prompt in _prompts(batch)],
             ratios=ratios,
             clipped=clipped,
-            calibration=None if batch.values is None else critic_calibration(batch),
+            calibration=kept.calibration,
         )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a step's record is made of."""
+
+    batch: Experience
+    """The kept responses, with all that was computed for them, on the first rank; nobody else has any."""
+    calibration: Tensor | None
+    """`TokenRecord.calibration`."""
+
+    @staticmethod
+    def of(batch: Experience, limit: int) -> Kept:
+        """Bring a step's first responses to the first rank, as many as fit into `limit` bytes. All ranks call it."""
+        kept = batch.on_first_rank(kept_responses(batch.whole, limit))
+        return Kept(kept, None if batch.values is None else critic_calibration(batch))
 
 
 def recorded_steps(folder: Path) -> list[tuple[StepKind, int]]:
@@ -175,7 +188,7 @@ def path_of(folder: Path, kind: StepKind, step: int) -> Path:
     return folder / "tokens" / f"{kind}_{step:06d}.safetensors"
 
 
-def kept_responses(batch: Experience, limit: int) -> Tensor:
+def kept_responses(batch: Responses, limit: int) -> Tensor:
     """Return the responses [R] that fit into `limit` bytes: the first groups, in the order that they were sampled in;
     where not even one does, responses of the first group.
 
@@ -196,7 +209,8 @@ def kept_responses(batch: Experience, limit: int) -> Tensor:
 def critic_calibration(batch: Experience) -> Tensor:
     """Return `TokenRecord.calibration` of all responses."""
     predicted = (batch.require("values") + 1) / 2
-    return calibration(predicted, batch.per_token(batch.correct).float(), BINS).float()
+    sums = calibration_sums(predicted, batch.per_token(batch.correct).float(), BINS)
+    return calibration_of(sum_over_ranks({"calibration": sums})["calibration"]).float()
 
 
 def _prompts(batch: Experience) -> list[tuple[int, ...]]:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import AlgorithmConfig, Recipe
+from megatron_vapo.data.exchange import Exchange, Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.models.parallel_model import ParallelModel
@@ -21,6 +23,10 @@ Objective = Callable[[Experience, AlgorithmConfig], Loss]
 """Binds a loss to a minibatch (`training.objectives`)."""
 
 
+_READ = {"critic": ("returns", "values"), "actor": ("rollout_logprobs", "logprobs", "advantages")}
+"""What a role's objective reads of each token."""
+
+
 class SeenOutputs:
     """Collects what a model returned for each token of a batch in the last epoch of its updates.
 
@@ -28,25 +34,32 @@ class SeenOutputs:
     """
 
     def __init__(self) -> None:
-        self._parts: list[dict[str, Any]] = []
+        self._minibatches: list[tuple[Tensor, Experience, list[dict[str, Any]]]] = []
 
-    def watch(self, loss: Loss, rows: Tensor) -> Loss:
+    def watch(self, loss: Loss, indices: Tensor, part: Experience) -> Loss:
         """Return the loss, which from now on leaves here the outputs that it sees.
 
         Args:
-            rows: where the minibatch's tokens lie in the batch.
+            indices: the responses of the batch that the minibatch is made of.
+            part: this rank's part of the minibatch.
         """
+        parts: list[dict[str, Any]] = []
+        self._minibatches.append((indices, part, parts))
 
         def watched(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            seen = tuple(output.detach() for output in outputs)
-            self._parts.append({"outputs": seen, "token_index": rows[token_index]})
+            parts.append({"outputs": tuple(output.detach() for output in outputs), "token_index": token_index})
             return loss(outputs, token_index)
 
         return watched
 
-    def gather(self, model: ParallelModel, total: int) -> Outputs:
-        """Return the outputs for all tokens [total], on every process."""
-        return model.assemble(self._parts, total)
+    def gather(self, model: ParallelModel, batch: Experience) -> Outputs:
+        """Return the outputs for the response tokens of this process's share of the batch [T]."""
+        owners = [(indices, model.owners(part.placement)) for indices, part, _ in self._minibatches]
+        seen = [model.assemble(parts, part) for _, part, parts in self._minibatches]
+        ranks = range(dist.get_world_size())
+        held = Placement.of([torch.cat([indices[owner.on(rank)] for indices, owner in owners]) for rank in ranks])
+        back = Exchange(held, batch.placement)
+        return tuple(back(torch.cat(output), batch.whole.response_lengths) for output in zip(*seen, strict=True))
 
 
 class MinibatchUpdates:
@@ -74,12 +87,11 @@ class MinibatchUpdates:
             TrainingError: `max_skipped_updates` in a row were skipped.
         """
         updates, name = [], trainer.model.name
-        for epoch, indices in self._minibatches(len(batch), epochs, step):
-            minibatch = batch.select(indices)
-            loss = objective(minibatch, self._recipe.resolved_algorithm)
+        for epoch, indices in self._minibatches(len(batch.whole), epochs, step):
+            part, loss = part_and_loss(trainer.model, objective, batch, self._recipe.resolved_algorithm, indices)
             if seen is not None and epoch == epochs - 1:
-                loss = seen.watch(loss, batch.token_rows(indices))
-            update = trainer.update(minibatch, loss)
+                loss = seen.watch(loss, indices, part)
+            update = trainer.update(part, loss)
             self._count_skipped(name, bool(update["skipped"]))
             updates.append({f"{name}/{key}": value for key, value in update.items()})
         return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
@@ -99,3 +111,19 @@ class MinibatchUpdates:
                 f"(max_skipped_updates): the run stops; its last checkpoint is in {self._recipe.run_dir}/checkpoints. "
                 f"Lower {name}.optimizer.learning_rate or look at the last metrics"
             )
+
+
+def part_and_loss(
+    model: ParallelModel, objective: Objective, batch: Experience, algorithm: AlgorithmConfig, indices: Tensor
+) -> tuple[Experience, Loss]:
+    """Return a rank's part of a minibatch, and its loss. All ranks call it together.
+
+    Args:
+        indices: the responses of `batch.whole` that the minibatch is made of.
+    """
+    part = model.part(batch, _READ[model.name], indices)
+    return part, objective(part, algorithm) if model.layout.last_stage else _no_loss
+
+
+def _no_loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    raise AssertionError("a stage before the last has no outputs")

@@ -12,12 +12,18 @@ from hypothesis import strategies as st
 from megatron_vapo.algorithm.statistics import (
     average_at_k,
     calibration,
+    calibration_of,
+    calibration_sums,
+    deviations_within,
+    explained,
     explained_variance,
-    logprob_difference,
-    mean_by_relative_position,
-    mean_deviation_within,
+    logprob_differences,
+    means,
+    moments,
+    moments_by_bin,
     pass_at_k,
     relative_error,
+    relative_position_bins,
 )
 
 some_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=8)
@@ -39,24 +45,28 @@ def means_by(key, lengths: list[int], bins: int) -> list[float]:
 
 
 @given(some_lengths)
-def test_mean_deviation_within_by_definition(lengths):
+def test_deviations_within_by_definition(lengths):
     x, cu_seqlens = ragged(lengths)
     expected = statistics.fmean(statistics.pstdev(part.tolist()) for part in x.split(lengths))
-    assert mean_deviation_within(x, cu_seqlens) == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert float(deviations_within(x, cu_seqlens).mean()) == pytest.approx(expected, rel=1e-6, abs=1e-9)
 
 
 def test_one_value_a_response_does_not_vary_within():
     values = torch.tensor([0.7, -0.3]).repeat_interleave(torch.tensor([40, 60]))
-    assert mean_deviation_within(values, torch.tensor([0, 40, 100])) == pytest.approx(0, abs=1e-12)
+    assert deviations_within(values, torch.tensor([0, 40, 100])).tolist() == pytest.approx([0, 0], abs=1e-12)
 
 
 def test_relative_error_at_its_landmarks():
     returns = torch.tensor([1.0, -1.0, -1.0, 1.0])
-    assert relative_error(returns, returns) == 0
-    assert relative_error(torch.zeros(4), returns) == 1
-    assert relative_error(returns + 3, returns) == pytest.approx(3)  # a constant bias counts
-    assert relative_error(-returns, returns) == pytest.approx(2)
-    assert relative_error(returns, torch.zeros(4)) == 0  # nothing to compare with
+
+    def error(values):
+        return relative_error(moments(returns - values), moments(returns))
+
+    assert error(returns) == 0
+    assert error(torch.zeros(4)) == 1
+    assert error(returns + 3) == pytest.approx(3)  # a constant bias counts
+    assert error(-returns) == pytest.approx(2)
+    assert relative_error(moments(returns), moments(torch.zeros(4))) == 0  # nothing to compare with
 
 
 @given(st.integers(2, 200), st.integers(0, 2**32))
@@ -65,6 +75,9 @@ def test_explained_variance_by_definition_and_from_parts(tokens, seed):
     targets = values + noise
     expected = 1 - statistics.pvariance((targets - values).tolist()) / statistics.pvariance(targets.tolist())
     assert explained_variance(values, targets) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    bin_T = torch.arange(tokens) % 3  # and parts add up, an empty one too
+    parts = [moments_by_bin(x, bin_T, 4) for x in (targets - values, targets)]
+    assert explained(*(part.sum(0) for part in parts)) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_explained_variance_at_its_landmarks():
@@ -73,6 +86,7 @@ def test_explained_variance_at_its_landmarks():
     assert explained_variance(targets + 7, targets) == 1  # a constant bias is not variance
     assert explained_variance(torch.full((5,), 0.3), targets) == pytest.approx(0, abs=1e-6)
     assert explained_variance(-targets, targets) == pytest.approx(-3)
+    assert math.isnan(explained_variance(targets * math.nan, targets))  # never a perfect critic
 
 
 @pytest.mark.parametrize("target", [0.0, -1.0, 0.1])
@@ -83,9 +97,10 @@ def test_targets_without_variance_explain_nothing(target, spread):
 
 
 @given(some_lengths, st.integers(1, 12))
-def test_mean_by_relative_position(lengths, bins):
-    means = mean_by_relative_position(*ragged(lengths), bins)
-    assert means.tolist() == pytest.approx(
+def test_means_by_relative_position(lengths, bins):
+    x, cu_seqlens = ragged(lengths)
+    found = means(moments_by_bin(x, relative_position_bins(cu_seqlens, bins), bins))
+    assert found.tolist() == pytest.approx(
         means_by(lambda t, length: int(bins * t / length + 1e-9), lengths, bins), nan_ok=True
     )
 
@@ -93,7 +108,10 @@ def test_mean_by_relative_position(lengths, bins):
 @given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.booleans()), min_size=1, max_size=50), st.integers(1, 10))
 def test_calibration(pairs, bins):
     predicted = torch.tensor([p for p, _ in pairs])
-    found = calibration(predicted, torch.tensor([float(s) for _, s in pairs]), bins)
+    success = torch.tensor([float(s) for _, s in pairs])
+    found = calibration(predicted, success, bins)
+    parts = [calibration_sums(predicted[part], success[part], bins) for part in (slice(0, 7), slice(7, None))]
+    torch.testing.assert_close(calibration_of(parts[0] + parts[1]), found, equal_nan=True)
     members = [[] for _ in range(bins)]
     for p, (_, success) in zip(predicted.tolist(), pairs):
         members[min(max(int(torch.tensor(p) * bins), 0), bins - 1)].append((p, success))
@@ -102,11 +120,12 @@ def test_calibration(pairs, bins):
         assert row == pytest.approx([*means, len(inside)], nan_ok=True, abs=1e-6)
 
 
-def test_logprob_difference():
+def test_logprob_differences():
     train, rollout = torch.tensor([-1.0, -2.0, -0.5, -3.0]), torch.tensor([-1.0, -1.5, -0.75, -1.0])
-    assert logprob_difference(train, rollout, threshold=0.25) == pytest.approx(
-        {"mean": -2.25 / 4, "mean_absolute": 2.75 / 4, "max_absolute": 2.0, "share_above": 0.5}
-    )
+    sums, largest = logprob_differences(train, rollout, threshold=0.25)
+    assert (sums.tolist(), largest) == ([4, 2.75, 2], 2)
+    sums, largest = logprob_differences(train[:0], rollout[:0], threshold=0.25)
+    assert (sums.tolist(), largest) == ([0, 0, 0], 0)
 
 
 @given(st.integers(1, 7).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), min_size=1, max_size=5))))

@@ -17,6 +17,8 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.training.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.usefixtures("world")
+
 SETTINGS = AlgorithmConfig(
     alpha=example.ALPHA,
     lambda_critic=example.LAMBDA_CRITIC,

@@ -57,7 +57,9 @@ def dies_before(number: int, work: Callable[[], None]) -> bool:
 
 def experience(value: float) -> Experience:
     one = torch.ones(1, dtype=torch.int64)
-    return Experience(one * 1, one * 0, one * 1, one * 1, one > 1, one * value, one * value, one * value)
+    numbers = {"rollout_logprobs": one * value, "outcomes": one * value, "rewards": one * value}
+    lengths = {"prompt_lengths": one * 0, "response_lengths": one * 1}
+    return Experience(tokens=one * 1, groups=one * 1, truncated=one > 1, **lengths, **numbers)
 
 
 def write_folder(folder: Path, value: float) -> None:

@@ -17,6 +17,8 @@ from megatron_vapo.config import AlgorithmConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.training.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
 
+pytestmark = pytest.mark.usefixtures("world")
+
 PROMPTS = [2, 3, 2, 3, 2, 4, 2, 2]
 RESPONSES = [1, 45, 20, 7, 100, 30, 61, 12]
 VAPO = AlgorithmConfig()

@@ -13,6 +13,8 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.training.step_metrics import check_logprobs, critic_metrics, rollout_metrics
 
+pytestmark = pytest.mark.usefixtures("world")
+
 
 @pytest.fixture
 def batch(make_experience: Callable[..., Experience]) -> Experience:

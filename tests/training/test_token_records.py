@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.config import AlgorithmConfig
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import FACTS, RAGGED, Experience
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import DataError
 from megatron_vapo.training.objectives import CLIPPED_BY, policy_objective, policy_ratios
 from megatron_vapo.training.token_records import (
+    Kept,
     TokenRecord,
     TokenRecords,
     critic_calibration,
@@ -26,6 +27,8 @@ from megatron_vapo.training.token_records import (
     path_of,
     recorded_steps,
 )
+
+pytestmark = pytest.mark.usefixtures("world")
 
 ALGORITHM = AlgorithmConfig()
 LENGTHS = [5, 9, 1, 30, 12, 3, 7, 7]
@@ -45,18 +48,22 @@ def store(folder: Path, limit: int = 2**20, state: RunState | None = None, promp
     return TokenRecords(folder, limit, ALGORITHM, prompts, state or RunState())
 
 
+def kept(batch: Experience, limit: int = 2**20) -> Kept:
+    return Kept.of(batch, limit)
+
+
 def test_a_record_holds_the_tensors_of_the_step(batch: Experience, tmp_path: Path) -> None:
     known = Prompt("2 + 2", "4", 0, "line 1", token_ids=tuple(batch.tokens[:3].tolist()))
-    store(tmp_path, prompts=(known,)).write("train", 3, batch)
+    store(tmp_path, prompts=(known,)).write("train", 3, kept(batch))
     assert recorded_steps(tmp_path) == [("train", 3)]
     record = TokenRecord.load(path_of(tmp_path, "train", 3))
     assert (record.kind, record.step, record.responses) == ("train", 3, 8)
-    for field in fields(Experience):
-        ours, theirs = getattr(record.batch, field.name), getattr(batch, field.name)
-        if field.name == "update_logprobs":
+    for name in (*FACTS, *RAGGED):
+        ours, theirs = getattr(record.batch, name), getattr(batch, name)
+        if name == "update_logprobs":
             assert ours is None
         else:
-            assert ours is theirs is None or torch.equal(ours, theirs), field.name
+            assert ours is theirs is None or torch.equal(ours, theirs), name
     assert record.answers == ["4", *[""] * 7]
     ratios, clipped = policy_ratios(batch, ALGORITHM)
     assert torch.equal(record.ratios, ratios) and torch.equal(record.clipped, clipped)
@@ -76,14 +83,14 @@ def test_ratios_and_bounds_are_those_of_the_loss(batch: Experience) -> None:
 
 def test_a_step_of_value_pretraining_has_no_policy(batch: Experience, tmp_path: Path) -> None:
     pretraining = replace(batch, logprobs=None, entropy=None, advantages=None, update_logprobs=None)
-    store(tmp_path).write("pretrain", 1, pretraining)
+    store(tmp_path).write("pretrain", 1, kept(pretraining))
     record = TokenRecord.load(path_of(tmp_path, "pretrain", 1))
     assert record.ratios is record.clipped is record.batch.advantages is None
     assert torch.equal(record.batch.values, batch.values) and record.calibration is not None
 
 
 def test_without_a_critic_there_is_no_calibration(batch: Experience, tmp_path: Path) -> None:
-    store(tmp_path).write("train", 1, replace(batch, values=None, returns=None))
+    store(tmp_path).write("train", 1, kept(replace(batch, values=None, returns=None)))
     record = TokenRecord.load(path_of(tmp_path, "train", 1))
     assert record.calibration is None and record.ratios is not None
 
@@ -91,29 +98,29 @@ def test_without_a_critic_there_is_no_calibration(batch: Experience, tmp_path: P
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=30).filter(lambda n: len(n) % 2 == 0), st.integers(0, 6000))
 def test_what_fits_is_kept_and_not_a_byte_more(make_experience: Callable[..., Experience], lengths, limit) -> None:
     batch = make_experience([3] * len(lengths), lengths)
-    kept = kept_responses(batch, limit)
+    first = kept_responses(batch, limit)
     size = [37 * n + 8 * 3 + 64 for n in lengths]
-    assert kept.tolist() == list(range(len(kept))) and sum(size[: len(kept)]) <= limit
-    if len(kept) >= 2:
-        assert len(kept) % 2 == 0 and (len(kept) == len(size) or sum(size[: len(kept) + 2]) > limit)
+    assert first.tolist() == list(range(len(first))) and sum(size[: len(first)]) <= limit
+    if len(first) >= 2:
+        assert len(first) % 2 == 0 and (len(first) == len(size) or sum(size[: len(first) + 2]) > limit)
     else:  # not even the first group fits
-        assert sum(size[:2]) > limit and (len(kept) == 1 or size[0] > limit)
+        assert sum(size[:2]) > limit and (len(first) == 1 or size[0] > limit)
 
 
 def test_a_file_is_no_larger_than_the_bound(batch: Experience, tmp_path: Path) -> None:
     """But for the header: names and shapes of its tensors, the calibration's thirty numbers."""
     limit = 3000
-    store(tmp_path, limit).write("train", 1, batch)
+    store(tmp_path, limit).write("train", 1, kept(batch, limit))
     assert 1500 < path_of(tmp_path, "train", 1).stat().st_size < limit + 3000
     assert len(TokenRecord.load(path_of(tmp_path, "train", 1)).batch) == 6
-    store(tmp_path / "none", limit=0).write("train", 1, batch)
+    store(tmp_path / "none", limit=0).write("train", 1, kept(batch))
     assert not (tmp_path / "none").exists()
 
 
 def test_a_long_answer_does_not_fill_the_file(batch: Experience, tmp_path: Path) -> None:
     """A row's answer may be a whole program, and stands once for each response."""
     known = Prompt("2 + 2", "4" * 10**5, 0, "line 1", token_ids=tuple(batch.tokens[:3].tolist()))
-    store(tmp_path, prompts=(known,)).write("train", 1, batch)
+    store(tmp_path, prompts=(known,)).write("train", 1, kept(batch))
     assert TokenRecord.load(path_of(tmp_path, "train", 1)).answers[0] == "4" * 200
     assert path_of(tmp_path, "train", 1).stat().st_size < 10**4
 
@@ -122,7 +129,7 @@ def test_what_a_lost_interval_wrote_is_removed(batch: Experience, tmp_path: Path
     before = store(tmp_path)
     for kind, steps in (("pretrain", 2), ("train", 4)):
         for step in range(1, steps + 1):
-            before.write(kind, step, batch)
+            before.write(kind, step, kept(batch))
     store(tmp_path, state=RunState(pretraining_steps=2, steps=2))
     assert recorded_steps(tmp_path) == [("pretrain", 1), ("pretrain", 2), ("train", 1), ("train", 2)]
 
@@ -137,7 +144,7 @@ def test_calibration_by_a_plain_loop(batch: Experience) -> None:
 
 
 def test_files_that_cannot_be_read_are_named(batch: Experience, tmp_path: Path) -> None:
-    store(tmp_path).write("train", 1, batch)
+    store(tmp_path).write("train", 1, kept(batch))
     path = path_of(tmp_path, "train", 1)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"train_000001\.safetensors: damaged"):

@@ -14,7 +14,7 @@ from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.config import AlgorithmConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
-from megatron_vapo.training.token_records import TokenRecords
+from megatron_vapo.training.token_records import Kept, TokenRecords
 from tests.conftest import VOCAB
 
 HOSTILE = [
@@ -63,6 +63,7 @@ def viewed_run(
     tmp_path_factory: pytest.TempPathFactory,
     make_checkpoint: Callable[..., Path],
     make_experience: Callable[..., Experience],
+    world: None,
 ) -> ViewedRun:
     """Steps 1 and 2, each four groups of four; in step 2 one response of 20,000 tokens; two alarms."""
     folder = tmp_path_factory.mktemp("viewed")
@@ -80,7 +81,7 @@ def viewed_run(
     prompt = Prompt("", "<b>4</b>", 0, "", token_ids=tuple(batches[1].tokens[:3].tolist()))
     records = TokenRecords(folder, 2**22, AlgorithmConfig(), [prompt], RunState())
     for step, batch in batches.items():
-        records.write("train", step, batch)
+        records.write("train", step, Kept.of(batch, 2**30))
     return ViewedRun(folder, batches)
 
 
