@@ -179,7 +179,7 @@ class Experience(Responses):
                 got[name] = rows
         if "tokens" not in got:
             got["tokens"] = torch.zeros(int(whole.sequence_lengths[placement.mine].sum()), dtype=torch.int64)
-        return Experience(**whole.facts(placement.mine), **got, share=Share(whole, placement))
+        return share_of(whole, placement, got)
 
     @property
     def ragged(self) -> list[str]:
@@ -201,6 +201,12 @@ class Experience(Responses):
     def load(path: Path) -> Experience:
         """Read what `save` wrote, as a whole batch."""
         return whole_batch(load_file(path))
+
+
+def share_of(whole: Responses, placement: Placement, ragged: Mapping[str, Any]) -> Experience:
+    """Return this process's share of a batch: of `whole` the responses that `placement` says, with these tensors of
+    their tokens."""
+    return Experience(**whole.facts(placement.mine), **ragged, share=Share(whole, placement))
 
 
 def whole_batch(tensors: Mapping[str, Any]) -> Experience:

@@ -138,17 +138,21 @@ def write_summary(run_folder: Path, **fields: Any) -> Path:
     return path
 
 
-def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]], limit: int) -> Path:
-    """Write at most `limit` rows to `samples/step_000012.jsonl`, spread evenly so that many prompts are seen.
+def write_samples(run_folder: Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write rows to `samples/step_000012.jsonl`."""
+    path = run_folder / "samples" / f"step_{step:06d}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(to_json(row) + "\n" for row in rows))
+    return path
+
+
+def spread_evenly(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of the numbers below `count`, evenly spread.
 
     (The first rows of a batch would all be answers to the same few prompts: responses of a group lie together.)
     """
-    path = run_folder / "samples" / f"step_{step:06d}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = min(limit, len(rows))
-    chosen = [rows[index * len(rows) // count] for index in range(count)]
-    write_text(path, "".join(to_json(row) + "\n" for row in chosen))
-    return path
+    chosen = min(limit, count)
+    return [index * count // chosen for index in range(chosen)]
 
 
 def has_data(run: Run, series: Series) -> bool:

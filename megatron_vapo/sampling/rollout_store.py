@@ -2,8 +2,8 @@
 
     RUN/kept_rollouts/
         train_000021/
-            experience.safetensors
-            sampling.pt             what else the rollout changed (`StoredRollout`)
+            experience_00000.safetensors    the first rank's share, and so on
+            sampling.pt                     numbers of all responses; what else the rollout changed (`StoredRollout`)
             manifest.json
 
 Written as `runtime.durable` says.
@@ -11,19 +11,22 @@ Written as `runtime.durable` says.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.exchange import homes
+from megatron_vapo.data.experience import Experience, Responses, share_of
 from megatron_vapo.data.position import SamplingPosition
-from megatron_vapo.runtime.collectives import on_first_rank
-from megatron_vapo.runtime.durable import new_folder, remove_folder
+from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
+from megatron_vapo.runtime.durable import begin_folder, finish_folder, remove_folder
+from megatron_vapo.runtime.manifest import Entry, describe
 from megatron_vapo.runtime.verification import refuse_damaged
 
-_EXPERIENCE, _SAMPLING = "experience.safetensors", "sampling.pt"
+_SAMPLING = "sampling.pt"
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,13 @@ class Rollout:
         """Response tokens, those that no batch holds included; a replayed batch counts as sampled."""
         return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.response_tokens))
 
-    def at_home(self) -> Rollout:
-        """Return it with each response at its home."""
-        return replace(self, batch=self.batch.at_home())
-
 
 @dataclass(frozen=True)
 class StoredRollout:
-    """A rollout, where sampling stood before and after it, and every rank's generators after it."""
+    """A rollout, where sampling stood before and after it, and every rank's generators after it.
+
+    The positions are whole on the first rank.
+    """
 
     rollout: Rollout
     before: SamplingPosition
@@ -57,13 +59,16 @@ class StoredRollout:
 
 
 class RolloutStore:
-    """Stores rollouts in RUN/kept_rollouts. All ranks call `load` together; only the first calls `save` and `drop`."""
+    """Stores rollouts in RUN/kept_rollouts. All ranks call `load` and `save` together; only the first calls `drop`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, name: str, position: SamplingPosition, world: int) -> StoredRollout | None:
         """Return the rollout of a step, if as many processes stored one and it starts where sampling is now.
+
+        Args:
+            position: whole on the first rank.
 
         Raises:
             CheckpointError: it is damaged (the files are named).
@@ -72,16 +77,23 @@ class RolloutStore:
         if not on_first_rank(folder.is_dir):
             return None
         advice = ". Remove it, and the step is sampled anew"
-        refuse_damaged(folder, required=(_EXPERIENCE, _SAMPLING), advice=advice)
+        refuse_damaged(folder, required=(share_name(0), _SAMPLING), advice=advice)
         if not on_first_rank(lambda: _fits(_read(folder), position, world)):
             return None
-        return _stored(_read(folder), Experience.load(folder / _EXPERIENCE))
+        saved = _read(folder)
+        whole = Responses(**saved["responses"])
+        share = Experience.load(folder / share_name(dist.get_rank()))
+        ragged = {name: getattr(share, name) for name in share.ragged}
+        return _stored(saved, share_of(whole, homes(whole.sequence_lengths), ragged))
 
     def save(self, name: str, stored: StoredRollout) -> None:
-        """Store the rollout of a step, in place of one that is there."""
-        with new_folder(self._folder / name, replace=True) as part:
-            stored.rollout.batch.save(part / _EXPERIENCE)
-            torch.save(_sampling(stored), part / _SAMPLING)
+        """Store the rollout of a step, in place of one that is there; each process writes its share."""
+        folder = self._folder / name
+        part = on_first_rank(lambda: begin_folder(folder))
+        mine = part / share_name(dist.get_rank())
+        stored.rollout.batch.save(mine)
+        shares = {name: entry for one in gather_objects({mine.name: describe(mine)}) for name, entry in one.items()}
+        on_first_rank(lambda: _finish(folder, part, stored, shares))
 
     def drop(self, pretraining_steps: int, steps: int) -> None:
         """Remove what a checkpoint covers."""
@@ -89,6 +101,16 @@ class RolloutStore:
             purpose, number = name.split("_")
             if int(number) <= (steps if purpose == "train" else pretraining_steps):
                 remove_folder(self._folder / name)
+
+
+def share_name(rank: int) -> str:
+    """Return the name of the file of a rank's share."""
+    return f"experience_{rank:05d}.safetensors"
+
+
+def _finish(folder: Path, part: Path, stored: StoredRollout, shares: dict[str, Entry]) -> None:
+    torch.save(_sampling(stored), part / _SAMPLING)
+    finish_folder(folder, shares)
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -100,8 +122,10 @@ def _fits(saved: dict[str, Any], position: SamplingPosition, world: int) -> bool
 
 
 def _sampling(stored: StoredRollout) -> dict[str, Any]:
-    """Return all but the batch, as plain values."""
+    """Return all but the tensors of tokens, as plain values."""
+    whole = stored.rollout.batch.whole
     return {
+        "responses": whole.facts(torch.arange(len(whole))),
         "before": asdict(stored.before),
         "after": asdict(stored.after),
         "failures": stored.rollout.failures,

@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from megatron_vapo.algorithm.advantages import soft_overlong_penalty
 from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.exchange import Exchange, Placement, homes
+from megatron_vapo.data.experience import Experience, Responses, share_of
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards import RewardInput
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 class Sampler:
     """Samples with a run's engine, tokenizer and reward. All processes call every method; those that have an engine
-    write a share of the groups, and all get the whole result.
+    write a share of the groups, and keep its tokens and text. All know how long the responses are, and their scores.
 
     Args:
         refresh: gives all engines the present weights again, after one of them failed.
@@ -67,7 +69,8 @@ class Sampler:
         step: int,
         sampling: SamplingConfig,
     ) -> list[Scored]:
-        """Return `samples` scored responses to each prompt, those of a prompt one after another."""
+        """Return `samples` scored responses to each prompt, those of a prompt one after another. Each process has the
+        tokens and the text of those that it holds."""
         groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
         self._write(groups, sampling, quota=None)
         self._judge_failures()
@@ -76,7 +79,8 @@ class Sampler:
     def experience(
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
     ) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
-        """Return the responses of one step as experience, and each of them with its prompt."""
+        """Return the responses of one step as experience, at their homes, and each of them with its prompt, as they
+        were written: tokens and text are where the engine is."""
         settings = self._rollout
         count, samples = settings.prompts_per_step, settings.samples_per_prompt
         kept: list[Group] = []
@@ -101,8 +105,8 @@ class Sampler:
         chosen = (kept + passed_over)[:count]
         self.unfinished = self.unfinished + kept[count:] if settings.partial else []
         self._count("rollout/sampled_tokens", sampled)
-        rows = [(group.prompt, sample.result) for group in chosen for sample in group.samples]
-        return self._pack(rows, samples), rows
+        written = [(group.prompt, sample) for group in chosen for sample in group.samples]
+        return self._pack(written, samples), [(prompt, sample.result) for prompt, sample in written]
 
     def metrics(self) -> dict[str, float]:
         """Return counts since the last call, over all processes."""
@@ -158,6 +162,7 @@ class Sampler:
         have a common prefix."""
         index = self.engine.index
         mine = groups[index.engine :: index.engines] if index else []
+        self._hand_over(groups)
         enough = len(range(index.engine, quota, index.engines)) if index and quota is not None else len(mine)
         while True:
             self._ask(mine, sampling, enough)
@@ -167,7 +172,7 @@ class Sampler:
             self.refresh()
         begun = [sample for group in mine for sample in group.samples if sample.score is not None]
         self._finish_scores(begun)
-        self._share(groups, [group.samples for group in mine])
+        self._report(groups, mine)
 
     def _finish_scores(self, samples: list[Sample]) -> None:
         """Wait for the rewards, but not beyond the grace of a run that is to stop: one may take long."""
@@ -252,31 +257,68 @@ class Sampler:
             )
         )
 
-    def _share(self, groups: list[Group], mine: list[list[Sample]]) -> None:
-        """Give all processes what each one's engine wrote."""
-        for index, written in gather_objects((self.engine.index, mine)):
+    def _report(self, groups: list[Group], mine: list[Group]) -> None:
+        """Let all processes know what each one's engine wrote; tokens and text stay where they are."""
+        known = [[sample.known if sample.held else None for sample in group.samples] for group in mine]
+        for rank, (index, written) in enumerate(gather_objects((self.engine.index, known))):
             share = groups[index.engine :: index.engines] if index else []
-            for group, samples in zip(share, written, strict=True):
-                group.samples = samples
+            for group, of_group in zip(share, written, strict=True):
+                for sample, of_sample in zip(group.samples, of_group, strict=True):
+                    if of_sample is not None:
+                        sample.learn(of_sample, rank)
 
-    def _pack(self, rows: list[tuple[Prompt, Scored]], samples: int) -> Experience:
-        responses = [scored.response for _, scored in rows]
+    def _hand_over(self, groups: list[Group]) -> None:
+        """Give what earlier steps wrote of unfinished responses to the processes whose engines go on with them."""
+        begun = [
+            (number, sample)
+            for number, group in enumerate(groups)
+            for sample in group.samples
+            if sample.begun is not None and not sample.finished
+        ]
+        if not begun:
+            return
+        ranks = {index: rank for rank, index in enumerate(gather_objects(self.engine.index)) if index}
+        by_engine = [ranks[index] for index in sorted(ranks)]
+        wanted = Placement.by_rank(torch.tensor([by_engine[number % len(by_engine)] for number, _ in begun]))
+        moved = _moved([sample for _, sample in begun], wanted)
+        arrived = dict(zip(wanted.mine.tolist(), moved, strict=True))
+        for place, rank in zip(wanted.responses.tolist(), wanted.ranks.tolist(), strict=True):
+            begun[place][1].move(rank, arrived.get(place))
+
+    def _pack(self, rows: list[tuple[Prompt, Sample]], samples: int) -> Experience:
+        scored = [sample.result for _, sample in rows]
+        responses = [one.response for one in scored]
         lengths = torch.tensor([len(r.token_ids) for r in responses])
-        outcomes = torch.tensor([scored.outcome for _, scored in rows], dtype=torch.float32)
-        sequences = [t for (p, _), r in zip(rows, responses) for t in (torch.tensor(p.token_ids), r.token_ids)]
-        batch = Experience(
-            tokens=torch.cat(sequences),
+        outcomes = torch.tensor([one.outcome for one in scored], dtype=torch.float32)
+        rewards = outcomes + torch.tensor([one.added for one in scored], dtype=torch.float32)
+        cache = self._reward.overlong.cache_tokens
+        if cache:
+            rewards = rewards + soft_overlong_penalty(lengths, self._rollout.max_response_tokens, cache)
+        whole = Responses(
             prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in rows]),
             response_lengths=lengths,
             groups=torch.arange(len(rows)) // samples,
             truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
-            rollout_logprobs=torch.cat([r.logprobs for r in responses]),
             outcomes=outcomes,
-            rewards=outcomes + torch.tensor([scored.added for _, scored in rows], dtype=torch.float32),
+            rewards=rewards,
             weight_versions=torch.tensor([r.weight_version for r in responses]),
         )
-        cache = self._reward.overlong.cache_tokens
-        if cache:
-            penalty = soft_overlong_penalty(lengths, self._rollout.max_response_tokens, cache)
-            batch = replace(batch, rewards=batch.rewards + penalty)
-        return batch
+        home = homes(whole.sequence_lengths)
+        written = _moved([sample for _, sample in rows], home)
+        tokens = [torch.empty(0, dtype=torch.int64)]
+        for i, (token_ids, _) in zip(home.mine.tolist(), written, strict=True):
+            tokens += torch.tensor(rows[i][0].token_ids), token_ids
+        logprobs = torch.cat([torch.empty(0), *(logprobs for _, logprobs in written)])
+        return share_of(whole, home, {"tokens": torch.cat(tokens), "rollout_logprobs": logprobs})
+
+
+def _moved(samples: list[Sample], wanted: Placement) -> list[tuple[Tensor, Tensor]]:
+    """Return tokens and log-probs of the responses that this process is to get, from their holders."""
+    lengths = torch.tensor([len(sample.written.token_ids) for sample in samples])
+    held = Placement.by_rank(torch.tensor([sample.holder for sample in samples]))
+    exchange = Exchange(held, wanted)
+    mine = [samples[i].written for i in held.mine.tolist()]
+    tokens = exchange(torch.cat([torch.empty(0, dtype=torch.int64), *(r.token_ids for r in mine)]), lengths)
+    logprobs = exchange(torch.cat([torch.empty(0), *(r.logprobs for r in mine)]), lengths)
+    sizes = lengths[wanted.mine].tolist()
+    return list(zip(tokens.split(sizes), logprobs.split(sizes), strict=True))

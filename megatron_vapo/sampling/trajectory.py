@@ -1,16 +1,23 @@
-"""A prompt and the responses to it, from the first token to the score; it may take several steps."""
+"""A prompt and the responses to it, from the first token to the score; it may take several steps.
+
+The tokens and the text of a response are with one process, its holder: the one whose engine wrote it. The others know
+its length, its end and its scores; its tensors are on their meta device, which has sizes and no numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards.scorer import Begun
-from megatron_vapo.rollout import Request, Response
+from megatron_vapo.rollout import FinishReason, Request, Response
+from megatron_vapo.runtime import collectives
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,22 @@ class Scored:
     added: float = 0.0
     """By `reward.add`, weights included."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Every reward's score by its name, and its metrics by name/metric."""
+    """Every reward's score by its name, and its metrics by name/metric; none where another process holds it."""
+
+    @property
+    def held(self) -> bool:
+        """Return whether this process has tokens and text."""
+        return not self.response.token_ids.is_meta
+
+
+class Known(NamedTuple):
+    """What all processes know of a response that has begun."""
+
+    tokens: int
+    finish_reason: FinishReason
+    weight_version: int
+    scores: tuple[float, float] | None
+    """`outcome` and `added` of a finished one."""
 
 
 @dataclass
@@ -37,6 +59,52 @@ class Sample:
     scored: Scored | None = None
     score: Begun | None = None
     """The scores of a finished response, while they are computed; only in the process that asked for the response."""
+    holder: int = 0
+    """The rank that has tokens and text of what has been written."""
+
+    @property
+    def held(self) -> bool:
+        """Return whether this process has what has been written."""
+        return self.begun is not None and not self.begun.token_ids.is_meta
+
+    @property
+    def known(self) -> Known:
+        """Return what the other processes are to know of what has been written."""
+        begun, scored = self.written, self.scored
+        scores = None if scored is None else (scored.outcome, scored.added)
+        return Known(len(begun.token_ids), begun.finish_reason, begun.weight_version, scores)
+
+    def learn(self, known: Known, holder: int) -> None:
+        """Take in what the holder has written; called in all processes."""
+        self.holder = holder
+        if not self.held:
+            self._leave(known)
+
+    def move(self, holder: int, arrived: tuple[Tensor, Tensor] | None) -> None:
+        """Let another process hold what has been written; called in all processes.
+
+        Args:
+            arrived: tokens and log-probs, in the holder.
+        """
+        self.holder = holder
+        if arrived is not None:
+            # Copies: a piece of a larger tensor would be kept, and written to files, with all of it.
+            token_ids, logprobs = (tensor.clone() for tensor in arrived)
+            self.begun = replace(self.written, token_ids=token_ids, logprobs=logprobs)
+        elif self.held:
+            self._leave(self.known)
+
+    def leave_to(self, holder: int) -> None:
+        """Let one of the processes hold what all of them have."""
+        self.holder = holder
+        if holder != dist.get_rank():
+            self._leave(self.known)
+
+    def _leave(self, known: Known) -> None:
+        """Keep what is known of a response that another process holds."""
+        tokens = torch.empty(known.tokens, dtype=torch.int64, device="meta")
+        self.begun = Response(tokens, tokens.float(), known.finish_reason, known.weight_version)
+        self.scored = known.scores and Scored(self.begun, "", *known.scores)
 
     @property
     def finished(self) -> bool:
@@ -131,11 +199,40 @@ def joined(first: Response, then: Response) -> Response:
     )
 
 
+def gathered(unfinished: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the `Group.state` of groups with what all processes hold of them, on the first rank; all ranks call it."""
+    if not unfinished:
+        return []
+    mine = {
+        (g, s): sample
+        for g, group in enumerate(unfinished)
+        for s, sample in enumerate(group["samples"])
+        if sample["begun"] and not sample["begun"]["token_ids"].is_meta
+    }
+    found = {place: sample for part in collectives.gather_on_first_rank(mine) for place, sample in part.items()}
+    return [
+        group | {"samples": [found.get((g, s), sample) for s, sample in enumerate(group["samples"])]}
+        for g, group in enumerate(unfinished)
+    ]
+
+
+def spread(groups: list[Group]) -> list[Group]:
+    """Leave each process a share of what has been written of groups, where every process has all of it."""
+    begun = [sample for group in groups for sample in group.samples if sample.begun is not None]
+    for number, sample in enumerate(begun):
+        sample.leave_to(number % dist.get_world_size())
+    return groups
+
+
 def reward_metrics(responses: Sequence[Scored]) -> dict[str, float]:
-    """Return means over the responses: of every reward, `rewards/NAME/mean`, and of its metrics, `rewards/NAME/METRIC`,
-    over those that have it."""
+    """Return means over the responses of all processes: of every reward, `rewards/NAME/mean`, and of its metrics,
+    `rewards/NAME/METRIC`, over those that have it. All ranks call it together."""
     values: dict[str, list[float]] = {}
     for scored in responses:
         for name, value in scored.parts.items():
             values.setdefault(f"rewards/{name}" if "/" in name else f"rewards/{name}/mean", []).append(value)
-    return {name: sum(those) / len(those) for name, those in sorted(values.items())}
+    totals: dict[str, list[tuple[float, int]]] = {}
+    for part in collectives.gather_objects({name: (sum(those), len(those)) for name, those in values.items()}):
+        for name, total in part.items():
+            totals.setdefault(name, []).append(total)
+    return {name: sum(t for t, _ in each) / sum(n for _, n in each) for name, each in sorted(totals.items())}

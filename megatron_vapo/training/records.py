@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
 from megatron_vapo.config import Recipe
@@ -11,13 +12,7 @@ from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.observe import alarms
 from megatron_vapo.observe.metrics import Kind, MetricsWriter
 from megatron_vapo.observe.report import write_samples
-from megatron_vapo.sampling.evaluation import Evaluation
-from megatron_vapo.sampling.trajectory import Scored
-from megatron_vapo.training.step_metrics import evaluation_rows, sample_rows
 from megatron_vapo.training.token_records import Kept, TokenRecords
-
-EVALUATION_ROWS = 64
-"""Responses kept of an evaluation."""
 
 
 class Records:
@@ -29,7 +24,7 @@ class Records:
     """
 
     def __init__(self, recipe: Recipe, prompts: list[Prompt], state: RunState) -> None:
-        self._folder, self._samples = Path(recipe.run_dir), recipe.observe.samples_per_step
+        self._folder = Path(recipe.run_dir)
         project, limit = recipe.observe.wandb_project, recipe.observe.tokens_mib * 2**20
         self._tokens = TokenRecords(self._folder, limit, recipe.algorithm, prompts, state)
         self._metrics = MetricsWriter(
@@ -62,14 +57,13 @@ class Records:
         self._tokens.write(kind, step, kept)
         return {a.name: a.said(record, self._alarms) for a in alarms.ALARMS if found[a.metric] == 1}
 
-    def samples(self, step: int, rows: list[tuple[Prompt, Scored]]) -> None:
-        """Write some of a training step's responses."""
-        write_samples(self._folder, step, sample_rows(rows), self._samples)
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Write some of a training step's responses (`step_metrics.sample_rows`)."""
+        write_samples(self._folder, step, rows)
 
-    def evaluation(self, step: int, prompts: list[Prompt], found: Evaluation, samples: int) -> None:
-        """Write the first response to some of the held-out prompts."""
-        rows = evaluation_rows(prompts, found.responses, samples)
-        write_samples(self._folder / "evaluation", step, rows, EVALUATION_ROWS)
+    def evaluation(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Write the first response to some of the held-out prompts (`step_metrics.evaluation_rows`)."""
+        write_samples(self._folder / "evaluation", step, rows)
 
     def close(self) -> None:
         """Close what metrics are written to."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.runtime.collectives import gather_objects
 from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
 from megatron_vapo.sampling.sampler import Sampler
-from megatron_vapo.sampling.trajectory import Group, Scored, reward_metrics
+from megatron_vapo.sampling.trajectory import Group, Scored, gathered, reward_metrics, spread
 
 
 class Rollouts:
@@ -57,15 +58,23 @@ class Rollouts:
         """The position of sampling."""
         return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
 
+    def whole(self, position: SamplingPosition) -> SamplingPosition:
+        """Return a position with what all processes hold of responses that are begun, on the first rank."""
+        return replace(position, unfinished=gathered(position.unfinished))
+
     def go_to(self, position: SamplingPosition) -> None:
-        """Go on sampling from there; where the prompts are others, and the recipe goes on with them, in new epochs."""
+        """Go on sampling from there; where the prompts are others, and the recipe goes on with them, in new epochs.
+
+        Args:
+            position: whole in every process.
+        """
         changed = position.order["prompts"] != self._order.prompts
         if changed and self._recipe.checkpoint.changed_data == "continue":
             self._order.begin_epoch_after(position.order)
             self._sampler.unfinished = []
             return
         self._order.load_state_dict(position.order)
-        self._sampler.unfinished = [Group.of(state, self._prompts) for state in position.unfinished]
+        self._sampler.unfinished = spread([Group.of(state, self._prompts) for state in position.unfinished])
 
     def metrics(self) -> dict[str, float]:
         """Return the epochs of each training file so far, where there are several, and the prompts that were dropped,
@@ -91,18 +100,18 @@ class Rollouts:
     def stored(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what a run that died had sampled for the step, and go to where that left sampling and generators;
         None where there is no such rollout."""
-        stored = self._store.load(_name(purpose, step), self.position, dist.get_world_size())
+        stored = self._store.load(_name(purpose, step), self.whole(self.position), dist.get_world_size())
         if stored is None:
             return None
         self.go_to(stored.after)
         write_generators(stored.generators[dist.get_rank()], self._layouts)
-        return stored.rollout.at_home()
+        return stored.rollout
 
     def sampled(self, purpose: StepKind, step: int) -> tuple[Rollout, list[tuple[Prompt, Scored]]]:
         """Group-sample the next prompts, score the responses, and store the rollout.
 
         Returns:
-            The rollout, and each response with its prompt.
+            The rollout, and each response with its prompt, as its holder has it.
         """
         before = self.position
         batch, rows = self._sampler.experience(self._prompts, self._order, purpose, step)
@@ -111,9 +120,9 @@ class Rollouts:
         rollout = Rollout(batch, metrics, self._sampler.new_failures())
         if self._recipe.checkpoint.rollouts:
             generators = gather_objects(read_generators(self._layouts))
-            if dist.get_rank() == 0:
-                self._store.save(_name(purpose, step), StoredRollout(rollout, before, self.position, generators))
-        return rollout.at_home(), rows
+            stored = StoredRollout(rollout, self.whole(before), self.whole(self.position), generators)
+            self._store.save(_name(purpose, step), stored)
+        return rollout, rows
 
     def save(self, purpose: StepKind, step: int, batch: Experience) -> None:
         """Write the batch into the run folder, for other runs to replay, if the recipe says so."""

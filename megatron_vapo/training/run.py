@@ -30,6 +30,7 @@ from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
 from megatron_vapo.training.records import Records
 from megatron_vapo.training.rollouts import Rollouts
+from megatron_vapo.training.step_metrics import evaluation_rows, sample_rows
 from megatron_vapo.training.token_records import Kept
 from megatron_vapo.training.updates import MinibatchUpdates, SeenOutputs
 
@@ -163,9 +164,10 @@ class Run:
             with self._phase(Phase.EVALUATION):
                 found = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
             self.display.advance(found.metrics)
+        rows = evaluation_rows(self.inputs.held_out, found.responses, settings.samples)
         if self._records is not None:
             self._records.metrics("evaluate", step, found.metrics)
-            self._records.evaluation(step, self.inputs.held_out, found, settings.samples)
+            self._records.evaluation(step, rows)
         self._advance(self.state.after_evaluation(found.metrics["evaluate/accuracy"], self.sampler.new_failures()))
 
     def finish_step(
@@ -200,7 +202,8 @@ class Run:
         with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
-            self.checkpoints.save(self.snapshot)
+            position = self._rollouts.whole(self.snapshot.position)
+            self.checkpoints.save(replace(self.snapshot, position=position))
 
     def settle(self, wait: bool = False) -> None:
         """Complete the checkpoint under way, if all ranks have written their part of it or `wait` says so."""
@@ -237,8 +240,9 @@ class Run:
         if self.engine.asleep:
             self.sync_weights()
         rollout, rows = self._rollouts.sampled(purpose, step)
+        samples = sample_rows(rows, self.recipe.observe.samples_per_step) if purpose == "train" else []
         if self._records is not None and purpose == "train":
-            self._records.samples(step, rows)
+            self._records.samples(step, samples)
         return rollout
 
     def _sleep(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.algorithm.statistics import (
@@ -25,13 +26,17 @@ from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
+from megatron_vapo.observe.report import spread_evenly
 from megatron_vapo.observe.timer import STEP
-from megatron_vapo.runtime.collectives import max_over_ranks, sum_over_ranks
+from megatron_vapo.runtime.collectives import gather_on_first_rank, max_over_ranks, sum_over_ranks
 from megatron_vapo.sampling.trajectory import Scored
 from megatron_vapo.training.objectives import monte_carlo_returns
 
 POSITION_BINS = 10
 """Tenths of a response: a critic whose start biases it shows in the first (VC-PPO, figure 2)."""
+
+EVALUATION_ROWS = 64
+"""Responses kept of an evaluation."""
 
 MISMATCH_THRESHOLD = 0.1
 """Nats; tokens whose log-prob differs by more between engine and trainer are counted."""
@@ -182,22 +187,29 @@ def _by_tenth(name: str, means_K: Tensor) -> dict[str, float]:
     return {f"{name}_tenth_{k + 1}": float(mean) for k, mean in enumerate(means_K)}
 
 
-def sample_rows(rows: list[tuple[Prompt, Scored]]) -> list[dict[str, Any]]:
-    """Return responses as they are written to the run folder."""
-    return [
-        {
-            "prompt": prompt.text,
-            "response": scored.text,
-            "answer": prompt.answer,
-            "reward": scored.outcome + scored.added,
-            "rewards": scored.parts,
-            "tokens": len(scored.response.token_ids),
-            "finish_reason": scored.response.finish_reason,
-        }
-        for prompt, scored in rows
-    ]
+def sample_rows(rows: list[tuple[Prompt, Scored]], limit: int) -> list[dict[str, Any]]:
+    """Return at most `limit` responses as they are written to the run folder, on the first rank; elsewhere none.
+
+    They are spread evenly, so that many prompts are seen, and come from the processes that hold them.
+    """
+    chosen = spread_evenly(len(rows), limit)
+    mine = {index: _row(*rows[index]) for index in chosen if rows[index][1].held}
+    found = {index: row for part in gather_on_first_rank(mine) for index, row in part.items()}
+    return [found[index] for index in chosen] if dist.get_rank() == 0 else []
+
+
+def _row(prompt: Prompt, scored: Scored) -> dict[str, Any]:
+    return {
+        "prompt": prompt.text,
+        "response": scored.text,
+        "answer": prompt.answer,
+        "reward": scored.outcome + scored.added,
+        "rewards": scored.parts,
+        "tokens": len(scored.response.token_ids),
+        "finish_reason": scored.response.finish_reason,
+    }
 
 
 def evaluation_rows(prompts: list[Prompt], responses: list[Scored], samples: int) -> list[dict[str, Any]]:
-    """Return the first response to each held-out prompt."""
-    return sample_rows(list(zip(prompts, responses[::samples], strict=True)))
+    """Return the first response to some held-out prompts, as `sample_rows` does."""
+    return sample_rows(list(zip(prompts, responses[::samples], strict=True)), EVALUATION_ROWS)

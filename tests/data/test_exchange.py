@@ -22,8 +22,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_what_arrives_is_what_gathering_everything_gives(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.data.exchange_ranks", tmp_path / "store", "any"]
-    run_ranks(WORLD, command, tmp_path / "log")
+    run_ranks(WORLD, ["-m", "tests.data.exchange_ranks", tmp_path / "store", "any"], tmp_path / "log", fork=True)
     for rank in range(WORLD):
         assert "all examples passed" in (tmp_path / f"log {rank}").read_text()
 

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.records import records, timeless
 from megatron_vapo.errors import MachineError
+from megatron_vapo.training.token_records import TokenRecord
 from tests.ranks import train
 
 pytestmark = pytest.mark.slow
@@ -126,6 +127,7 @@ def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
     launch: Callable[..., Launched], forked: Callable[..., str], tmp_path: Path
 ) -> None:
     layout = ["steps=4", "critic.distributed_optimizer=true", "actor.tensor_parallel=2"]  # all ranks write
+    layout += ["rollout.over_sampling=2.0", "rollout.partial=true", "rollout.max_version_lag=1"]  # and carry over
     forked(2, tmp_path / "whole", *layout)
     run = launch(2, tmp_path / "run", *layout)
     run.wait_for_step(2)
@@ -153,10 +155,18 @@ def test_a_run_goes_on_in_another_layout(forked: Callable[..., str], tmp_path: P
         output = forked(world, tmp_path / "run", f"steps={step}", replay, *layout)
         assert step == 1 or "resumed from" in output
     trained = [records(tmp_path / name, "train") for name in ("whole", "run")]
-    keys = ("actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm")
+    keys = ["actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm"]
+    # Of tokens that are at home on one process, and on several.
+    keys += ["critic/explained_variance", "critic/value_deviation_within", "critic/value_tenth_10", "advantage/mean"]
+    keys += ["actor/entropy_before", "critic/relative_error"]
     for one, several in zip(*trained, strict=True):
         for key in keys:
             assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (one["step"], key)
+    records_of_tokens = [tmp_path / name / "tokens" / "train_000003.safetensors" for name in ("whole", "run")]
+    one, several = (TokenRecord.load(path) for path in records_of_tokens)
+    assert torch.equal(one.batch.tokens, several.batch.tokens)
+    torch.testing.assert_close(several.batch.advantages, one.batch.advantages, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(several.ratios, one.ratios, rtol=1e-4, atol=1e-5)
     exports = [tmp_path / name / "export" / "model.safetensors" for name in ("whole", "run")]
     from safetensors.torch import load_file
 

@@ -16,6 +16,7 @@ from megatron_vapo.observe.report import (
     curve,
     plot_curves,
     running_mean,
+    spread_evenly,
     write_samples,
     write_summary,
 )
@@ -120,18 +121,21 @@ def test_a_summary_is_strict_json_and_replaced_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_samples_are_spread_over_the_batch(tmp_path):
-    rows = [{"prompt": f"½ of {index}", "reward": math.inf} for index in range(64)]
-    path = write_samples(tmp_path, step=12, rows=rows, limit=4)
+def test_samples_are_written_in_a_line_each(tmp_path):
+    path = write_samples(
+        tmp_path, step=12, rows=[{"prompt": f"½ of {index}", "reward": math.inf} for index in range(3)]
+    )
     assert path == tmp_path / "samples" / "step_000012.jsonl"
     written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert written == [{"prompt": f"½ of {index}", "reward": "inf"} for index in (0, 16, 32, 48)]
+    assert written == [{"prompt": f"½ of {index}", "reward": "inf"} for index in range(3)]
+
+
+def test_samples_are_spread_over_the_batch():
+    assert spread_evenly(64, 4) == [0, 16, 32, 48]
 
 
 @given(count=st.integers(0, 50), limit=st.integers(0, 60))
-def test_samples_are_different_rows_in_order_and_no_more_than_the_limit(tmp_path_factory, count, limit):
-    folder = tmp_path_factory.mktemp("samples")
-    path = write_samples(folder, 0, [{"row": row} for row in range(count)], limit)
-    written = [json.loads(line)["row"] for line in path.read_text().splitlines()]
-    assert len(written) == min(count, limit)
-    assert written == sorted(set(written))
+def test_samples_are_different_rows_in_order_and_no_more_than_the_limit(count, limit):
+    chosen = spread_evenly(count, limit)
+    assert len(chosen) == min(count, limit)
+    assert chosen == sorted(set(chosen))

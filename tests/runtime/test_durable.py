@@ -94,7 +94,7 @@ def read_export(folder: Path) -> set[float]:
 
 def read_rollout(folder: Path) -> set[float]:
     stored = torch.load(folder / "sampling.pt")
-    return {stored["metrics"]["value"], float(Experience.load(folder / "experience.safetensors").rewards)}
+    return {stored["metrics"]["value"], float(Experience.load(folder / "experience_00000.safetensors").rewards)}
 
 
 WRITERS = {

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, SamplingConfig
+from megatron_vapo.data.exchange import Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
@@ -168,9 +169,23 @@ class Steps:
     def step(self, number: int) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
         """One step with weights of version number - 1."""
         self.engine.version = number - 1
-        batch, rows = self.sampler.experience(PROMPTS, self.order, "train", number)
+        batch, rows = everything(*self.sampler.experience(PROMPTS, self.order, "train", number))
         check(batch, rows)
         return batch, rows
+
+
+def everything(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
+    """What all processes hold together: each response is at one home, and its text with one process."""
+    held = {i: scored for i, (_, scored) in enumerate(rows) if scored.held}
+    shares = together.gather_objects((batch.placement.mine.tolist(), list(held)))
+    for places in zip(*shares, strict=True):
+        assert sorted(itertools.chain(*places)) == list(range(len(rows)))
+    whole = batch.moved(everywhere := Placement.everywhere(len(rows)), dict.fromkeys(batch.ragged, everywhere))
+    texts = {i: scored for part in together.gather_objects(held) for i, scored in part.items()}
+    for i, (_, scored) in enumerate(rows):  # what all know
+        assert (scored.outcome, scored.added) == (texts[i].outcome, texts[i].added)
+        assert scored.response.finish_reason == texts[i].response.finish_reason
+    return whole, [(prompt, texts[i]) for i, (prompt, _) in enumerate(rows)]
 
 
 def check(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> None:
@@ -580,6 +595,11 @@ class Meeting:
     def any_rank(self, mine: bool) -> bool:
         return any(self.gather_objects(mine))
 
+    def all_to_all(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        pieces = [theirs[self.rank.number] for theirs in self.gather_objects(rows.split(list(sent)))]
+        assert [len(piece) for piece in pieces] == list(received)
+        return torch.cat(pieces)
+
     def run(self, work: Sequence[Callable[[], object]]) -> list[object]:
         def enter(number: int) -> object:
             self.rank.number = number
@@ -599,11 +619,14 @@ def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Meeting]:
         meeting = Meeting(size)
         for module, name in (
             (together, "gather_objects"),
+            (together, "all_to_all"),
             (sampling_module, "gather_objects"),
             (sampling_module, "any_rank"),
             (interrupt_module, "any_rank"),
         ):
             monkeypatch.setattr(module, name, getattr(meeting, name))
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: meeting.rank.number)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: size)
         return meeting
 
     return meet
