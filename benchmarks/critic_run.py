@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FRESH_ROLLOUTS = 6
 PREFIXES, CONTINUATIONS = 200, 32
-FIFTHS, CALIBRATION_BINS = 5, 10
+FIFTHS, TENTHS, CALIBRATION_BINS = 5, 10, 10
 KINDS = ("first error", "correction", "right")
 
 
@@ -120,10 +120,15 @@ def ceiling(told: list[Told]) -> Tensor:
     return torch.tensor([value for response in told for value in found[id(response)]])
 
 
+def lengths_and_bounds(told: list[Told]) -> tuple[Tensor, Tensor]:
+    """Return the responses' lengths [B] and where they begin and end [B + 1]."""
+    lengths = torch.tensor([len(response.values) for response in told])
+    return lengths, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
 def explained_by_fifth(values_T: Tensor, told: list[Told]) -> dict[str, Any]:
     """Return explained variance over all tokens, by fifth of the response, and at the last token."""
-    lengths = torch.tensor([len(response.values) for response in told])
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    lengths, cu_seqlens = lengths_and_bounds(told)
     returns_B = torch.tensor([1.0 if response.right else -1.0 for response in told])
     returns_T = returns_B.repeat_interleave(lengths)
     fifth_T = relative_position_bins(cu_seqlens, FIFTHS)
@@ -144,6 +149,17 @@ def calibration(told: list[Told]) -> list[dict[str, float]]:
         for predicted, measured, tokens in statistics.calibration(chances, rights, CALIBRATION_BINS).tolist()
         if tokens
     ]
+
+
+def value_by_tenth(values_T: Tensor, told: list[Told]) -> dict[str, list[float]]:
+    """Return the mean value in each tenth of right and of wrong responses."""
+    lengths, cu_seqlens = lengths_and_bounds(told)
+    tenth_T = relative_position_bins(cu_seqlens, TENTHS)
+    right_T = torch.tensor([response.right for response in told]).repeat_interleave(lengths)
+    return {
+        outcome: statistics.mean_by_bin(values_T[of_T], tenth_T[of_T], TENTHS).tolist()
+        for outcome, of_T in (("right", right_T), ("wrong", ~right_T))
+    }
 
 
 def jumps(told: list[Told], kinds_of: Callable[[Told], dict[int, str]]) -> dict[str, float]:
@@ -228,6 +244,7 @@ def measure(run: Run, task: str, out: Path) -> None:
             for record in records(run.folder, "pretrain")
         ],
         "explained": explained_by_fifth(values_T, told),
+        "value_by_tenth": value_by_tenth(values_T, told),
         "calibration": calibration(told),
         "jumps": jumps(told, kinds_of_derivation if task == "derivation" else kinds_of_chained_arithmetic),
     }

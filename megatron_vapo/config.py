@@ -69,10 +69,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, AdamW. Its learning rate warms up linearly, then stays constant; it advances with every update."""
+    """The optimizer, AdamW. Its learning rate warms up linearly, then stays constant or falls linearly to a lower one.
+    It advances with every update."""
 
     learning_rate: float = setting(1e-6, "Learning rate after the warm-up.", AT_LEAST_0)
     warmup_steps: int = setting(0, "Optimizer steps (not rollout steps) until the full learning rate.", AT_LEAST_0)
+    decay_steps: int = setting(
+        0,
+        "Optimizer steps, those of the warm-up included, until the rate has fallen to final_learning_rate, where it "
+        "stays; 0: it does not fall.",
+        AT_LEAST_0,
+    )
+    final_learning_rate: float = setting(0.0, "Learning rate after the decay; unused without one.", AT_LEAST_0)
     weight_decay: float = setting(0.1, "Decoupled weight decay; norms and biases have none.", AT_LEAST_0)
     beta1: float = setting(0.9, "Decay of Adam's mean of gradients.", BELOW_1)
     beta2: float = setting(0.999, "Decay of Adam's mean of squared gradients.", BELOW_1)

@@ -63,7 +63,7 @@ class Problem:
 class Mixture:
     """The probabilities of demonstrations. The defaults make a base that is seldom right."""
 
-    p_gap: float = 0.25
+    p_gap: float = 0.26
     """A line is left open."""
     p_take_back_gap: float = 0.15
     """An open line is taken back, and written again."""

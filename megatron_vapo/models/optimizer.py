@@ -25,7 +25,7 @@ def build_optimizer(
     megatron = OptimizerConfig(
         optimizer="adam",
         lr=chosen.learning_rate,
-        min_lr=chosen.learning_rate,
+        min_lr=_last_rate(chosen),
         weight_decay=chosen.weight_decay,
         adam_beta1=chosen.beta1,
         adam_beta2=chosen.beta2,
@@ -50,15 +50,16 @@ def build_optimizer(
 
 
 def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Build linear warm-up, then a constant rate, by optimizer steps. It gives weight decay to the groups too."""
+    """Build linear warm-up, then a constant or linearly falling rate, by optimizer steps. It gives weight decay to the
+    groups too."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0 if chosen.warmup_steps else chosen.learning_rate,
         max_lr=chosen.learning_rate,
-        min_lr=chosen.learning_rate,
+        min_lr=_last_rate(chosen),
         lr_warmup_steps=chosen.warmup_steps,
-        lr_decay_steps=_FOREVER,
-        lr_decay_style="constant",
+        lr_decay_steps=chosen.decay_steps or _FOREVER,
+        lr_decay_style="linear" if chosen.decay_steps else "constant",
         start_wd=chosen.weight_decay,
         end_wd=chosen.weight_decay,
         wd_incr_steps=0,
@@ -67,3 +68,7 @@ def build_scheduler(chosen: settings.OptimizerConfig, optimizer: MegatronOptimiz
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def _last_rate(chosen: settings.OptimizerConfig) -> float:
+    return chosen.final_learning_rate if chosen.decay_steps else chosen.learning_rate

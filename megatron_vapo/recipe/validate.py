@@ -125,6 +125,17 @@ def _validate_alarms(recipe: Recipe) -> None:
 
 
 def _validate_role(name: str, role: RoleConfig) -> None:
+    optimizer = role.optimizer
+    if optimizer.final_learning_rate and not optimizer.decay_steps:
+        raise RecipeError(
+            f"{name}.optimizer.final_learning_rate={optimizer.final_learning_rate} is where a decay ends: set "
+            f"{name}.optimizer.decay_steps too, or leave it out"
+        )
+    if 0 < optimizer.decay_steps <= optimizer.warmup_steps:
+        raise RecipeError(
+            f"{name}.optimizer.decay_steps={optimizer.decay_steps} counts from the first step: must be above "
+            f"{name}.optimizer.warmup_steps={optimizer.warmup_steps}"
+        )
     if role.sequence_parallel and role.tensor_parallel == 1:
         raise RecipeError(f"{name}.sequence_parallel needs {name}.tensor_parallel above 1: set it to false")
     if role.virtual_pipeline and (role.virtual_pipeline == 1 or role.pipeline_parallel == 1):

@@ -16,6 +16,7 @@ from benchmarks.critic_run import (
     jumps,
     kinds_of_chained_arithmetic,
     kinds_of_derivation,
+    value_by_tenth,
 )
 
 
@@ -78,6 +79,14 @@ def test_explained_variance_by_fifth_of_values_that_say_the_outcome_at_the_end()
     found = explained_by_fifth(values, responses)
     assert found["fifths"] == pytest.approx([0, 0, 0, 0, 1]) and found["last"] == 1
     assert found["all"] == pytest.approx(0.2)
+
+
+def test_values_by_tenth_of_right_and_of_wrong_responses() -> None:
+    rising = [tenth / 10 for tenth in range(10) for _ in range(2)]
+    responses = [told("", "x" * 20, rising, right=True), told("", "x" * 10, [-0.5] * 10)]
+    values = torch.tensor([value for response in responses for value in response.values])
+    found = value_by_tenth(values, responses)
+    assert found["right"] == pytest.approx([tenth / 10 for tenth in range(10)]) and found["wrong"] == [-0.5] * 10
 
 
 def test_area_and_tokens_of_a_curve() -> None:

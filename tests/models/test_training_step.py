@@ -87,6 +87,13 @@ def test_the_learning_rate_warms_up_by_optimizer_steps(train_actor, folder, batc
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3])
 
 
+def test_the_learning_rate_falls_linearly_and_stays(train_actor, folder, batch):
+    chosen = {"warmup_steps": 2, "decay_steps": 6, "final_learning_rate": 2e-4}
+    actor = train_actor(folder, role(optimizer=chosen))
+    rates = [actor.update(batch, weighted(batch))["learning_rate"] for _ in range(8)]
+    assert rates == pytest.approx([5e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4, 2e-4, 2e-4])
+
+
 def test_without_warm_up_the_first_step_has_the_full_rate(train_actor, folder, batch):
     actor = train_actor(folder, role(optimizer={"warmup_steps": 0}))
     assert actor.update(batch, weighted(batch))["learning_rate"] == pytest.approx(1e-3)

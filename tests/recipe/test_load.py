@@ -338,6 +338,7 @@ OUT_OF_BOUNDS = {
         *("observe.samples_per_step", "algorithm.clip_low", "algorithm.clip_high", "algorithm.value_clip"),
         *("algorithm.positive_lm_coefficient", "actor.moe_aux_loss", "actor.optimizer.learning_rate"),
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
+        *("actor.optimizer.decay_steps", "actor.optimizer.final_learning_rate"),
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),
         *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.sglang.retries", "rollout.sglang.max_restarts"),
         *("rollout.check_weights_every", "actor.precision.first_layers", "actor.precision.last_layers"),
