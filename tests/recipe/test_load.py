@@ -435,6 +435,11 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["alarms.stop=[truncation, flat_values]", "algorithm.advantage=group"],
             ["alarms.stop names flat_values,", "algorithm.advantage=group has none"],
         ),
+        (["actor.optimizer.final_learning_rate=1e-7"], ["actor.optimizer.final_learning_rate", "decay_steps"]),
+        (
+            ["critic.optimizer.warmup_steps=9", "critic.optimizer.decay_steps=9"],
+            ["critic.optimizer.decay_steps=9", "above critic.optimizer.warmup_steps=9"],
+        ),
         (["actor.sequence_parallel=true"], ["actor.sequence_parallel", "actor.tensor_parallel above 1"]),
         (["critic.sequence_parallel=true"], ["critic.sequence_parallel", "critic.tensor_parallel above 1"]),
         (["actor.virtual_pipeline=2"], ["actor.virtual_pipeline=2", "actor.pipeline_parallel above 1"]),
