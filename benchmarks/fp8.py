@@ -239,7 +239,7 @@ def run_report(runs: dict[str, list[list[dict]]], steps: int, picture: str) -> s
     return f"""`recipes/tiny.yaml`, {steps} steps. Numbers in a cell are those of seeds 0, 1, ..., each with a base
 model of its own. Runs differ from the first step on, because other numbers sample other tokens. The embedded engine
 computes in float32, with FP8 rollout on weights rounded in blocks of 128 x 128. FP8 rollout is corrected by truncated
-importance sampling (`algorithm.importance=auto`).
+importance sampling (`algorithm.importance.mode=auto`).
 
 {run_table(runs)}
 

@@ -238,6 +238,27 @@ class CriticConfig(RoleConfig):
 
 
 @dataclass(frozen=True)
+class ImportanceConfig:
+    """The correction for tokens that the engine drew from other probabilities than the actor's.
+
+    Each token's policy loss is multiplied by its weight w, which carries no gradient.
+    """
+
+    mode: Literal["auto", "none", "truncate", "mask"] = setting(
+        "auto",
+        "truncate: by min(w, high) (TIS). mask: by w, and by 0 where w is above high (MIS) or below low (IcePop). "
+        "auto: truncate where the engine's numbers are FP8 (rollout.quantization, rollout.sglang.kv_cache), else none.",
+    )
+    level: Literal["token", "sequence", "geometric"] = setting(
+        "token",
+        "What w is. token: each token's exp(actor's - engine's log-prob). sequence: the product of these over the "
+        "response, for all its tokens. geometric: their geometric mean over the response.",
+    )
+    low: float | None = setting(None, "Smallest weight that mode=mask keeps. null: it keeps all below high.", FRACTION)
+    high: float = setting(2.0, "Largest weight that mode=truncate and mode=mask keep.", AT_LEAST_1)
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """The mathematics, by default VAPO's. PPO, VC-PPO, GRPO and DAPO are other values of the same settings."""
 
@@ -260,6 +281,12 @@ class AlgorithmConfig:
     clip_high: float = setting(
         0.28, "And above at 1 + clip_high (clip-higher); the symmetric clip of PPO is clip_high = clip_low.", AT_LEAST_0
     )
+    beyond_clip: Literal["clip", "mask"] = setting(
+        "clip",
+        "What becomes of tokens whose ratio lies beyond clip_low or clip_high. clip: PPO's, their gradient is cut off "
+        "where the advantage pushes it further. mask: they have no policy loss, whatever their advantage (the "
+        "double-sided mask of SAO, which takes old_logprobs=rollout).",
+    )
     dual_clip: float | None = setting(
         None,
         "Lower bound on the objective of negative advantages, c in dual-clip PPO (10 in DAPO's script). null: none.",
@@ -278,14 +305,9 @@ class AlgorithmConfig:
         "Log-probs under which a batch counts as drawn, the denominator of the policy's ratio: the actor's own, "
         "computed before the update, or the engine's.",
     )
-    importance: Literal["auto", "none", "truncate", "mask"] = setting(
-        "auto",
-        "Correction for tokens that the engine drew from other probabilities than the actor's (old_logprobs=actor): "
-        "each token's policy loss is multiplied by w = exp(actor's - engine's log-prob). truncate: by min(w, "
-        "importance_cap) (TIS). mask: by w, and by 0 where w is above importance_cap. auto: truncate where the "
-        "engine's numbers are FP8 (rollout.quantization, rollout.sglang.kv_cache), else none.",
+    importance: ImportanceConfig = group(
+        ImportanceConfig, "The correction for what the engine drew from, where old_logprobs=actor."
     )
-    importance_cap: float = setting(2.0, "Largest weight of importance=truncate and mask.", AT_LEAST_1)
     positive_lm_coefficient: float = setting(
         0.1, "mu, the weight of the language-model loss on correct responses; 0 turns it off.", AT_LEAST_0
     )
@@ -768,12 +790,13 @@ class Recipe:
 
     @property
     def resolved_algorithm(self) -> AlgorithmConfig:
-        """The algorithm's settings, with the meaning of importance=auto beside this rollout engine."""
-        if self.algorithm.importance != "auto":
+        """The algorithm's settings, with the meaning of importance.mode=auto beside this rollout engine."""
+        importance = self.algorithm.importance
+        if importance.mode != "auto":
             return self.algorithm
         fp8 = self.rollout.quantization == "fp8" or self.rollout.caches_in_fp8
         corrected = fp8 and self.algorithm.old_logprobs == "actor"
-        return replace(self.algorithm, importance="truncate" if corrected else "none")
+        return replace(self.algorithm, importance=replace(importance, mode="truncate" if corrected else "none"))
 
     @property
     def responses_per_step(self) -> int:

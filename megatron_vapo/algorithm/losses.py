@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_vapo.algorithm.packed import response_lengths, to_tokens
+
 # Beyond e^20 the ratio means nothing, but exp overflowing to inf would turn even clipped gradients into 0 * inf = NaN.
 MAX_LOG_RATIO = 20.0
 
@@ -40,12 +42,19 @@ def log_ratio(logprobs_T: Tensor, old_logprobs_T: Tensor) -> Tensor:
 
 
 def clipped(
-    ratio_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
+    ratio_T: Tensor,
+    advantages_T: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    beyond: Literal["clip", "mask"] = "clip",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the tokens [T] bool whose gradient a bound of `policy_loss` cuts off: the low, the high, the dual one.
 
     No token is cut off by two of them.
     """
+    if beyond == "mask":
+        return ratio_T < 1 - clip_low, ratio_T > 1 + clip_high, torch.zeros_like(ratio_T, dtype=torch.bool)
     low_T = (ratio_T < 1 - clip_low) & (advantages_T < 0)
     high_T = (ratio_T > 1 + clip_high) & (advantages_T > 0)
     dual_T = torch.zeros_like(low_T) if dual_clip is None else (ratio_T > dual_clip) & (advantages_T < 0)
@@ -61,6 +70,7 @@ def policy_loss(
     clip_high: float,
     dual_clip: float | None = None,
     importance_T: Tensor | None = None,
+    beyond: Literal["clip", "mask"] = "clip",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the clipped policy loss and its statistics.
 
@@ -68,6 +78,8 @@ def policy_loss(
     `r = exp(logprobs - old_logprobs)`; clip_high > clip_low is clip-higher (VAPO, 4.3), weights_T comes from
     `token_weights`. dual_clip = c > 1 + clip_high bounds the objective of negative advantages below by `c A` (dual-clip
     PPO, arXiv 1912.09729). importance_T multiplies every token's objective (see `importance_correction`).
+    beyond="mask" replaces all this by `-sum_t w_t r_t A_t` over the tokens with 1 - clip_low <= r <= 1 + clip_high, and
+    0 for the others (SAO, arXiv 2607.07508); it raises ValueError beside dual_clip.
 
     Returns the scalar loss and detached scalars that are sums weighted by weights_T: added over a minibatch's parts
     they are its means. clip_fraction_low, _high, _dual: share of tokens whose gradient that bound cut off; kl_k1 and
@@ -75,7 +87,13 @@ def policy_loss(
     """
     log_ratio_T = log_ratio(logprobs_T, old_logprobs_T)
     ratio_T = log_ratio_T.exp()
-    objective_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
+    if beyond == "mask":
+        if dual_clip is not None:
+            raise ValueError("beyond='mask' leaves nothing for dual_clip to bound")
+        within_T = (ratio_T >= 1 - clip_low) & (ratio_T <= 1 + clip_high)
+        objective_T = torch.where(within_T, ratio_T * advantages_T, 0.0)
+    else:
+        objective_T = torch.minimum(ratio_T * advantages_T, ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T)
     if dual_clip is not None:
         bounded_T = torch.maximum(objective_T, dual_clip * advantages_T)
         objective_T = torch.where(advantages_T < 0, bounded_T, objective_T)
@@ -83,7 +101,7 @@ def policy_loss(
         objective_T = objective_T * importance_T
 
     log_ratio_T, ratio_T = log_ratio_T.detach(), ratio_T.detach()
-    low_T, high_T, dual_T = clipped(ratio_T, advantages_T, clip_low, clip_high, dual_clip)
+    low_T, high_T, dual_T = clipped(ratio_T, advantages_T, clip_low, clip_high, dual_clip, beyond)
     per_token = {
         "clip_fraction_low": low_T,
         "clip_fraction_high": high_T,
@@ -127,22 +145,47 @@ def positive_lm_loss(logprobs_T: Tensor, positive_mask_T: Tensor, positive_token
     return -positive_logprobs_T.sum() / max(positive_tokens_total, 1)
 
 
-def importance_correction(
+def importance_ratio(
     train_logprobs_T: Tensor,
     rollout_logprobs_T: Tensor,
-    mode: Literal["none", "truncate", "mask"],
-    cap: float,
-) -> Tensor | None:
-    """Return weights [T] that correct for an engine whose log-probs differ from the trainer's; without gradient.
+    cu_seqlens: Tensor,
+    level: Literal["token", "sequence", "geometric"],
+) -> Tensor:
+    """Return how much likelier the trainer finds what the engine drew, [T]; without gradient.
 
-    With `rho = exp(train - rollout)`, both under the weights that sampled: "truncate" gives `min(rho, cap)` (truncated
-    importance sampling), "mask" gives rho, or 0 where rho > cap, and "none" None.
+    "token": `rho_t = exp(train_t - rollout_t)`. "sequence": the product of rho over the token's response, and
+    "geometric" its geometric mean, alike for all tokens of the response; sums of logs are float64. Both log-probs are
+    those of the weights that sampled. A product beyond the numbers' type is inf or 0.
     """
-    if mode == "none":
-        return None
-    ratio_T = (train_logprobs_T - rollout_logprobs_T).detach().exp()
+    log_T = (train_logprobs_T - rollout_logprobs_T).detach()
+    if level == "token":
+        return log_T.exp()
+    if level not in ("sequence", "geometric"):
+        raise ValueError(f"level must be 'token', 'sequence' or 'geometric', not {level!r}")
+    lengths_B = response_lengths(cu_seqlens)
+    response_T = to_tokens(torch.arange(len(lengths_B), device=cu_seqlens.device), cu_seqlens)
+    log_B = torch.zeros(len(lengths_B), dtype=torch.float64, device=log_T.device)
+    log_B = log_B.index_add(0, response_T, log_T.double())
+    if level == "geometric":
+        log_B = log_B / lengths_B
+    return to_tokens(log_B.exp().to(log_T.dtype), cu_seqlens)
+
+
+def importance_correction(
+    ratio_T: Tensor, mode: Literal["truncate", "mask"], low: float | None, high: float
+) -> tuple[Tensor, Tensor]:
+    """Return the weights [T] that correct for what the engine drew from, and which of them a bound changed [T] bool.
+
+    "truncate": `min(rho, high)` (truncated importance sampling; low must be None). "mask": rho where low <= rho <= high
+    and 0 elsewhere; without low every rho up to high is kept. ratio_T is that of `importance_ratio`.
+    """
+    beyond_T = ratio_T > high
     if mode == "truncate":
-        return ratio_T.clamp(max=cap)
+        if low is not None:
+            raise ValueError("mode='truncate' has no low bound")
+        return ratio_T.clamp(max=high), beyond_T
     if mode == "mask":
-        return torch.where(ratio_T > cap, 0.0, ratio_T)
-    raise ValueError(f"mode must be 'none', 'truncate' or 'mask', not {mode!r}")
+        if low is not None:
+            beyond_T = beyond_T | (ratio_T < low)
+        return torch.where(beyond_T, 0.0, ratio_T), beyond_T
+    raise ValueError(f"mode must be 'truncate' or 'mask', not {mode!r}")

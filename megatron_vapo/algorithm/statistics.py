@@ -66,6 +66,14 @@ def relative_error(errors_3: Tensor, returns_3: Tensor) -> float:
     return math.sqrt(error / scale) if scale > 0 else 0.0
 
 
+def effective_sample_size(mean: float, mean_square: float) -> float:
+    """Return Kish's effective sample size as a share, of importance weights with this mean and mean square.
+
+    1 where all weights are equal, about 1 / T where one of T outweighs all others, and 0 where none is left.
+    """
+    return mean * mean / mean_square if mean_square > 0 else 0.0
+
+
 def deviations_within(x_T: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Return the standard deviation of the numbers within each response [B] float64."""
     lengths_B = response_lengths(cu_seqlens)

@@ -83,7 +83,8 @@ def _page(recipe: Recipe, run: Path, kept: Sequence[Step], opened: Step) -> dict
 def _about(recipe: Recipe) -> str:
     algorithm = recipe.resolved_algorithm
     critic = f"gamma {algorithm.gamma:g}" if recipe.uses_critic else "no critic"
-    clip = f"ratio clipped at {1 - algorithm.clip_low:g} and {1 + algorithm.clip_high:g}"
+    verb = "clipped at" if algorithm.beyond_clip == "clip" else "masked beyond"
+    clip = f"ratio {verb} {1 - algorithm.clip_low:g} and {1 + algorithm.clip_high:g}"
     return f"model {Path(recipe.model.path).name} of {Path(recipe.model.path).parent.name}; {critic}; {clip}"
 
 

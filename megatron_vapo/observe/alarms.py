@@ -240,8 +240,8 @@ ALARMS = (
         "the engine holds other weights than the actor; quantisation whose error grows with the weights; responses of "
         "older and older weights.",
         "rollout/logprob_difference_share, rollout/version_spread; set rollout.check_weights_every=1, "
-        "rollout.quantization=none or algorithm.importance=truncate, and rollout.max_logprob_difference to refuse such "
-        "batches.",
+        "rollout.quantization=none or algorithm.importance.mode=truncate, and rollout.max_logprob_difference to refuse "
+        "such batches.",
     ),
 )
 """Every alarm. Names are those of the settings in `config.AlarmsConfig`."""

@@ -27,6 +27,7 @@ ALGORITHMS = Path(__file__).with_name("algorithms")
 """One file for each algorithm that a recipe or an override can name."""
 
 MOVED = {
+    "algorithm.importance_cap": "algorithm.importance.high",
     "rollout.batch_size": "rollout.transformers.batch_size",
     "rollout.kv_cache": "rollout.sglang.kv_cache",
     "rollout.tensor_parallel": "rollout.sglang.tensor_parallel",

@@ -64,7 +64,17 @@ def _validate_batches(recipe: Recipe) -> None:
 
 
 def _validate_algorithm(recipe: Recipe) -> None:
-    critic = recipe.critic
+    critic, algorithm = recipe.critic, recipe.algorithm
+    if algorithm.importance.low is not None and algorithm.importance.mode != "mask":
+        raise RecipeError(
+            f"algorithm.importance.low={algorithm.importance.low} bounds what is masked, and algorithm.importance.mode="
+            f"{algorithm.importance.mode} masks nothing below: set low to null, or mode=mask"
+        )
+    if algorithm.beyond_clip == "mask" and algorithm.dual_clip is not None:
+        raise RecipeError(
+            f"algorithm.dual_clip={algorithm.dual_clip} bounds ratios that algorithm.beyond_clip=mask leaves out: set "
+            "it to null, or beyond_clip=clip"
+        )
     if not recipe.uses_critic and recipe.rollout.samples_per_prompt < 2:
         raise RecipeError(
             "algorithm.advantage=group compares the samples of one prompt: set rollout.samples_per_prompt to 2 or more"
@@ -100,9 +110,10 @@ def _validate_rollout(recipe: Recipe) -> None:
             f"rollout.quantization=fp8: SGLang's FP8 layers take bfloat16 activations, and model.dtype="
             f"{recipe.model.dtype}: set model.dtype=bfloat16"
         )
-    if algorithm.importance not in ("auto", "none") and algorithm.old_logprobs == "rollout":
+    mode = algorithm.importance.mode
+    if mode not in ("auto", "none") and algorithm.old_logprobs == "rollout":
         raise RecipeError(
-            f"algorithm.importance={algorithm.importance} corrects the actor's log-probs by the engine's, and "
+            f"algorithm.importance.mode={mode} corrects the actor's log-probs by the engine's, and "
             "algorithm.old_logprobs=rollout trains on the engine's: turn one of them off"
         )
 

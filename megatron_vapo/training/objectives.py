@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_vapo.algorithm import advantages, losses
 from megatron_vapo.algorithm.statistics import moments
 from megatron_vapo.algorithm.types import Loss, Outputs
-from megatron_vapo.config import AlgorithmConfig
+from megatron_vapo.config import AlgorithmConfig, ImportanceConfig
 from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.runtime.collectives import sum_over_ranks
 
@@ -79,14 +79,14 @@ def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
 
 
 def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
-    """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses."""
+    """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses.
+
+    With an importance correction three statistics more: mean and mean square of the weights that are used,
+    `importance_mean` and `importance_square`, and `importance_bounded`, the share of weights that a bound changed.
+    """
     weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
     old_logprobs = _old_logprobs(minibatch, algorithm)
-    # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
-    mode = "none" if algorithm.importance == "auto" else algorithm.importance
-    importance = losses.importance_correction(
-        old_logprobs, minibatch.require("rollout_logprobs"), mode, algorithm.importance_cap
-    )
+    correction = _importance(minibatch, old_logprobs, algorithm.importance)
     positive = minibatch.per_token(minibatch.correct)
     positive_tokens = int(minibatch.whole.response_lengths[minibatch.whole.correct].sum())
     policy_advantages = minibatch.require("advantages")
@@ -102,8 +102,13 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
             algorithm.clip_low,
             algorithm.clip_high,
             algorithm.dual_clip,
-            None if importance is None else part(importance),
+            None if correction is None else part(correction[0]),
+            algorithm.beyond_clip,
         )
+        if correction is not None:
+            statistics["importance_mean"] = (part(weights) * part(correction[0])).sum()
+            statistics["importance_square"] = (part(weights) * part(correction[0]).square()).sum()
+            statistics["importance_bounded"] = (part(weights) * part(correction[1])).sum()
         lm = losses.positive_lm_loss(logprobs, part(positive), positive_tokens)
         share = policy + algorithm.positive_lm_coefficient * lm
         entropy_share = (part(weights) * entropy.detach()).sum()
@@ -117,9 +122,22 @@ def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor
     """Return what the policy loss saw of each token in its last update: its ratio [T] float32, and the bound that cut
     its gradient off [T] uint8, an index of `CLIPPED_BY`."""
     ratios = losses.log_ratio(batch.require("update_logprobs"), _old_logprobs(batch, algorithm)).exp()
-    settings = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
+    settings = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.beyond_clip
     bounds = losses.clipped(ratios, batch.require("advantages"), *settings)
     return ratios, sum((index * bound for index, bound in enumerate(bounds, 1)), torch.tensor(0)).to(torch.uint8)
+
+
+def _importance(
+    minibatch: Experience, old_logprobs: Tensor, settings: ImportanceConfig
+) -> tuple[Tensor, Tensor] | None:
+    """The weights [T] and which of them a bound changed [T], over whole responses; None without correction."""
+    # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
+    if settings.mode == "auto" or settings.mode == "none":
+        return None
+    ratios = losses.importance_ratio(
+        old_logprobs, minibatch.require("rollout_logprobs"), minibatch.cu_seqlens, settings.level
+    )
+    return losses.importance_correction(ratios, settings.mode, settings.low, settings.high)
 
 
 def _old_logprobs(batch: Experience, algorithm: AlgorithmConfig) -> Tensor:

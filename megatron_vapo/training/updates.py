@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vapo.algorithm.statistics import effective_sample_size
 from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import AlgorithmConfig, Recipe
 from megatron_vapo.data.exchange import Exchange, Placement
@@ -93,6 +94,9 @@ class MinibatchUpdates:
                 loss = seen.watch(loss, indices, part)
             update = trainer.update(part, loss)
             self._count_skipped(name, bool(update["skipped"]))
+            if "importance_square" in update:
+                effective = effective_sample_size(update["importance_mean"], update["importance_square"])
+                update = {**update, "effective_sample_size": effective}
             updates.append({f"{name}/{key}": value for key, value in update.items()})
         return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_vapo.algorithm.losses import (
     importance_correction,
+    importance_ratio,
     policy_loss,
     positive_lm_loss,
     token_weights,
@@ -243,14 +244,80 @@ def test_statistics_carry_no_gradient():
     assert not any(x.requires_grad for x in sums.values())
 
 
-def test_importance_correction_modes():
-    train = torch.log(torch.tensor([0.5, 0.1, 0.9])).requires_grad_()
-    rollout = torch.log(torch.tensor([0.25, 0.2, 0.1]))
-    truncated = importance_correction(train, rollout, "truncate", cap=4.0)
-    masked = importance_correction(train, rollout, "mask", cap=4.0)
-    torch.testing.assert_close(truncated, torch.tensor([2.0, 0.5, 4.0]))
-    torch.testing.assert_close(masked, torch.tensor([2.0, 0.5, 0.0]))
-    assert not truncated.requires_grad and not masked.requires_grad
-    assert importance_correction(train, rollout, "none", cap=4.0) is None
+@given(seeds, st.booleans())
+def test_the_double_sided_mask_is_the_loop_over_tokens(seed, corrected):
+    """Loss and gradient: `r A` within the bounds, nothing beyond them, whatever the advantage's sign (SAO)."""
+    logprobs, old, advantages, weights, importance = normal(5 * 30, seed).reshape(5, 30)
+    weights, importance = weights.abs(), importance.abs()
+    logprobs.requires_grad_()
+    bounds = {"clip_low": 0.8, "clip_high": 1.0, "beyond": "mask"}
+    loss, sums = policy_loss(
+        logprobs, old, advantages, weights, **bounds, importance_T=importance if corrected else None
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    expected, slopes, low, high = 0.0, [], 0.0, 0.0
+    for new_t, old_t, a, w, rho in zip(*(x.tolist() for x in (logprobs, old, advantages, weights, importance))):
+        ratio = math.exp(new_t - old_t)
+        slopes.append(-w * (rho if corrected else 1) * ratio * a if 0.2 <= ratio <= 2.0 else 0.0)
+        expected += slopes[-1]
+        low, high = low + w * (ratio < 0.2), high + w * (ratio > 2.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    torch.testing.assert_close(gradient, torch.tensor(slopes, dtype=torch.float64))  # d(r A) = r A dlogp
+    assert sums["clip_fraction_low"].item() == pytest.approx(low)
+    assert sums["clip_fraction_high"].item() == pytest.approx(high)
+    assert sums["clip_fraction_dual"] == 0
+
+
+def test_the_double_sided_mask_has_no_dual_clip():
+    with pytest.raises(ValueError, match="dual_clip"):
+        policy_loss(*torch.zeros(4, 3), **CLIPS, dual_clip=3.0, beyond="mask")
+
+
+def brute_force_ratios(train: list[float], rollout: list[float], lengths: list[int], level: str) -> list[float]:
+    """Response by response, as products of single ratios."""
+    ratios, start = [], 0
+    for length in lengths:
+        own = [math.exp(train[t] - rollout[t]) for t in range(start, start + length)]
+        product = math.prod(own)
+        ratios += {"token": own, "sequence": [product] * length, "geometric": [product ** (1 / length)] * length}[level]
+        start += length
+    return ratios
+
+
+@given(seeds, st.lists(st.integers(1, 9), min_size=1, max_size=6), st.sampled_from(["token", "sequence", "geometric"]))
+def test_importance_weights_are_the_loops(seed, lengths, level):
+    """Every level with every mode, bounded on one side and on both."""
+    train, rollout = normal(2 * sum(lengths), seed, scale=0.5).reshape(2, -1)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    expected = brute_force_ratios(train.tolist(), rollout.tolist(), lengths, level)
+    ratios = importance_ratio(train.clone().requires_grad_(), rollout, cu_seqlens, level)
+    assert not ratios.requires_grad
+    assert ratios.tolist() == pytest.approx(expected, rel=1e-12)
+    for mode, low, weight in (
+        ("truncate", None, lambda rho: min(rho, 1.3)),
+        ("mask", None, lambda rho: rho if rho <= 1.3 else 0.0),
+        ("mask", 0.7, lambda rho: rho if 0.7 <= rho <= 1.3 else 0.0),
+    ):
+        weights, bounded = importance_correction(ratios, mode, low, 1.3)
+        assert weights.tolist() == pytest.approx([weight(rho) for rho in expected], rel=1e-12)
+        assert bounded.tolist() == [weight(rho) != rho for rho in ratios.tolist()]
+
+
+def test_products_beyond_float32_are_bounded():
+    """A thousand tokens that differ by 0.2 nats: e^200 and e^-200."""
+    difference = torch.cat([torch.full((1000,), 0.2), torch.full((1000,), -0.2)])
+    ratios = importance_ratio(difference, torch.zeros(2000), torch.tensor([0, 1000, 2000]), "sequence")
+    assert ratios.dtype == torch.float32
+    truncated, _ = importance_correction(ratios, "truncate", None, 2.0)
+    masked, bounded = importance_correction(ratios, "mask", 0.5, 2.0)
+    assert truncated.tolist() == [2.0] * 1000 + [0.0] * 1000
+    assert not masked.any() and bounded.all()
+
+
+def test_importance_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match="'clip'"):
-        importance_correction(train, rollout, "clip", cap=4.0)
+        importance_correction(torch.ones(2), "clip", None, 4.0)
+    with pytest.raises(ValueError, match="no low bound"):
+        importance_correction(torch.ones(2), "truncate", 0.5, 4.0)
+    with pytest.raises(ValueError, match="'turn'"):
+        importance_ratio(torch.ones(2), torch.ones(2), torch.tensor([0, 2]), "turn")

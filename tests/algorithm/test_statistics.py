@@ -15,6 +15,7 @@ from megatron_vapo.algorithm.statistics import (
     calibration_of,
     calibration_sums,
     deviations_within,
+    effective_sample_size,
     explained,
     explained_variance,
     logprob_differences,
@@ -172,3 +173,9 @@ def test_average_at_k_errors_cover_their_own_repetition():
 def test_undefined_errors_are_nan():
     assert math.isnan(average_at_k(torch.tensor([3]), samples=4).standard_error)
     assert math.isnan(average_at_k(torch.tensor([0, 1]), samples=1).sampling_error)
+
+
+@pytest.mark.parametrize(("weights", "share"), [([3.0] * 8, 1.0), ([7.0] + [0.0] * 7, 1 / 8), ([0.0] * 8, 0.0)])
+def test_effective_sample_size_at_its_ends(weights, share):
+    squares = [w * w for w in weights]
+    assert effective_sample_size(sum(weights) / 8, sum(squares) / 8) == pytest.approx(share)

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vapo.config import Recipe
+from megatron_vapo.config import ImportanceConfig, Recipe
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.recipe.load import ALGORITHMS, MOVED, load_recipe, to_yaml
 from megatron_vapo.recipe.schema import SCHEMA, value_of
@@ -62,10 +62,10 @@ def test_settings_that_a_recipe_leaves_out_keep_their_defaults(recipe_file: Path
     ("overrides", "mode"),
     [
         ([], "none"),
-        (["algorithm.importance=mask"], "mask"),
+        (["algorithm.importance.mode=mask"], "mask"),
         (["rollout.quantization=fp8"], "truncate"),
-        (["rollout.quantization=fp8", "algorithm.importance=mask"], "mask"),
-        (["rollout.quantization=fp8", "algorithm.importance=none"], "none"),
+        (["rollout.quantization=fp8", "algorithm.importance.mode=mask"], "mask"),
+        (["rollout.quantization=fp8", "algorithm.importance.mode=none"], "none"),
         (["rollout.quantization=fp8", "algorithm.old_logprobs=rollout"], "none"),
         (["rollout.sglang.kv_cache=fp8", "rollout.engine=sglang"], "truncate"),
         (["rollout.sglang.kv_cache=fp8"], "none"),  # another engine's setting
@@ -75,8 +75,8 @@ def test_fp8_rollout_is_corrected_unless_the_recipe_says_otherwise(
     recipe_file: Path, overrides: list[str], mode: str
 ) -> None:
     recipe = load_recipe(recipe_file, overrides)
-    assert recipe.resolved_algorithm == replace(recipe.algorithm, importance=mode)
-    assert recipe.algorithm.importance_cap == 2.0
+    assert recipe.resolved_algorithm == replace(recipe.algorithm, importance=ImportanceConfig(mode=mode))
+    assert recipe.algorithm.importance.high == 2.0
 
 
 def test_fp8_rollout_that_no_engine_has_is_refused(recipe_file: Path) -> None:
@@ -324,7 +324,7 @@ OUT_OF_BOUNDS = {
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),
         *("critic.micro_batch_tokens", "rollout.sglang.tensor_parallel", "rollout.sglang.servers", "critic.epochs"),
         *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib", "limits.sampled_tokens"),
-        *("algorithm.importance_cap", "rollout.sglang.concurrency", "reward.workers", "reward.concurrency"),
+        *("algorithm.importance.high", "rollout.sglang.concurrency", "reward.workers", "reward.concurrency"),
         "alarms.steps",
     ),
     "above 0": (
@@ -347,7 +347,7 @@ OUT_OF_BOUNDS = {
     ),
     "between 0 and 1": (
         *("algorithm.gamma", "algorithm.lambda_policy", "algorithm.lambda_critic", "reward.failing_share"),
-        *("alarms.critic_collapse", "alarms.truncation"),
+        *("alarms.critic_collapse", "alarms.truncation", "algorithm.importance.low"),
     ),
 }
 
@@ -418,8 +418,17 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["rollout.partial", "rollout.max_version_lag to 1 or more"],
         ),
         (
-            ["algorithm.importance=mask", "algorithm.old_logprobs=rollout"],
-            ["algorithm.importance=mask", "algorithm.old_logprobs=rollout", "turn one of them off"],
+            ["algorithm.importance.mode=mask", "algorithm.old_logprobs=rollout"],
+            ["algorithm.importance.mode=mask", "algorithm.old_logprobs=rollout", "turn one of them off"],
+        ),
+        (
+            ["algorithm.importance.low=0.5", "algorithm.importance.mode=truncate"],
+            ["algorithm.importance.low=0.5", "algorithm.importance.mode=truncate", "mode=mask"],
+        ),
+        (["algorithm.importance.low=0.5"], ["algorithm.importance.low=0.5", "algorithm.importance.mode=auto"]),
+        (
+            ["algorithm.beyond_clip=mask", "algorithm.dual_clip=3"],
+            ["algorithm.dual_clip=3", "algorithm.beyond_clip=mask", "null"],
         ),
         (
             ["rollout.sampling.temperature=0"],
@@ -472,7 +481,9 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
         ],
         ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
         ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.sglang.request_seconds=30"],
-        ["algorithm.importance=truncate", "algorithm.importance_cap=1"],
+        ["algorithm.importance.mode=truncate", "algorithm.importance.high=1"],
+        ["algorithm.importance={mode: mask, level: geometric, low: 0.5, high: 5}"],
+        ["algorithm.old_logprobs=rollout", "algorithm.beyond_clip=mask", "algorithm={clip_low: 0.8, clip_high: 3}"],
         ["alarms.stop=[truncation, entropy_collapse, logprob_drift]", "algorithm.advantage=group"],
         ["evaluation.sampling.temperature=0", "evaluation.samples=1"],
         ["algorithm.old_logprobs=rollout", "rollout.max_logprob_difference=0.05", "rollout.check_weights_every=0"],

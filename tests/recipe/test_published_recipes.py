@@ -41,7 +41,7 @@ def test_vapo_32b_is_section_5_1_of_the_paper() -> None:
 
 def test_vapo_32b_fp8_changes_how_linear_layers_compute() -> None:
     fp8 = {f"{role}.precision.linear": "fp8" for role in ("actor", "critic")}
-    assert differences("vapo_32b_fp8", "vapo_32b") == fp8 | {"algorithm.importance": "truncate"}
+    assert differences("vapo_32b_fp8", "vapo_32b") == fp8 | {"algorithm.importance.mode": "truncate"}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Loss
-from megatron_vapo.config import AlgorithmConfig
+from megatron_vapo.config import AlgorithmConfig, ImportanceConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.training.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
 
@@ -240,12 +240,21 @@ def test_the_critics_loss_knows_nothing_of_the_policys_settings(batch, changes):
     assert torch.equal(plain[0], changed[0])
 
 
-@pytest.mark.parametrize("reduction", ["token", "sample"])
-@settings(max_examples=20)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_reduction": "token", "dual_clip": 3.0},
+        {"loss_reduction": "sample", "dual_clip": 3.0},
+        {"importance": ImportanceConfig("truncate", "geometric")},
+        {"importance": ImportanceConfig("mask", "sequence", 0.3, 3.0), "loss_reduction": "sample"},
+        {"old_logprobs": "rollout", "beyond_clip": "mask"},
+    ],
+)
+@settings(max_examples=12)
 @given(st.data())
-def test_shares_of_any_split_add_up(batch, reduction, data):
+def test_shares_of_any_split_add_up(batch, changes, data):
     """Loss, statistics and gradients, over parts of tokens in any order, empty ones too."""
-    algorithm = replace(VAPO, loss_reduction=reduction, value_clip=0.2, dual_clip=3.0)
+    algorithm = replace(VAPO, value_clip=0.2, **changes)
     total = int(batch.cu_seqlens[-1])
     owner = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=total, max_size=total)))
     order = torch.randperm(total, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
@@ -268,58 +277,100 @@ def test_shares_of_any_split_add_up(batch, reduction, data):
 # Which probabilities a batch counts as drawn from.
 
 
-def brute_force_policy_loss(batch: Experience, new: Tensor, old: Tensor, weight: Callable[[float], float]) -> float:
+def brute_force_policy_loss(batch: Experience, new: Tensor, old: Tensor, weights: list[float]) -> float:
     """Token by token in float64, as the formulas read."""
     total = 0.0
-    rows = zip(new.tolist(), old.tolist(), batch.advantages.tolist(), batch.logprobs.tolist(), batch.rollout_logprobs)
-    for now, before, advantage, actor, engine in rows:
+    for now, before, advantage, weight in zip(new.tolist(), old.tolist(), batch.advantages.tolist(), weights):
         ratio = math.exp(now - before)
         bounded = min(max(ratio, 0.8), 1.28)
-        total -= min(ratio * advantage, bounded * advantage) * weight(math.exp(actor - float(engine)))
+        total -= min(ratio * advantage, bounded * advantage) * weight
     return total / len(new)
 
 
-@pytest.mark.parametrize(
-    ("importance", "weight"),
-    [
-        ("none", lambda w: 1.0),
-        ("truncate", lambda w: min(w, 1.5)),
-        ("mask", lambda w: w if w <= 1.5 else 0.0),
-    ],
-)
-def test_importance_corrects_for_what_the_engine_drew_from(batch, importance, weight):
-    """Some weights are below the cap and some above; the ratio's denominator stays the actor's."""
-    ratios = (batch.logprobs - batch.rollout_logprobs).exp()
-    assert (ratios > 1.5).any() and (ratios < 1).any()
-    new = outputs(batch)[0]
-    statistics = policy(batch, importance=importance, importance_cap=1.5)
-    expected = brute_force_policy_loss(batch, new, batch.logprobs, weight)
-    assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-5)
-    plain = policy(batch)
-    assert {n for n in statistics if not torch.equal(statistics[n], plain[n])} == (
-        set() if importance == "none" else {"loss", "policy_loss"}
-    )
+@pytest.fixture(scope="module")
+def drifted(batch) -> Experience:
+    """Drawn by an engine of other probabilities: at each level some weights below 0.8, some above 1.5, some between."""
+    offsets = batch.per_token(torch.tensor([-0.3, 1.0, -1.0, 0.05, -0.01, 0.8, -0.8, 0.0]))
+    return replace(batch, rollout_logprobs=batch.logprobs - offsets - 0.5 * (-1.0) ** whole(batch))
 
 
-@pytest.mark.parametrize("importance", ["truncate", "mask"])
-def test_importance_weights_have_no_gradient(batch, importance):
+LEVELS = ("token", "sequence", "geometric")
+BOUNDED = [
+    (ImportanceConfig("truncate", high=1.5), lambda w: min(w, 1.5)),
+    (ImportanceConfig("mask", high=1.5), lambda w: w if w <= 1.5 else 0.0),
+    (ImportanceConfig("mask", low=0.8, high=1.5), lambda w: w if 0.8 <= w <= 1.5 else 0.0),
+]
+
+
+def importance_weights(batch: Experience, level: str, weight: Callable[[float], float]) -> list[float]:
+    """[T] response by response in float64."""
+    weights: list[float] = []
+    differences = (batch.logprobs.double() - batch.rollout_logprobs.double()).split(RESPONSES)
+    for own in differences:
+        total = float(own.sum())
+        alike = {"sequence": math.exp(total), "geometric": math.exp(total / len(own))}
+        weights += [weight(alike.get(level, math.exp(float(difference)))) for difference in own]
+    return weights
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("importance", "weight"), BOUNDED)
+def test_importance_corrects_for_what_the_engine_drew_from(drifted, importance, weight, level):
+    """Weights lie on both sides of the bounds; the ratio's denominator stays the actor's."""
+    raw, weights = (importance_weights(drifted, level, f) for f in (lambda w: w, weight))
+    assert min(raw) < 0.8 and max(raw) > 1.5 and any(0.8 < w < 1.5 for w in raw)
+    new = outputs(drifted)[0]
+    statistics = policy(drifted, importance=replace(importance, level=level))
+    expected = brute_force_policy_loss(drifted, new, drifted.logprobs, weights)
+    assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-4)
+    plain = policy(drifted)
+    assert {n for n in plain if not torch.equal(statistics[n], plain[n])} == {"loss", "policy_loss"}
+    bounded = sum(a != b for a, b in zip(raw, weights)) / len(weights)
+    assert {n: float(statistics[n]) for n in set(statistics) - set(plain)} == {
+        "importance_mean": pytest.approx(sum(weights) / len(weights), rel=1e-4),
+        "importance_square": pytest.approx(sum(w * w for w in weights) / len(weights), rel=1e-4),
+        "importance_bounded": pytest.approx(bounded, rel=1e-5),
+    }
+
+
+@pytest.mark.parametrize("mode", ["none", "auto"])
+def test_without_correction_its_bounds_change_nothing(drifted, mode):
+    plain, bounded = policy(drifted), policy(drifted, importance=ImportanceConfig(mode, "sequence", 0.8, 1.5))
+    assert plain.keys() == bounded.keys() and all(torch.equal(plain[n], bounded[n]) for n in plain)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("importance", "weight"), BOUNDED)
+def test_importance_weights_have_no_gradient(drifted, importance, weight, level):
     """The gradient is the plain one's, token by token times the weight."""
-    weights = (batch.logprobs - batch.rollout_logprobs).exp()
-    weights = weights.clamp(max=1.5) if importance == "truncate" else weights * (weights <= 1.5)
-    algorithms = [replace(VAPO, positive_lm_coefficient=0.0, importance=mode) for mode in ("none", importance)]
+    weights = torch.tensor(importance_weights(drifted, level, weight), dtype=torch.float32)
     gradients = []
-    for algorithm in algorithms:
-        new = outputs(batch)[0].requires_grad_()
-        loss = policy_objective(batch, replace(algorithm, importance_cap=1.5))
-        gradients += torch.autograd.grad(loss((new, outputs(batch)[1]), whole(batch))[0], new)
-    torch.testing.assert_close(gradients[1], gradients[0] * weights, rtol=1e-5, atol=1e-9)
+    for correction in (ImportanceConfig("none"), replace(importance, level=level)):
+        new = outputs(drifted)[0].requires_grad_()
+        loss = policy_objective(drifted, replace(VAPO, positive_lm_coefficient=0.0, importance=correction))
+        gradients += torch.autograd.grad(loss((new, outputs(drifted)[1]), whole(drifted))[0], new)
+    torch.testing.assert_close(gradients[1], gradients[0] * weights, rtol=1e-4, atol=1e-9)
     assert gradients[0].any()
+
+
+def test_the_double_sided_mask_on_the_ratio_to_the_engine(batch):
+    """SAO's policy loss: ratios to what the engine drew from, kept within [0.2, 4], left out beyond."""
+    new = outputs(batch)[0]
+    statistics = policy(batch, old_logprobs="rollout", beyond_clip="mask", clip_low=0.8, clip_high=3.0)
+    ratios = (new.double() - batch.rollout_logprobs.double()).exp()
+    within = [0.2 <= ratio <= 4.0 for ratio in ratios.tolist()]
+    assert any(within) and not all(within)
+    rows = zip(ratios.tolist(), batch.advantages.tolist(), within)
+    expected = -sum(ratio * advantage for ratio, advantage, kept in rows if kept) / len(within)
+    assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-5)
+    beyond = float(statistics["clip_fraction_low"] + statistics["clip_fraction_high"])
+    assert beyond == pytest.approx(1 - sum(within) / len(within), rel=1e-5)
 
 
 def test_the_engine_s_log_probs_as_the_old_ones(batch):
     new = outputs(batch)[0]
     statistics = policy(batch, old_logprobs="rollout")
-    expected = brute_force_policy_loss(batch, new, batch.rollout_logprobs, lambda w: 1.0)
+    expected = brute_force_policy_loss(batch, new, batch.rollout_logprobs, [1.0] * len(new))
     assert float(statistics["policy_loss"]) == pytest.approx(expected, rel=1e-5)
     assert float(policy(batch)["policy_loss"]) != pytest.approx(expected, rel=1e-3)
     ratio = (new.double() - batch.rollout_logprobs.double()).exp()
@@ -351,8 +402,10 @@ def loss_and_gradient(
 CASES = [
     (policy_objective, outputs, {"loss_reduction": "token"}),
     (policy_objective, outputs, {"loss_reduction": "sample", "dual_clip": 3.0}),
-    (policy_objective, outputs, {"importance": "truncate", "positive_lm_coefficient": 0.7}),
+    (policy_objective, outputs, {"importance": ImportanceConfig("truncate"), "positive_lm_coefficient": 0.7}),
+    (policy_objective, outputs, {"importance": ImportanceConfig("mask", "geometric", 0.3, 3.0)}),
     (policy_objective, outputs, {"old_logprobs": "rollout"}),
+    (policy_objective, outputs, {"old_logprobs": "rollout", "beyond_clip": "mask"}),
     (value_objective, values, {}),
     (value_objective, values, {"value_clip": 0.2}),
 ]

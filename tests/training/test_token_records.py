@@ -69,15 +69,17 @@ def test_a_record_holds_the_tensors_of_the_step(batch: Experience, tmp_path: Pat
     assert torch.equal(record.ratios, ratios) and torch.equal(record.clipped, clipped)
 
 
-def test_ratios_and_bounds_are_those_of_the_loss(batch: Experience) -> None:
+@pytest.mark.parametrize("changes", [{"dual_clip": 1.4}, {"beyond_clip": "mask"}])
+def test_ratios_and_bounds_are_those_of_the_loss(batch: Experience, changes: dict[str, object]) -> None:
     """What the loss sums up over a whole minibatch is what the tokens show."""
-    algorithm = replace(ALGORITHM, dual_clip=1.4)
+    algorithm = replace(ALGORITHM, **changes)
     outputs = (batch.update_logprobs, batch.entropy)
     _, statistics = policy_objective(batch, algorithm)(outputs, torch.arange(sum(LENGTHS)))
     ratios, clipped = policy_ratios(batch, algorithm)
     for index, name in enumerate(CLIPPED_BY[1:], 1):
         share = (clipped == index).double().mean()
-        assert 0 < share == pytest.approx(float(statistics[f"clip_fraction_{name}"]), rel=1e-5)
+        assert (share > 0) == (name != "dual" or "dual_clip" in changes)
+        assert share == pytest.approx(float(statistics[f"clip_fraction_{name}"]), rel=1e-5)
     assert float((ratios.log().expm1() - ratios.log()).mean()) == pytest.approx(float(statistics["kl_k3"]), rel=1e-4)
 
 
