@@ -77,7 +77,7 @@ def tokens_until(tokens_N: np.ndarray, accuracy_N: np.ndarray, enough: float, bu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="at least 2")
     parser.add_argument("--tokens", type=int, default=350_000)
     parser.add_argument("--out", type=Path, default=Path("artifacts/critic_or_group"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -88,16 +88,26 @@ def main() -> None:
         for seed in range(args.seeds)
         for name in RECIPES
     }
+    print(table(curves, args.seeds, budget))
+
+
+def table(curves: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], seeds: int, budget: int) -> str:
+    """Return means over seeds, and VAPO's paired differences with 95 % t intervals, as Markdown."""
     measures = {
         "mean accuracy over the budget": lambda curve: area(*curve, budget),
-        f"tokens to {ENOUGH:.0%}": lambda curve: tokens_until(*curve, ENOUGH, budget),
+        "accuracy at the end (three evaluations)": lambda curve: float(curve[1][-3:].mean()),
+        f"thousand tokens to {ENOUGH:.0%}": lambda curve: tokens_until(*curve, ENOUGH, budget) / 1000,
     }
+    others = [name for name in RECIPES if name != "VAPO"]
+    lines = ["| | " + " | ".join([*RECIPES, *(f"VAPO - {other}" for other in others)]) + " |", "|---" * 6 + "|"]
     for title, measure in measures.items():
-        found = {name: np.array([measure(curves[name, seed]) for seed in range(args.seeds)]) for name in RECIPES}
-        print(title, {name: round(float(values.mean()), 3) for name, values in found.items()})
-        for other in ("GRPO", "DAPO"):
-            if args.seeds > 1:
-                print(f"  VAPO - {other}: {paired(found['VAPO'] - found[other])}")
+        found = {name: np.array([measure(curves[name, seed]) for seed in range(seeds)]) for name in RECIPES}
+        cells = [f"{values.mean():.3g}" for values in found.values()]
+        for other in others:
+            compared = paired(found["VAPO"] - found[other])
+            cells.append(f"{compared.mean:.2g} [{compared.t.low:.2g}, {compared.t.high:.2g}]")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

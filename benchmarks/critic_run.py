@@ -157,7 +157,7 @@ def value_by_tenth(values_T: Tensor, told: list[Told]) -> dict[str, list[float]]
     tenth_T = relative_position_bins(cu_seqlens, TENTHS)
     right_T = torch.tensor([response.right for response in told]).repeat_interleave(lengths)
     return {
-        outcome: statistics.mean_by_bin(values_T[of_T], tenth_T[of_T], TENTHS).tolist()
+        outcome: statistics.means(statistics.moments_by_bin(values_T[of_T], tenth_T[of_T], TENTHS)).tolist()
         for outcome, of_T in (("right", right_T), ("wrong", ~right_T))
     }
 

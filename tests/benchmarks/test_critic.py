@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.critic_or_group import area, tokens_until
+from benchmarks.critic_or_group import area, table, tokens_until
 from benchmarks.critic_run import (
     Told,
     calibration,
@@ -94,3 +94,15 @@ def test_area_and_tokens_of_a_curve() -> None:
     assert area(tokens, accuracy, 200) == pytest.approx((0.25 + 0.7) / 2, abs=1e-3)
     assert tokens_until(tokens, accuracy, 0.7, 200) == pytest.approx(150)
     assert tokens_until(tokens, accuracy, 0.95, 300) == 300
+
+
+def test_the_table_of_three_algorithms_pairs_seeds() -> None:
+    tokens, shape = np.array([0.0, 100_000.0]), np.ones(2)
+    level = {"VAPO": (0.8, 0.9), "GRPO": (0.7, 0.8), "DAPO": (0.8, 0.7)}
+    curves = {(name, seed): (tokens, shape * at) for name, levels in level.items() for seed, at in enumerate(levels)}
+    rows = table(curves, 2, 100_000).splitlines()
+    assert rows[0] == "| | VAPO | GRPO | DAPO | VAPO - GRPO | VAPO - DAPO |"
+    assert rows[3].startswith(
+        "| accuracy at the end (three evaluations) | 0.85 | 0.75 | 0.75 | 0.1 [0.1, 0.1] | 0.1 [-1.2, 1.4] |"
+    )
+    assert rows[4].startswith("| thousand tokens to 70% | 0 | 0 | 0 |")

@@ -45,7 +45,7 @@ def test_rows_are_the_same_in_every_container(tmp_path: Path, name: str, content
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', ", line 2, column 12 is not valid JSON (Expecting value)"),
         ("p.jsonl.gz", '{"a": 1}\n\n', ", line 2 is empty"),
         ("p.jsonl.gz", b"not gzip", " is not a readable gzip file"),
-        ("p.jsonl.gz", gzip.compress(JSONL.encode())[:-12], " is not a readable gzip file"),
+        ("p.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)[:-12], " is not a readable gzip file"),
         ("p.json", '[\n  {"prompt": "a"},\n  {"prompt" "b"}\n]', ", line 3, column 13 is not valid JSON"),
         ("p.json", JSONL, ", line 2, column 1 is not valid JSON (Extra data); a file of one object per line is named"),
         ("p.json", '{"data": []}', " holds a dict, expected a list of objects"),
