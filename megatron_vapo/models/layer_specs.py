@@ -46,8 +46,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
 def _transformer_engine_layer(config: TransformerConfig) -> ModuleSpec:
     if not extension.HAVE_TE:
         raise MachineError(
-            "transformer-engine is installed, but cannot be imported (python -c 'import transformer_engine.pytorch' "
-            "says why): mend it, or uninstall it to train with Megatron's local layers"
+            "transformer-engine is installed, but cannot be imported (python -c 'import torch, "
+            "transformer_engine.pytorch' says why): mend it, or uninstall it to train with Megatron's local layers"
         )
     return get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections import defaultdict
 from typing import Any
@@ -171,6 +172,9 @@ def _import_megatron_without_compiling() -> None:
         return function if function is not None else identity
 
     torch.compile = identity
+    # SGLang's flash_mla is linked with the driver: where there is none its import ends in an OSError, and Megatron,
+    # which tries it, expects an ImportError alone. None stands for a module that is not there.
+    sys.modules.setdefault("flash_mla", None)
     try:
         with warnings.catch_warnings():
             # Megatron's regrets that Apex and Transformer Engine are absent, and that parts are experimental.

@@ -69,6 +69,16 @@ def test_models_without_the_call_are_refused_with_what_to_call() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_a_library_that_needs_a_driver_keeps_megatron_from_nothing(tmp_path: Path) -> None:
+    """A GPU node's environment on a login node: SGLang's flash_mla cannot be loaded there, and Megatron tries it."""
+    (tmp_path / "flash_mla.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    done = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from megatron_vapo.runtime import cpu_backend; cpu_backend.install()"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_call_makes_megatron_work_and_a_second_one_changes_nothing() -> None:
     code = """
 import torch
