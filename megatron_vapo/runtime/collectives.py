@@ -92,9 +92,7 @@ def max_over_ranks(x: float) -> float:
 
 def any_rank(mine: bool) -> bool:
     """Return whether `mine` is true on any process."""
-    flag = torch.tensor(float(mine))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=_group)
-    return bool(flag)
+    return bool(max_over_ranks(float(mine)))
 
 
 def raise_everywhere(problem: str | None, kind: type[Exception]) -> None:
@@ -116,7 +114,8 @@ def on_first_rank(action: Callable[[], T]) -> T:
             outcome = [action()]
         except (UserError, OSError) as error:
             outcome = [error]
-    dist.broadcast_object_list(outcome, group=_group)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, group=_group)
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]
