@@ -19,6 +19,7 @@ LATEST_VENV ?= .venv-latest
 LATEST_INSTALLED := $(LATEST_VENV)/.installed
 # The environment of a GPU node, made by hand.
 GPU_PYTHON ?= python
+REHEARSAL ?= .gpu-rehearsal
 # What proves the core there: models, layouts, weights, checkpoints, resuming, whole runs on 1, 2 and 4 processes. A stop
 # saves and loads as the end of a step and a death do, which are checked there in every phase; when to stop is no core's.
 LATEST_TESTS ?= tests/runtime/test_versions.py tests/models tests/weights/test_convert.py \
@@ -34,7 +35,7 @@ export OMP_NUM_THREADS ?= 1
 WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$((cores < 2 ? 1 : 2)))
 PYTEST := python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: setup sglang-cpu latest train test test-minutes test-fast test-slow test-latest lint layouts doctor gpu-check clean
+.PHONY: setup sglang-cpu latest train test test-minutes test-fast test-slow test-latest lint layouts doctor gpu-check gpu-rehearsal clean
 
 setup: $(INSTALLED)
 
@@ -107,6 +108,10 @@ layouts: $(INSTALLED)
 # active (docs/install.md), and makes none.
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+# The GPU node's installation for real, and what of the GPU path runs without a driver: docs/gpu_rehearsal.md.
+gpu-rehearsal:
+	bash tools/gpu_rehearsal/rehearse.sh $(REHEARSAL) $(PYTHON_LATEST)
 
 doctor: $(INSTALLED)
 	$(BIN)/megatron-vapo doctor
