@@ -171,7 +171,7 @@ def draw(found: dict[str, list[Certificate]], path: Path) -> None:
     learning.set_xlabel("responses seen")
     calibrated.set_title("Calibration, ten bins")
     calibrated.set_ylabel("measured success")
-    calibrated.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(found))
     continued.set_title("200 prefixes a seed, 32 continuations each")
     for axis, (name, certificates) in zip(by_position, found.items()):
         for certificate in certificates:
@@ -180,6 +180,8 @@ def draw(found: dict[str, list[Certificate]], path: Path) -> None:
                 axis.plot(range(1, len(tenths) + 1), tenths, style, color=CRITICS[name].colour)
         axis.set_title(f"{CRITICS[name].title} ({name})")
         axis.set_xlabel("tenth of the response")
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, -1), max(high, 0.4))  # a dead critic's noise is not to look like a difference
     by_position[0].set_ylabel("mean value (dashed: of wrong responses)")
     for axis in by_position[len(found) :]:
         axis.set_visible(False)
