@@ -31,6 +31,8 @@ from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
 from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 
+pytestmark = pytest.mark.usefixtures("world")  # kept rollouts are written by all processes together
+
 _STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.symlink", "ctypes.dlsym", "fsync"}
 
 
