@@ -29,6 +29,9 @@ class Workplace:
     """Of the parts that passed before."""
 
 
+MATRIX, ROUNDS = 8192, 30
+"""Of the product whose speed is measured: its size, and how often it is taken."""
+
 Part = Callable[[Workplace], Numbers]
 """Raises `NotAvailable` where this machine has not what it takes, anything else where something is wrong."""
 
@@ -71,8 +74,8 @@ def transformer_engine(_: Workplace) -> Numbers:
     need_transformer_engine()
     import transformer_engine.pytorch as te
 
-    layer = te.Linear(256, 256, bias=False, params_dtype=torch.bfloat16, device="cuda")
-    x = torch.randn(64, 256, dtype=torch.bfloat16, device="cuda")
+    layer = te.Linear(256, 256, bias=False, params_dtype=torch.bfloat16, device=device())
+    x = torch.randn(64, 256, dtype=torch.bfloat16, device=device())
     difference = relative(layer(x), x.double() @ layer.weight.double().T)
     layer(x).sum().backward()
     return at_most({"relative difference": difference}, 0.01)
@@ -81,16 +84,15 @@ def transformer_engine(_: Workplace) -> Numbers:
 def matmul_peak(_: Workplace) -> Numbers:
     """Operations a second of a large bfloat16 product: what MFU is measured against."""
     need_cuda()
-    size, rounds = 8192, 30
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    a, b = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device=device()) for _ in range(2))
     for _ in range(5):
         a @ b
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         a @ b
     torch.cuda.synchronize()
-    return {"TFLOP/s": 2 * size**3 * rounds / (time.perf_counter() - start) / 1e12}
+    return {"TFLOP/s": 2 * MATRIX**3 * ROUNDS / (time.perf_counter() - start) / 1e12}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
