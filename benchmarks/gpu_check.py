@@ -173,7 +173,7 @@ def document(results: list[Result], when: str, commit: str, missing: list[str]) 
 
 
 def unproven() -> str:
-    """The document's own list of what is left to show, which stays."""
+    """The document's own list of what is left to show, and all that comes after it, which stays."""
     _, heading, rest = DOCUMENT.read_text(encoding="utf-8").partition("## What remains unproven")
     return heading + rest
 

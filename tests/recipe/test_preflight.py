@@ -21,6 +21,7 @@ from megatron_vapo.recipe.preflight import (
     Inputs,
     _check_devices,
     _check_fp8_rollout,
+    _check_node,
     checked_architecture,
     end_tokens,
     load_tokenizer,
@@ -711,6 +712,18 @@ def test_separate_servers_need_gpus_of_their_own(
     settings = SGLangConfig(placement="separate", servers=servers, tensor_parallel=2)
     with nullcontext() if fits else pytest.raises(LayoutError, match="on a node of 8 GPUs; start fewer processes"):
         _check_devices(settings)
+
+
+@pytest.mark.parametrize(("local", "fits"), [("8", True), ("4", True), ("6", False), (None, True)])
+def test_the_ranks_of_a_server_lie_on_one_node(monkeypatch: pytest.MonkeyPatch, local: str | None, fits: bool) -> None:
+    """Servers of 4 on 24 processes, as many a node as the launcher says."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    for placement in ("colocated", "separate"):
+        refused = not fits and placement == "colocated"
+        with pytest.raises(LayoutError, match="does not divide the 6 processes") if refused else nullcontext():
+            _check_node(SGLangConfig(placement=placement, tensor_parallel=4), world=24)
 
 
 @pytest.mark.parametrize("variable", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
