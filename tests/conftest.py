@@ -222,6 +222,21 @@ def world() -> None:
     init_world()
 
 
+@pytest.fixture(scope="module")
+def no_world() -> Iterator[None]:
+    """No process group: a plan pretends worlds of its own, and a test before may have left a real one."""
+    import torch.distributed as dist
+
+    from megatron_vapo.models.layout import init_world
+
+    left = dist.is_initialized()
+    if left:
+        dist.destroy_process_group()
+    yield
+    if left:
+        init_world()
+
+
 @pytest.fixture(scope="session")
 def tiny_problems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prompt file of 40 problems of one step."""

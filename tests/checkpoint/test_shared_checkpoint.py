@@ -127,6 +127,7 @@ def test_other_layouts_and_megatron_alone_have_the_same_bits(folder: Path, name:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_world")
 @pytest.mark.parametrize("name", CASES)
 def test_every_number_is_written_once_in_equal_shares(folder: Path, name: str) -> None:
     reader, written = TorchDistReader(folder / name / "saved"), Counter[str]()
