@@ -81,7 +81,7 @@ train: $(INSTALLED) $(ENGINE_INSTALLED)
 test: test-minutes test-fast test-slow
 
 test-minutes:
-	@echo "make test: about 35 minutes on two cores, in $(WORKERS) processes; the first 2 are make test-fast"
+	@echo "make test: about 30 minutes on two cores, in $(WORKERS) processes; the first 2 are make test-fast"
 
 # No server, no second environment, nothing slow: red or green while one waits.
 test-fast: $(INSTALLED)
