@@ -25,8 +25,8 @@ class Records:
 
     def __init__(self, recipe: Recipe, prompts: list[Prompt], state: RunState) -> None:
         self._folder = Path(recipe.run_dir)
-        project, limit = recipe.observe.wandb_project, recipe.observe.tokens_mib * 2**20
-        self._tokens = TokenRecords(self._folder, limit, recipe.algorithm, prompts, state)
+        project = recipe.observe.wandb_project
+        self._tokens = TokenRecords(self._folder, recipe.algorithm, prompts, state)
         self._metrics = MetricsWriter(
             self._folder,
             start_at={
@@ -44,7 +44,7 @@ class Records:
         """Append the metrics of an evaluation."""
         self._metrics.write(step, metrics, kind)
 
-    def step(self, kind: StepKind, step: int, kept: Kept, metrics: Mapping[str, float]) -> dict[str, str]:
+    def step(self, kind: StepKind, step: int, kept: Kept | None, metrics: Mapping[str, float]) -> dict[str, str]:
         """Append the metrics of a step, and keep some of its responses with all that was computed for their tokens.
 
         Returns:

@@ -126,23 +126,20 @@ class TokenRecords:
 
     Args:
         folder: the run's.
-        limit: bytes that the tensors of a step may take; 0 keeps nothing.
         prompts: the run's prompt set.
         state: what the run goes on from; files of later steps are removed.
     """
 
-    def __init__(
-        self, folder: Path, limit: int, algorithm: AlgorithmConfig, prompts: Sequence[Prompt], state: RunState
-    ) -> None:
-        self._folder, self._limit, self._algorithm = folder / "tokens", limit, algorithm
+    def __init__(self, folder: Path, algorithm: AlgorithmConfig, prompts: Sequence[Prompt], state: RunState) -> None:
+        self._folder, self._algorithm = folder / "tokens", algorithm
         self._answers = {prompt.token_ids: prompt.answer for prompt in prompts}
         for kind, step in recorded_steps(folder):
             if step > (state.steps if kind == "train" else state.pretraining_steps):
                 remove(path_of(folder, kind, step))
 
-    def write(self, kind: StepKind, step: int, kept: Kept) -> None:
-        """Keep some of a step's responses, in place of those that are there."""
-        if self._limit:
+    def write(self, kind: StepKind, step: int, kept: Kept | None) -> None:
+        """Keep some of a step's responses, in place of those that are there; None: keep nothing."""
+        if kept is not None:
             self._folder.mkdir(exist_ok=True)
             self._record(kind, step, kept).save(path_of(self._folder.parent, kind, step))
 
@@ -163,7 +160,7 @@ class TokenRecords:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a step's record is made of."""
+    """The responses of a step that its record is made of."""
 
     batch: Experience
     """The kept responses, with all that was computed for them, on the first rank; nobody else has any."""
@@ -171,8 +168,11 @@ class Kept:
     """`TokenRecord.calibration`."""
 
     @staticmethod
-    def of(batch: Experience, limit: int) -> Kept:
-        """Bring a step's first responses to the first rank, as many as fit into `limit` bytes. All ranks call it."""
+    def of(batch: Experience, limit: int) -> Kept | None:
+        """Bring a step's first responses to the first rank, as many as fit into `limit` bytes; None if that is 0. All
+        ranks call it."""
+        if not limit:
+            return None
         kept = batch.on_first_rank(kept_responses(batch.whole, limit))
         return Kept(kept, None if batch.values is None else critic_calibration(batch))
 

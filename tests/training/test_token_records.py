@@ -44,11 +44,11 @@ def batch(make_experience: Callable[..., Experience]) -> Experience:
     return replace(made, update_logprobs=made.logprobs + 0.3 * noise)
 
 
-def store(folder: Path, limit: int = 2**20, state: RunState | None = None, prompts: tuple[Prompt, ...] = ()):
-    return TokenRecords(folder, limit, ALGORITHM, prompts, state or RunState())
+def store(folder: Path, state: RunState | None = None, prompts: tuple[Prompt, ...] = ()):
+    return TokenRecords(folder, ALGORITHM, prompts, state or RunState())
 
 
-def kept(batch: Experience, limit: int = 2**20) -> Kept:
+def kept(batch: Experience, limit: int = 2**20) -> Kept | None:
     return Kept.of(batch, limit)
 
 
@@ -112,10 +112,10 @@ def test_what_fits_is_kept_and_not_a_byte_more(make_experience: Callable[..., Ex
 def test_a_file_is_no_larger_than_the_bound(batch: Experience, tmp_path: Path) -> None:
     """But for the header: names and shapes of its tensors, the calibration's thirty numbers."""
     limit = 3000
-    store(tmp_path, limit).write("train", 1, kept(batch, limit))
+    store(tmp_path).write("train", 1, kept(batch, limit))
     assert 1500 < path_of(tmp_path, "train", 1).stat().st_size < limit + 3000
     assert len(TokenRecord.load(path_of(tmp_path, "train", 1)).batch) == 6
-    store(tmp_path / "none", limit=0).write("train", 1, kept(batch))
+    store(tmp_path / "none").write("train", 1, kept(batch, limit=0))
     assert not (tmp_path / "none").exists()
 
 

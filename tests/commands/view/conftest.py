@@ -79,7 +79,7 @@ def viewed_run(
     _write_metrics(folder)
     batches = {step: _batch(make_experience, step, LONG if step == 2 else 90) for step in (1, 2)}
     prompt = Prompt("", "<b>4</b>", 0, "", token_ids=tuple(batches[1].tokens[:3].tolist()))
-    records = TokenRecords(folder, 2**22, AlgorithmConfig(), [prompt], RunState())
+    records = TokenRecords(folder, AlgorithmConfig(), [prompt], RunState())
     for step, batch in batches.items():
         records.write("train", step, Kept.of(batch, 2**30))
     return ViewedRun(folder, batches)
