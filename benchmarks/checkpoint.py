@@ -38,7 +38,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Work:
-    """What one rank did: bytes of tensors' files, seconds, bytes of memory above what it had before."""
+    """The work of one rank: bytes of tensors' files, seconds, bytes of memory above what it had before."""
 
     name: str
     written: int

@@ -1,4 +1,4 @@
-"""What a step's data path costs each rank: bytes against the least possible, CPU seconds by part, memory.
+"""The cost of a step's data path to each rank: bytes against the least possible, CPU seconds by part, memory.
 
     python -m benchmarks.data_plane            # 1, 2, 4, 8 gloo ranks on this machine; a table
 

@@ -1,4 +1,4 @@
-"""What the toy tasks share: the ends of texts, and sets of problems.
+"""The ends of texts and the sets of problems, which the toy tasks share.
 
 The `^` that begins every text is part of the prompt, and the tokenizer of the tiny model adds nothing of its own:
 a prompt has the same token ids in supervised training, in any rollout engine, and with or without special tokens.

@@ -1,4 +1,4 @@
-"""What of a role each rank writes to a checkpoint: every number once, equal shares for ranks that hold the same.
+"""The part of a role that each rank writes to a checkpoint: every number once, equal shares where ranks hold the same.
 
 Megatron describes what a rank holds as shards, boxes of the whole tensors, with a number for each copy (`replica_id`).
 Here shards are cut further, into boxes that lie one after another in memory:

@@ -25,7 +25,7 @@ Objective = Callable[[Experience, AlgorithmConfig], Loss]
 
 
 _READ = {"critic": ("returns", "values"), "actor": ("rollout_logprobs", "logprobs", "advantages")}
-"""What a role's objective reads of each token."""
+"""The numbers of each token that a role's objective reads."""
 
 
 class SeenOutputs:

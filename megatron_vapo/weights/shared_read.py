@@ -154,7 +154,7 @@ def _rounds(readings: list[Reading], bucket_bytes: int) -> Iterator[list[Reading
 
 
 _Parcel = list[tuple[int, Part]]
-"""What goes from one rank to another in a round: numbers of the sender's readings, with parts of them."""
+"""The parts that go from one rank to another in a round: numbers of the sender's readings, with parts of them."""
 
 
 @torch.no_grad()
