@@ -20,6 +20,8 @@ from textwrap import dedent
 
 SUBNET = "10.213.77"
 BRIDGE = "vapo-slurm"
+SPARE = "spare"
+"""A node like those for jobs without GPUs, which only partition `spared` has beside them."""
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "gcc")
 HEADER = Path("/usr/include/slurm/slurm.h")
 HERE = Path(__file__).parent
@@ -56,7 +58,8 @@ class Cluster:
 
     @property
     def nodes(self) -> list[str]:
-        return [f"node{i + 1}" for i in range(self.cpu_nodes)] + [f"gpu{i + 1}" for i in range(self.gpu_nodes)]
+        cpu = [f"node{i + 1}" for i in range(self.cpu_nodes)]
+        return [*cpu, SPARE, *(f"gpu{i + 1}" for i in range(self.gpu_nodes))]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -130,13 +133,18 @@ class Cluster:
         finally:
             mark.unlink()
 
-    def kill_node(self, node: str) -> None:
-        """As if it lost power: its daemon and all processes on it."""
+    @contextlib.contextmanager
+    def lost(self, node: str) -> Iterator[None]:
+        """Meanwhile a node is as one that lost power: its daemon and all processes on it are killed."""
         for pid in subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True).stdout.split():
             _kill(int(pid))
         self._processes[node].wait(timeout=60)
+        try:
+            yield
+        finally:
+            self._start_node(node)
 
-    def start_node(self, node: str) -> None:
+    def _start_node(self, node: str) -> None:
         """Start a node's daemon in its namespaces."""
         daemon = ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
         inside = ["unshare", "--uts", "sh", "-c", f'hostname {node} && exec "$@"', "sh", *daemon]
@@ -201,6 +209,7 @@ class Cluster:
             """)
             + "".join(self._node_lines())
             + f"PartitionName=batch Nodes=node[1-{self.cpu_nodes}] Default=YES PriorityTier=10 MaxTime=1440 State=UP\n"
+            + f"PartitionName=spared Nodes=node[1-{self.cpu_nodes}],{SPARE} PriorityTier=10 State=UP\n"
             + f"PartitionName=low Nodes=node[1-{self.cpu_nodes}] PriorityTier=1 GraceTime=120 State=UP\n"
             + f"PartitionName=h100 Nodes=gpu[1-{self.gpu_nodes}] PriorityTier=10 State=UP\n"
         )
@@ -208,10 +217,10 @@ class Cluster:
     def _node_lines(self) -> list[str]:
         lines = []
         for i, node in enumerate(self.nodes):
-            kind = (
-                "CPUs=4 RealMemory=16000" if node.startswith("node") else "CPUs=96 RealMemory=2000000 Gres=gpu:h100:8"
-            )
-            lines.append(f"NodeName={node} NodeAddr={SUBNET}.{i + 1} {kind} State=UNKNOWN\n")
+            gpus = node.startswith("gpu")
+            kind = "CPUs=96 RealMemory=2000000 Gres=gpu:h100:8" if gpus else "CPUs=4 RealMemory=16000"
+            weight = 2 if node == SPARE else 1  # the spare comes last
+            lines.append(f"NodeName={node} NodeAddr={SUBNET}.{i + 1} {kind} Weight={weight} State=UNKNOWN\n")
         return lines
 
     def _make_network(self) -> None:
@@ -243,7 +252,7 @@ class Cluster:
         _wait(lambda: (f / "munge.socket").exists(), 60, "munged")
         self._processes["slurmctld"] = self._start("slurmctld", ["slurmctld", "-D", "-f", str(f / "slurm.conf")])
         for node in self.nodes:
-            self.start_node(node)
+            self._start_node(node)
 
     def _wait_until_idle(self) -> None:
         def idle() -> bool:
