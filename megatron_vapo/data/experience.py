@@ -4,6 +4,10 @@ Numbers of whole responses are small and known to every process (`Responses`). T
 used: an `Experience` holds those of this process's share.
 
 Legend: B responses, b of them on this process, T response tokens of a batch, N with the tokens of prompts.
+
+A response is all that follows its prompt. The policy need not have written all of it: between its turns may stand what
+tools and users said. Models and engine read those tokens, and nothing is trained on them. `only_trained` is the batch
+as if they were not there: estimates, losses and metrics of tokens are those of `only_trained`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ class Responses:
     """[B] int64."""
     response_lengths: Tensor
     """[B] int64, each at least 1, the end token included."""
+    trained_lengths: Tensor | None = None
+    """[B] int64, those of them that the policy wrote, each at least 1; None: all."""
     groups: Tensor
     """[B] int64, equal for the samples of one prompt."""
     truncated: Tensor
@@ -44,6 +50,15 @@ class Responses:
     """[B] float32, what is trained on: the outcome, and penalties where set."""
     weight_versions: Tensor | None = None
     """[B] int64, the oldest weights that wrote a part of the response."""
+
+    def __post_init__(self) -> None:
+        """Refuse a response that nothing can be trained on."""
+        nothing = [] if self.trained_lengths is None else (self.trained_lengths < 1).nonzero()[:, 0].tolist()
+        if nothing:
+            raise ValueError(
+                f"response {nothing[0]} has no token that the policy wrote: nothing to train on, and no place for its "
+                "reward. Leave it out of the batch"
+            )
 
     def __len__(self) -> int:
         return len(self.response_lengths)
@@ -57,6 +72,13 @@ class Responses:
     def response_tokens(self) -> int:
         """Return T."""
         return int(self.response_lengths.sum())
+
+    @cached_property
+    def only_trained(self) -> Responses:
+        """Return the same as if there were only the response tokens that the policy wrote."""
+        if self.trained_lengths is None:
+            return self
+        return replace(self, response_lengths=self.trained_lengths, trained_lengths=None)
 
     @property
     def correct(self) -> Tensor:
@@ -91,6 +113,8 @@ class Experience(Responses):
 
     tokens: Tensor
     """[N] int64, each prompt followed by its response."""
+    trained: Tensor | None = None
+    """[T] bool, the response tokens that the policy wrote; None: all. What the others have below says nothing."""
     rollout_logprobs: Tensor | None = None
     """[T] float32, log-probs under which the engine drew the tokens."""
     logprobs: Tensor | None = None
@@ -107,6 +131,12 @@ class Experience(Responses):
     """[T] float32, the actor's as each token entered the last update that it took part in: what its ratio came from."""
     share: Share | None = None
     """None: this is the whole batch, which every process holds."""
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be trained on, and tokens whose count not all processes know."""
+        super().__post_init__()
+        if self.trained is not None and self.trained_lengths is None:
+            raise ValueError("trained needs trained_lengths, which all processes know (`whole_batch` counts them)")
 
     @cached_property
     def whole(self) -> Responses:
@@ -134,6 +164,29 @@ class Experience(Responses):
             raise ValueError(f"this batch has no {name}: the phase that computes it did not run")
         return tensor
 
+    @cached_property
+    def only_trained(self) -> Experience:
+        """Return the batch as if there were only the response tokens that the policy wrote."""
+        if self.trained is None:
+            if self.trained_lengths is not None:
+                raise ValueError("this share of the batch has not got `trained`, which says what the policy wrote")
+            return self
+        rows: dict[str, Tensor] = dict.fromkeys(_PER_TOKEN, self.trained)
+        rows["tokens"] = torch.ones_like(self.tokens, dtype=torch.bool)
+        starts = offsets(self.sequence_lengths)[:-1] + self.prompt_lengths
+        rows["tokens"][ranges(starts, self.response_lengths)] = self.trained
+        kept: dict[str, Any] = {name: getattr(self, name)[rows[name]] for name in self.ragged if name != "trained"}
+        kept |= {"response_lengths": self.trained_lengths, "trained_lengths": None, "trained": None}
+        return replace(self, **kept, share=self.share and Share(self.share.whole.only_trained, self.share.placement))
+
+    def over_all(self, per_trained_token: Tensor) -> Tensor:
+        """Spread numbers of `only_trained`'s response tokens over all response tokens [T], 0 at the others."""
+        if self.trained is None:
+            return per_trained_token
+        per_token = per_trained_token.new_zeros(len(self.trained))
+        per_token[self.trained] = per_trained_token
+        return per_token
+
     def per_token(self, per_response_B: Tensor) -> Tensor:
         """Spread one number a response over its tokens: [B] -> [T]."""
         return per_response_B.repeat_interleave(self.response_lengths)
@@ -141,7 +194,7 @@ class Experience(Responses):
     def select(self, indices: Tensor) -> Experience:
         """Return the responses `indices [b]` of this process's, in that order, as a whole batch."""
         token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
-        rows = dict.fromkeys(_PER_TOKEN, token_rows)
+        rows = dict.fromkeys((*_PER_TOKEN, "trained"), token_rows)
         rows["tokens"] = ranges(offsets(self.sequence_lengths)[:-1][indices], self.sequence_lengths[indices])
         return whole_batch({name: tensor[rows.get(name, indices)] for name, tensor in self.tensors().items()})
 
@@ -210,12 +263,25 @@ def share_of(whole: Responses, placement: Placement, ragged: Mapping[str, Any]) 
 
 
 def whole_batch(tensors: Mapping[str, Any]) -> Experience:
-    """Return the batch of these tensors, by name, which every process holds."""
+    """Return the batch of these tensors, by name, which every process holds. It counts what is `trained`."""
+    tensors = dict(tensors)
+    if tensors.get("trained") is not None:
+        tensors["trained_lengths"] = counted(tensors["trained"], tensors["response_lengths"])
     return Experience(**tensors)
 
 
+def counted(marked: Tensor, lengths: Tensor) -> Tensor:
+    """Return how many numbers of each piece are marked [n] int64.
+
+    Args:
+        marked: bool, those of all pieces.
+        lengths: [n] of the pieces.
+    """
+    return offsets(marked.long())[offsets(lengths)].diff()
+
+
 _PER_TOKEN = get_args(Estimate)
-RAGGED = ("tokens", *_PER_TOKEN)
+RAGGED = ("tokens", "trained", *_PER_TOKEN)
 """The names of the tensors of tokens."""
 
 

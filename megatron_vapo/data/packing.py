@@ -3,7 +3,7 @@
 Every process makes the same plan from the lengths alone, so nothing is communicated. Order of samples never changes a
 loss, because losses carry denominators of the whole minibatch.
 
-Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens in it.
+Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens in it that are trained on.
 """
 
 from __future__ import annotations
@@ -132,14 +132,17 @@ def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch
     tokens[ranges(starts, lengths)] = batch.tokens[ranges(sequence_starts, lengths)]
     responses = batch.response_lengths[chosen]
     first_predictor = starts + batch.prompt_lengths[chosen] - 1
-    predictors = ranges(first_predictor, responses)
+    predictors, token_index = ranges(first_predictor, responses), ranges(batch.cu_seqlens[:-1][chosen], responses)
+    if batch.trained is not None:
+        trained = batch.trained[token_index]
+        predictors, token_index = predictors[trained], token_index[trained]
     return MicroBatch(
         tokens=tokens,
         positions=ranges(torch.zeros_like(padded), padded),
         cu_seqlens=cu_seqlens,
         predictors=predictors,
         targets=tokens[predictors + 1],
-        token_index=ranges(batch.cu_seqlens[:-1][chosen], responses),
+        token_index=token_index,
     )
 
 

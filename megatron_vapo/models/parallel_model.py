@@ -83,7 +83,8 @@ class ParallelModel(ABC):
 
     @torch.no_grad()
     def forward(self, batch: Experience) -> Outputs:
-        """Return outputs for the response tokens of a process's share of a batch: tensors [T] in float32."""
+        """Return outputs for the response tokens of a process's share of a batch: tensors [T] in float32, 0 at tokens
+        that are not trained on."""
         part = self.part(batch)
         micros = self.micro_batches(part)
         self.offloader.ready("parameters")
@@ -126,7 +127,8 @@ class ParallelModel(ABC):
 
         last = self.layout.pp_size - 1
         losses = on(last)
-        readers = {"tokens": on(0, last)} | {name: losses for name in names if name in batch.ragged}
+        read = {name: on(0, last) for name in ("tokens", "trained") if name in batch.ragged}
+        readers = read | {name: losses for name in names if name in batch.ragged}
         return batch.moved(on(*range(last + 1)), readers, indices)
 
     def micro_batches(self, batch: Experience) -> list[MicroBatch]:

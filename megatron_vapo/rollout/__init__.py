@@ -40,6 +40,8 @@ class Response:
     """The oldest weights that wrote a part of it."""
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were there already."""
+    trained: Tensor | None = None
+    """[l] bool, the tokens that an engine wrote; None, as engines leave it: all."""
 
 
 class EngineIndex(NamedTuple):

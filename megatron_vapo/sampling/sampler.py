@@ -27,7 +27,7 @@ from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
 from megatron_vapo.sampling.failing import FailureLimit
 from megatron_vapo.sampling.seeds import seeds
-from megatron_vapo.sampling.trajectory import Group, Sample, Scored
+from megatron_vapo.sampling.trajectory import Group, Sample, Scored, Tokens, trained_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -289,14 +289,16 @@ class Sampler:
         scored = [sample.result for _, sample in rows]
         responses = [one.response for one in scored]
         lengths = torch.tensor([len(r.token_ids) for r in responses])
+        trained_lengths = lengths - torch.tensor([sample.observed for _, sample in rows])
         outcomes = torch.tensor([one.outcome for one in scored], dtype=torch.float32)
         rewards = outcomes + torch.tensor([one.added for one in scored], dtype=torch.float32)
         cache = self._reward.overlong.cache_tokens
         if cache:
-            rewards = rewards + soft_overlong_penalty(lengths, self._rollout.max_response_tokens, cache)
+            rewards = rewards + soft_overlong_penalty(trained_lengths, self._rollout.max_response_tokens, cache)
         whole = Responses(
             prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in rows]),
             response_lengths=lengths,
+            trained_lengths=None if torch.equal(trained_lengths, lengths) else trained_lengths,
             groups=torch.arange(len(rows)) // samples,
             truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
             outcomes=outcomes,
@@ -306,19 +308,29 @@ class Sampler:
         home = homes(whole.sequence_lengths)
         written = _moved([sample for _, sample in rows], home)
         tokens = [torch.empty(0, dtype=torch.int64)]
-        for i, (token_ids, _) in zip(home.mine.tolist(), written, strict=True):
-            tokens += torch.tensor(rows[i][0].token_ids), token_ids
-        logprobs = torch.cat([torch.empty(0), *(logprobs for _, logprobs in written)])
-        return share_of(whole, home, {"tokens": torch.cat(tokens), "rollout_logprobs": logprobs})
+        for i, one in zip(home.mine.tolist(), written, strict=True):
+            tokens += torch.tensor(rows[i][0].token_ids), one.token_ids
+        ragged = {
+            "tokens": torch.cat(tokens),
+            "rollout_logprobs": torch.cat([torch.empty(0), *(one.logprobs for one in written)]),
+        }
+        if whole.trained_lengths is not None:
+            trained = [one.trained for one in written if one.trained is not None]  # each has them
+            ragged["trained"] = torch.cat([torch.empty(0, dtype=torch.bool), *trained])
+        return share_of(whole, home, ragged)
 
 
-def _moved(samples: list[Sample], wanted: Placement) -> list[tuple[Tensor, Tensor]]:
-    """Return tokens and log-probs of the responses that this process is to get, from their holders."""
+def _moved(samples: list[Sample], wanted: Placement) -> list[Tokens]:
+    """Return what is written of the responses that this process is to get, from their holders."""
     lengths = torch.tensor([len(sample.written.token_ids) for sample in samples])
     held = Placement.by_rank(torch.tensor([sample.holder for sample in samples]))
     exchange = Exchange(held, wanted)
     mine = [samples[i].written for i in held.mine.tolist()]
+    sizes = lengths[wanted.mine].tolist()
     tokens = exchange(torch.cat([torch.empty(0, dtype=torch.int64), *(r.token_ids for r in mine)]), lengths)
     logprobs = exchange(torch.cat([torch.empty(0), *(r.logprobs for r in mine)]), lengths)
-    sizes = lengths[wanted.mine].tolist()
-    return list(zip(tokens.split(sizes), logprobs.split(sizes), strict=True))
+    trained: Sequence[Tensor | None] = [None] * len(sizes)
+    if any(sample.observed for sample in samples):
+        marks = torch.cat([torch.empty(0, dtype=torch.bool), *map(trained_marks, mine)])
+        trained = exchange(marks, lengths).split(sizes)
+    return list(map(Tokens, tokens.split(sizes), logprobs.split(sizes), trained))

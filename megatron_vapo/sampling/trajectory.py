@@ -43,6 +43,8 @@ class Known(NamedTuple):
     """What all processes know of a response that has begun."""
 
     tokens: int
+    observed: int
+    """The tokens that no engine wrote."""
     finish_reason: FinishReason
     weight_version: int
     scores: tuple[float, float] | None
@@ -61,6 +63,8 @@ class Sample:
     """The scores of a finished response, while they are computed; only in the process that asked for the response."""
     holder: int = 0
     """The rank that has tokens and text of what has been written."""
+    observed: int = 0
+    """Tokens of what has been written that no engine wrote (`observe`)."""
 
     @property
     def held(self) -> bool:
@@ -72,25 +76,25 @@ class Sample:
         """Return what the other processes are to know of what has been written."""
         begun, scored = self.written, self.scored
         scores = None if scored is None else (scored.outcome, scored.added)
-        return Known(len(begun.token_ids), begun.finish_reason, begun.weight_version, scores)
+        return Known(len(begun.token_ids), self.observed, begun.finish_reason, begun.weight_version, scores)
 
     def learn(self, known: Known, holder: int) -> None:
         """Take in what the holder has written; called in all processes."""
-        self.holder = holder
+        self.holder, self.observed = holder, known.observed
         if not self.held:
             self._leave(known)
 
-    def move(self, holder: int, arrived: tuple[Tensor, Tensor] | None) -> None:
+    def move(self, holder: int, arrived: Tokens | None) -> None:
         """Let another process hold what has been written; called in all processes.
 
         Args:
-            arrived: tokens and log-probs, in the holder.
+            arrived: what has been written, in the holder.
         """
         self.holder = holder
         if arrived is not None:
             # Copies: a piece of a larger tensor would be kept, and written to files, with all of it.
-            token_ids, logprobs = (tensor.clone() for tensor in arrived)
-            self.begun = replace(self.written, token_ids=token_ids, logprobs=logprobs)
+            copies = {name: tensor.clone() for name, tensor in arrived._asdict().items() if tensor is not None}
+            self.begun = replace(self.written, **copies)
         elif self.held:
             self._leave(self.known)
 
@@ -133,6 +137,13 @@ class Sample:
         if len(response.token_ids):
             self.begun = joined(self.begun, response) if self.begun else response
 
+    def observe(self, token_ids: Tensor) -> None:
+        """Append tokens [l] that no engine wrote, after what has been written: models and engine read them, and nothing
+        is trained on them."""
+        begun, count = self.written, len(token_ids)
+        said = replace(begun, token_ids=token_ids, logprobs=torch.zeros(count), trained=torch.zeros(count).bool())
+        self.begun, self.observed = joined(begun, said), self.observed + count
+
     def truncate(self) -> None:
         """End it where it is, if it has begun."""
         if self.begun is not None and not self.finished:
@@ -141,17 +152,20 @@ class Sample:
     def start_over(self) -> None:
         """Forget what was written."""
         self.begun = self.scored = self.score = None
+        self.observed = 0
 
     def state(self) -> dict[str, Any]:
         """Return what `of` takes: tensors, numbers and text."""
         scored = self.scored and (self.scored.text, self.scored.outcome, self.scored.added, self.scored.parts)
-        return {"seed": self.seed, "begun": self.begun and vars(self.begun), "scored": scored}
+        begun = self.begun and vars(self.begun)
+        return {"seed": self.seed, "begun": begun, "observed": self.observed, "scored": scored}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
         """Return the sample that `state` was taken of."""
         begun = state["begun"] and Response(**state["begun"])
-        return cls(state["seed"], begun, state["scored"] and Scored(begun, *state["scored"]))
+        scored = state["scored"] and Scored(begun, *state["scored"])
+        return cls(state["seed"], begun, scored, observed=state["observed"])
 
 
 @dataclass
@@ -180,8 +194,9 @@ class Group:
 
     @property
     def tokens(self) -> int:
-        """Response tokens written so far."""
-        return sum(len(sample.begun.token_ids) for sample in self.samples if sample.begun is not None)
+        """Response tokens that engines have written so far."""
+        begun = [sample for sample in self.samples if sample.begun is not None]
+        return sum(len(sample.written.token_ids) - sample.observed for sample in begun)
 
     @property
     def teaches(self) -> bool:
@@ -189,14 +204,31 @@ class Group:
         return len({sample.result.outcome > 0 for sample in self.samples}) > 1
 
 
+class Tokens(NamedTuple):
+    """What is known of the l tokens of a response, each [l]."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    trained: Tensor | None
+
+
 def joined(first: Response, then: Response) -> Response:
     """Return the response that two parts make."""
+    trained = None
+    if first.trained is not None or then.trained is not None:
+        trained = torch.cat([trained_marks(first), trained_marks(then)])
     return Response(
         torch.cat([first.token_ids, then.token_ids]),
         torch.cat([first.logprobs, then.logprobs]),
         then.finish_reason,
         first.weight_version,
+        trained=trained,
     )
+
+
+def trained_marks(response: Response) -> Tensor:
+    """Return which tokens an engine wrote [l] bool."""
+    return torch.ones(len(response.token_ids)).bool() if response.trained is None else response.trained
 
 
 def gathered(unfinished: list[dict[str, Any]]) -> list[dict[str, Any]]:

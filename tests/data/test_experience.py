@@ -9,10 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vapo.data.experience import FACTS, RAGGED, Experience, offsets, ranges
+from megatron_vapo.data.experience import FACTS, RAGGED, Experience, Responses, offsets, ranges, whole_batch
 
 PER_RESPONSE = ("groups", "truncated", "outcomes", "rewards")
-PER_TOKEN = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
+ESTIMATES = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
+PER_TOKEN = ("trained", *ESTIMATES)
 DTYPES = {"groups": torch.int64, "truncated": torch.bool}
 
 numbers = st.integers(-1000, 1000).map(lambda n: n / 8)  # exact in float32
@@ -30,23 +31,28 @@ def responses(draw: st.DrawFn, present: tuple[str, ...] = PER_TOKEN) -> dict:
         "outcomes": draw(st.sampled_from([-1.0, 1.0])),
         "rewards": draw(numbers),
     }
-    return response | {name: draw(st.lists(numbers, min_size=length, max_size=length)) for name in present}
+    made = {name: draw(st.lists(numbers, min_size=length, max_size=length)) for name in present}
+    if "trained" in present:
+        made["trained"] = draw(st.lists(st.booleans(), min_size=length, max_size=length).filter(any))
+    return response | made
 
 
 def pack_slowly(rows: list[dict]) -> Experience:
     """Fields one after another, by Python's own lists."""
     present = [name for name in PER_TOKEN if name in rows[0]]
+    trained = torch.tensor([sum(row["trained"]) for row in rows]) if "trained" in present else None
     return Experience(
         tokens=torch.tensor([t for row in rows for t in row["prompt"] + row["response"]]),
         prompt_lengths=torch.tensor([len(row["prompt"]) for row in rows]),
         response_lengths=torch.tensor([len(row["response"]) for row in rows]),
+        trained_lengths=trained,
         **{name: torch.tensor([row[name] for row in rows], dtype=DTYPES.get(name)) for name in PER_RESPONSE},
         **{name: torch.tensor([x for row in rows for x in row[name]]) for name in present},
     )
 
 
-def assert_same(ours: Experience, expected: Experience) -> None:
-    for name in (*FACTS, *RAGGED):
+def assert_same(ours: Responses, expected: Responses, names: tuple[str, ...] = (*FACTS, *RAGGED)) -> None:
+    for name in names:
         mine, theirs = getattr(ours, name), getattr(expected, name)
         assert (mine is None) == (theirs is None), name
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), name
@@ -64,9 +70,49 @@ def test_fields_that_are_not_there_yet_stay_absent(rows):
     assert_same(batch.select(torch.arange(len(rows))), batch)
 
 
+@given(st.lists(responses(), min_size=1, max_size=6))
+def test_what_the_policy_did_not_write_can_be_left_out(rows):
+    """Its tokens and their numbers are gone, as if there had been none, and numbers of the others find back."""
+    batch = pack_slowly(rows)
+    kept = [
+        row
+        | {name: [x for x, trained in zip(row[name], row["trained"]) if trained] for name in ("response", *ESTIMATES)}
+        for row in rows
+    ]
+    without = pack_slowly([{name: x for name, x in row.items() if name != "trained"} for row in kept])
+    assert_same(batch.only_trained, without)
+    assert_same(batch.only_trained.whole, without.whole, FACTS)
+    back = [x if trained else 0.0 for row in rows for x, trained in zip(row["values"], row["trained"])]
+    assert batch.over_all(batch.only_trained.values).tolist() == back
+
+
+@given(st.lists(responses(present=ESTIMATES), min_size=1, max_size=4))
+def test_where_the_policy_wrote_all_nothing_is_left_out(rows):
+    batch = pack_slowly(rows)
+    assert batch.only_trained is batch and batch.whole.only_trained is batch.whole
+    assert batch.over_all(batch.values) is batch.values
+
+
+def test_a_batch_knows_what_the_policy_wrote_or_is_refused(make_experience):
+    batch = make_experience([2, 3, 1], [4, 1, 2])
+    trained = torch.tensor([True, False, False, True, True, True, False])
+    counted = whole_batch(batch.tensors() | {"trained": trained})
+    assert counted.trained_lengths.tolist() == [2, 1, 1]
+    with pytest.raises(ValueError, match="response 1 has no token that the policy wrote"):
+        whole_batch(batch.tensors() | {"trained": trained & (torch.arange(7) != 4)})
+    with pytest.raises(ValueError, match="trained needs trained_lengths"):
+        replace(batch, trained=trained)
+    with pytest.raises(ValueError, match="has not got `trained`"):
+        _ = replace(batch, trained_lengths=counted.trained_lengths).only_trained
+
+
 @pytest.mark.parametrize("present", [PER_TOKEN, ("rollout_logprobs",)])
 def test_a_saved_batch_comes_back(make_experience, tmp_path, present):
-    batch = replace(make_experience([2, 3, 1], [4, 1, 5]), **{n: None for n in PER_TOKEN if n not in present})
+    full = make_experience([2, 3, 1], [4, 1, 5])
+    full = whole_batch(full.tensors() | {"trained": torch.arange(10) % 3 < 2})
+    batch = replace(full, **{n: None for n in PER_TOKEN if n not in present})
+    if "trained" not in present:
+        batch = replace(batch, trained_lengths=None)
     batch.save(tmp_path / "1.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
     assert_same(Experience.load(tmp_path / "1.safetensors"), batch)

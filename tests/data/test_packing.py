@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, whole_batch
 from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
 
 lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 40)), min_size=1, max_size=24)
@@ -53,6 +53,23 @@ def test_every_response_token_is_predicted_once(make_experience, pairs, rule, dp
         assert_predicts_its_tokens(batch, micro)
     predicted = torch.cat([micro.token_index for micro in micros])
     assert sorted(predicted.tolist()) == list(range(int(batch.cu_seqlens[-1])))
+
+
+@given(st.data(), lengths, rules, dp_sizes)
+def test_only_what_the_policy_wrote_is_predicted(make_experience, data, pairs, rule, dp_size):
+    """The rest is context, like a prompt: the micro-batches hold the same tokens."""
+    batch = make_experience(*map(list, zip(*pairs)))
+    of_response = [
+        data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any) | st.just([True] * n)) for _, n in pairs
+    ]
+    trained = torch.tensor(list(itertools.chain(*of_response)))
+    masked = whole_batch(batch.tensors() | {"trained": trained})
+    micros, unmasked = (list(itertools.chain(*packed(b, dp_size, rule))) for b in (masked, batch))
+    for micro, other in zip(micros, unmasked, strict=True):
+        assert torch.equal(micro.tokens, other.tokens) and torch.equal(micro.cu_seqlens, other.cu_seqlens)
+        assert_predicts_its_tokens(masked, micro)
+    predicted = torch.cat([micro.token_index for micro in micros])
+    assert sorted(predicted.tolist()) == trained.nonzero()[:, 0].tolist()
 
 
 @given(lengths, rules, dp_sizes)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from megatron_vapo.config import OverlongConfig, RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.exchange import Placement
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, offsets, ranges
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import RewardError
@@ -712,6 +712,63 @@ def test_tokens_are_counted_once(meet: Callable[[int], Meeting]) -> None:
     results = meet(4).run([lambda mine=mine: (mine.step(1), mine.sampler.metrics())[1] for mine in steps])
     written = sum(engine.written for engine in engines)
     assert [metrics["rollout/sampled_tokens"] for metrics in results] == [written] * 4
+
+
+def test_what_no_engine_wrote_goes_with_a_response_and_is_not_trained_on(
+    meet: Callable[[int], Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the responses end with two tokens of a tool."""
+    original = Sample.take
+
+    def take(sample: Sample, response: Response) -> None:
+        original(sample, response)
+        if response.token_ids[0] % 2 == 0:
+            sample.observe(torch.tensor([900, 901]))
+
+    monkeypatch.setattr(Sample, "take", take)
+    steps = [Steps(FakeEngine(some_length, index=p)) for p in INDICES]
+    monkeypatch.setattr(FakeTokenizer, "decode", lambda self, token_ids, skip_special_tokens: "#0")
+
+    def work(mine: Steps) -> Callable[[], object]:
+        def run() -> object:
+            mine.engine.version = 0
+            return everything(*mine.sampler.experience(PROMPTS, mine.order, "train", 1)), mine.sampler.metrics()
+
+        return run
+
+    for (batch, rows), metrics in meet(4).run([work(mine) for mine in steps]):
+        starts = offsets(batch.sequence_lengths)[:-1] + batch.prompt_lengths
+        tokens = batch.tokens[ranges(starts, batch.response_lengths)]
+        assert torch.equal(batch.trained, tokens < 900) and not batch.trained.all()
+        assert (batch.rollout_logprobs[~batch.trained] == 0).all()
+        observed = [2 * (int(scored.response.token_ids[0]) % 2 == 0) for _, scored in rows]
+        assert (batch.response_lengths - batch.trained_lengths).tolist() == observed
+        assert metrics["rollout/sampled_tokens"] == int(batch.trained_lengths.sum())
+
+
+def test_a_response_that_another_engine_goes_on_with_keeps_its_marks(meet: Callable[[int], Meeting]) -> None:
+    def work(rank: int) -> Callable[[], object]:
+        def run() -> object:
+            sample = Sample(seed=3)
+            if rank == 0:
+                sample.take(Response(torch.tensor([5, 6]), torch.tensor([-1.0, -2.0]), "abort", 4))
+                sample.observe(torch.tensor([9]))
+                sample.take(Response(torch.tensor([7]), torch.tensor([-3.0]), "abort", 5))
+            known = together.gather_objects(sample.known if sample.held else None)
+            sample.learn(known[0], 0)
+            wanted = Placement.by_rank(torch.tensor([1]))
+            arrived = sampling_module._moved([sample], wanted)
+            sample.move(1, arrived[0] if arrived else None)
+            again = Sample.of(sample.state())
+            return again.held, again.observed, again.begun
+
+        return run
+
+    (held, observed, there), (held_now, observed_now, here) = meet(2).run([work(0), work(1)])
+    assert (held, held_now, observed, observed_now) == (False, True, 1, 1)
+    assert len(there.token_ids) == 4
+    assert here.token_ids.tolist() == [5, 6, 9, 7] and here.logprobs.tolist() == [-1.0, -2.0, 0.0, -3.0]
+    assert here.trained.tolist() == [True, True, False, True] and here.weight_version == 4
 
 
 # Anything at all.
