@@ -38,6 +38,12 @@ def barrier() -> None:
     dist.barrier(group=_group)
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Return whether this is gloo's error of a process that it cannot reach any more, of whatever group."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and "gloo/transport/" in text and "enforce fail" not in text
+
+
 def gather_objects(value: T) -> list[T]:
     """Return every process's value, in rank order, on every process."""
     values: list[T] = [value] * dist.get_world_size()

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from megatron_vapo.config import LimitsConfig
 from megatron_vapo.data.exchange import Exchange, Placement, homes
+from megatron_vapo.errors import MachineError
 from megatron_vapo.runtime import collectives
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
-from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.runtime.watchdog import Watchdog, name_machine_errors
 
 WORLD = 3
 
@@ -89,13 +90,21 @@ def totals_and_values_of_all_ranks() -> None:
     assert collectives.gather_on_first_rank({rank: "x" * 1000 * rank}) == expected
 
 
-def fall_silent_during_an_exchange(limits: LimitsConfig) -> None:
-    lengths = torch.full((30,), 1_000_000)
-    with Watchdog(limits, Interrupt(limits), "RUN") as watchdog:
+def lose_a_rank_during_an_exchange(number: signal.Signals) -> None:
+    """SIGSTOP: as a node that hangs; SIGKILL: as one that runs out of memory."""
+    limits, lengths = LimitsConfig(silent_seconds=4 if number == signal.SIGSTOP else 60), torch.full((30,), 1_000_000)
+    print(f"pid {os.getpid()}", flush=True)
+    with Watchdog(limits, Interrupt(limits), "RUN") as watchdog, name_machine_errors(watchdog):
         watchdog.phase = Phase.CRITIC_UPDATE
         sleep(2)  # until all have read each other's phase
         if dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGSTOP)  # as a node that hangs
+            begin = dist.all_to_all_single
+
+            def begin_and_stop(*arguments: object, **options: object) -> None:
+                begin(*arguments, async_op=True, **options)
+                os.kill(os.getpid(), number)
+
+            dist.all_to_all_single = begin_and_stop
         Exchange(homes(lengths), Placement.everywhere(30))(torch.zeros(10_000_000), lengths)
 
 
@@ -107,4 +116,8 @@ if __name__ == "__main__":
         print("all examples passed")
         dist.destroy_process_group()
     else:
-        fall_silent_during_an_exchange(LimitsConfig(silent_seconds=4))
+        try:
+            lose_a_rank_during_an_exchange(signal.Signals[sys.argv[2]])
+        except MachineError as error:
+            print(f"{type(error).__name__}: {error}")
+            os._exit(error.exit_code)  # gloo's group, which has lost a rank, is not taken down

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 from megatron_vapo.data.exchange import Exchange, Placement, homes
 from megatron_vapo.errors import MachineError
 from tests.data.exchange_ranks import WORLD
-from tests.ranks import run_ranks
-
-HERE = Path(__file__).parent
+from tests.ranks import Forked, run_ranks
 
 
 @pytest.mark.slow
@@ -28,23 +26,26 @@ def test_what_arrives_is_what_gathering_everything_gives(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_rank_that_falls_silent_during_an_exchange_is_named(tmp_path: Path) -> None:
-    """The watchdog names it, and ends the ranks that wait for its rows."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    command = [sys.executable, "-m", "tests.data.exchange_ranks", tmp_path / "store", "falls silent"]
-    ranks = [
-        subprocess.Popen(command, env=variables | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
+@pytest.mark.parametrize(("signal", "what"), [("SIGSTOP", "was not heard of for 4 s"), ("SIGKILL", "has ended")])
+def test_a_rank_that_is_lost_during_an_exchange_is_named(tmp_path: Path, signal: str, what: str) -> None:
+    """And the ranks that wait for its rows end."""
+    words = ["-m", "tests.data.exchange_ranks", str(tmp_path / "store"), signal]
+    logs = [tmp_path / f"log {rank}" for rank in range(WORLD)]
+    places = [{"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(WORLD)]
+    ranks = [Forked(words, os.environ | place, log) for place, log in zip(places, logs, strict=True)]
     try:
-        said = ranks[0].communicate(timeout=120)[1]
-        codes = [ranks[rank].wait(timeout=120) for rank in (0, 2)]
+        deadline = time.monotonic() + 120
+        while None in (codes := [ranks[rank].poll() for rank in (0, 2)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
-    assert f"rank 1 (pid {ranks[1].pid}" in said and "its phase was: critic update" in said.replace("_", " ")
+    lost = logs[1].read_text().strip()
+    said = logs[0].read_text()
+    assert re.search(rf"rank 1 \({lost} on \S+\) {what}; its phase was: critic_update", said), said
     assert codes == [MachineError.exit_code] * 2
+    if signal == "SIGKILL":  # what all know is written once a node
+        assert "ProcessError" in said and "\nMachineError: rank 1" in logs[2].read_text()
 
 
 @pytest.fixture

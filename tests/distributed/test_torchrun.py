@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {key: reader.read(key, (0,) * len(shape), shape) for key, shape in reader.shapes.items()}
 
 
-def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:
+def test_a_dead_rank_is_named_and_ends_the_run(tmp_path: Path, checkpoint: Path, tiny_problems: Path) -> None:
     run_dir = tmp_path / "run"
     endless = ["steps=100000", "value_pretraining.enabled=false"]
     command = [*_torchrun(2), *_settings(run_dir, checkpoint, tiny_problems, *endless)]
@@ -113,6 +114,7 @@ def test_a_dead_rank_ends_the_run_within_a_minute(tmp_path: Path, checkpoint: Pa
     assert time.monotonic() - killed < 60
     assert launcher.returncode != 0
     assert "Signal 9 (SIGKILL)" in output
+    assert re.search(rf"rank 1 \(pid {ranks[-1].pid} on \S+\) has ended; its phase was: ", output), output
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
