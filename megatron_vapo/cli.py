@@ -148,9 +148,13 @@ def _pretrain_critic(options: argparse.Namespace) -> int:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    from megatron_vapo.recipe.load import load_recipe
+    from megatron_vapo.recipe.load import load_recipe, without_effect
 
-    return load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe(options.recipe, options.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for sentence in without_effect(options.recipe, options.overrides):
+            print(f"megatron-vapo: {sentence}", file=sys.stderr)
+    return recipe
 
 
 def _exit_code(finished: bool) -> int:

@@ -4,6 +4,7 @@ A recipe is a YAML file that chooses values for these dataclasses (`megatron_vap
 Types and values of one setting are checked by what stands here; what several settings forbid each other is
 `megatron_vapo.recipe.validate`. This module needs nothing but Python, so that losses and models can be used without
 recipes. Bounds are a field's metadata instead of pydantic's, whose models OmegaConf cannot merge or interpolate.
+Where a setting has no effect whatever its value is metadata too (`Condition`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,38 @@ SEED = Bounds("at least 0 and below 2**63", lambda value: 0 <= value < 2**63)
 SILENCE = Bounds("at least 2, or 0", lambda value: value == 0 or value >= 2)
 
 
-def setting(default: T, doc: str, bounds: Bounds | None = None, *, resume: bool = False) -> T:
+class Condition(NamedTuple):
+    """The recipes in which a setting acts: in others, no value of it changes anything."""
+
+    words: str
+    holds: Callable[[Recipe], bool]
+
+
+CRITIC = Condition("algorithm.advantage=gae", lambda recipe: recipe.uses_critic)
+NO_CRITIC = Condition("algorithm.advantage=group", lambda recipe: not recipe.uses_critic)
+FIXED_LAMBDA = Condition("algorithm.length_adaptive_gae=false", lambda recipe: not recipe.algorithm.length_adaptive_gae)
+ADAPTIVE_LAMBDA = Condition("algorithm.length_adaptive_gae=true", lambda recipe: recipe.algorithm.length_adaptive_gae)
+DECOUPLED = Condition("algorithm.decoupled_gae=true", lambda recipe: recipe.algorithm.decoupled_gae)
+CORRECTED = Condition(
+    "algorithm.importance.mode=truncate or mask, or auto beside an engine in FP8",
+    lambda recipe: recipe.resolved_algorithm.importance.mode != "none",
+)
+PRETRAINED = Condition("value_pretraining.enabled=true", lambda recipe: recipe.value_pretraining.enabled)
+PRETRAINED_HERE = Condition(
+    "value_pretraining.checkpoint=null", lambda recipe: recipe.value_pretraining.checkpoint is None
+)
+DYNAMIC = Condition("rollout.dynamic_sampling=true", lambda recipe: recipe.rollout.dynamic_sampling)
+PARTIAL = Condition("rollout.partial=true", lambda recipe: recipe.rollout.partial)
+
+
+def setting(
+    default: T,
+    doc: str,
+    bounds: Bounds | None = None,
+    *,
+    resume: bool = False,
+    acts: tuple[Condition, ...] = (),
+) -> T:
     """Return a dataclass field of a recipe.
 
     Args:
@@ -45,13 +77,14 @@ def setting(default: T, doc: str, bounds: Bounds | None = None, *, resume: bool 
         bounds: values of a number that are allowed; any finite number without.
         resume: whether the setting may change when a run is resumed. Any other would make it another run, or compare
             accuracies of different tests.
+        acts: conditions that must all hold for the setting to act.
     """
-    return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume})
+    return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume, "acts": acts})
 
 
-def group(settings: Callable[[], T], doc: str, *, resume: bool = False) -> T:
-    """Return a dataclass field of a recipe that holds several settings, which may all change where `resume` says so."""
-    return field(default_factory=settings, metadata={"doc": doc, "bounds": None, "resume": resume})
+def group(settings: Callable[[], T], doc: str, *, resume: bool = False, acts: tuple[Condition, ...] = ()) -> T:
+    """Return a dataclass field of a recipe that holds several settings; `resume` and `acts` are said of all of them."""
+    return field(default_factory=settings, metadata={"doc": doc, "bounds": None, "resume": resume, "acts": acts})
 
 
 @dataclass(frozen=True)
@@ -253,9 +286,10 @@ class ImportanceConfig:
         "token",
         "What w is. token: each token's exp(actor's - engine's log-prob). sequence: the product of these over the "
         "response, for all its tokens. geometric: their geometric mean over the response.",
+        acts=(CORRECTED,),
     )
     low: float | None = setting(None, "Smallest weight that mode=mask keeps. null: it keeps all below high.", FRACTION)
-    high: float = setting(2.0, "Largest weight that mode=truncate and mode=mask keep.", AT_LEAST_1)
+    high: float = setting(2.0, "Largest weight that mode=truncate and mode=mask keep.", AT_LEAST_1, acts=(CORRECTED,))
 
 
 @dataclass(frozen=True)
@@ -267,16 +301,25 @@ class AlgorithmConfig:
         "gae: a critic and generalized advantage estimation. group: the reward normalised in its prompt's group, no "
         "critic (GRPO, DAPO).",
     )
-    gamma: float = setting(1.0, "Discount a token.", FRACTION)
+    gamma: float = setting(1.0, "Discount a token.", FRACTION, acts=(CRITIC,))
     lambda_policy: float = setting(
-        0.95, "Lambda of the policy's advantages where length_adaptive_gae is off.", FRACTION
+        0.95,
+        "Lambda of the policy's advantages where length_adaptive_gae is off.",
+        FRACTION,
+        acts=(CRITIC, FIXED_LAMBDA),
     )
     length_adaptive_gae: bool = setting(
-        True, "Lambda of the policy's advantages is 1 - 1 / (alpha * response length), clamped to [0, 1]."
+        True,
+        "Lambda of the policy's advantages is 1 - 1 / (alpha * response length), clamped to [0, 1].",
+        acts=(CRITIC,),
     )
-    alpha: float = setting(0.05, "Alpha of length_adaptive_gae.", ABOVE_0)
-    decoupled_gae: bool = setting(True, "Value targets use lambda_critic. Off: they use the policy's lambda.")
-    lambda_critic: float = setting(1.0, "Lambda of value targets where decoupled_gae is on.", FRACTION)
+    alpha: float = setting(0.05, "Alpha of length_adaptive_gae.", ABOVE_0, acts=(CRITIC, ADAPTIVE_LAMBDA))
+    decoupled_gae: bool = setting(
+        True, "Value targets use lambda_critic. Off: they use the policy's lambda.", acts=(CRITIC,)
+    )
+    lambda_critic: float = setting(
+        1.0, "Lambda of value targets where decoupled_gae is on.", FRACTION, acts=(CRITIC, DECOUPLED)
+    )
     clip_low: float = setting(0.2, "The policy's ratio is clipped below at 1 - clip_low.", BELOW_1)
     clip_high: float = setting(
         0.28, "And above at 1 + clip_high (clip-higher); the symmetric clip of PPO is clip_high = clip_low.", AT_LEAST_0
@@ -315,9 +358,10 @@ class AlgorithmConfig:
         None,
         "Clip the value's change from the rollout's value, as PPO implementations do; null turns it off.",
         AT_LEAST_0,
+        acts=(CRITIC,),
     )
     group_divide_by_std: bool = setting(
-        True, "Divide group advantages by the group's standard deviation (advantage=group)."
+        True, "Divide group advantages by the group's standard deviation (advantage=group).", acts=(NO_CRITIC,)
     )
     whiten_advantages: bool = setting(
         False, "Shift and scale the advantages of a rollout batch to mean 0 and standard deviation 1 over its tokens."
@@ -334,19 +378,24 @@ class ValuePretrainingConfig:
         "Folder of a critic saved by an earlier run (its `critic_pretrained`), used instead of pretraining. null: "
         "pretrain.",
     )
-    max_steps: int = setting(50, "Rollout steps at most.", AT_LEAST_1)
+    max_steps: int = setting(50, "Rollout steps at most.", AT_LEAST_1, acts=(PRETRAINED, PRETRAINED_HERE))
     target_explained_variance: float = setting(
-        0.95, "Stop once the explained variance, measured on new rollouts before training on them, reaches this."
+        0.95,
+        "Stop once the explained variance, measured on new rollouts before training on them, reaches this.",
+        acts=(PRETRAINED, PRETRAINED_HERE),
     )
     judged_rollouts: int = setting(
         3,
         "The explained variance that is compared with target_explained_variance is the mean over so many rollouts: "
         "that of one scatters.",
         AT_LEAST_1,
+        acts=(PRETRAINED, PRETRAINED_HERE),
     )
-    epochs: int = setting(1, "Passes over each rollout batch.", AT_LEAST_1)
+    epochs: int = setting(1, "Passes over each rollout batch.", AT_LEAST_1, acts=(PRETRAINED, PRETRAINED_HERE))
     reset_optimizer: bool = setting(
-        False, "Start VAPO with fresh critic optimizer states instead of those that pretraining left."
+        False,
+        "Start VAPO with fresh critic optimizer states instead of those that pretraining left.",
+        acts=(PRETRAINED,),
     )
 
 
@@ -471,7 +520,10 @@ class RolloutConfig:
     sampling: SamplingConfig = group(SamplingConfig, "How the tokens that are trained on are drawn.")
     dynamic_sampling: bool = setting(False, "Draw new prompts for groups that are all right or all wrong (DAPO).")
     dynamic_sampling_rounds: int = setting(
-        10, "Rounds of new prompts at most; then groups with equal rewards fill the batch.", AT_LEAST_1
+        10,
+        "Rounds of new prompts at most; then groups with equal rewards fill the batch.",
+        AT_LEAST_1,
+        acts=(DYNAMIC,),
     )
     over_sampling: float = setting(
         1.0,
@@ -486,6 +538,7 @@ class RolloutConfig:
         0,
         "Steps by which the weights that began a response may be older than the actor; older ones are begun anew.",
         AT_LEAST_0,
+        acts=(PARTIAL,),
     )
     step_seconds: float | None = setting(
         None,
@@ -766,9 +819,11 @@ class Recipe:
     )
     model: ModelConfig = group(ModelConfig, "The base model.")
     actor: ActorConfig = group(ActorConfig, "The policy.")
-    critic: CriticConfig = group(CriticConfig, "The critic.")
+    critic: CriticConfig = group(CriticConfig, "The critic.", acts=(CRITIC,))
     algorithm: AlgorithmConfig = group(AlgorithmConfig, "Advantages and losses.")
-    value_pretraining: ValuePretrainingConfig = group(ValuePretrainingConfig, "The critic's training before VAPO.")
+    value_pretraining: ValuePretrainingConfig = group(
+        ValuePretrainingConfig, "The critic's training before VAPO.", acts=(CRITIC,)
+    )
     rollout: RolloutConfig = group(RolloutConfig, "Responses that steps train on.")
     data: DataConfig = group(DataConfig, "Prompts that steps draw from.")
     reward: RewardConfig = group(RewardConfig, "The answer checker and other rewards.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +61,49 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
     return recipe
+
+
+def without_effect(path: str | Path, overrides: Iterable[str] = ()) -> list[str]:
+    """Return a sentence for each setting that a recipe's own file, or an override, names in vain.
+
+    A file answers for itself: what only an override leaves without effect, as `algorithm=grpo` leaves the critic's
+    settings, is not reported of it. Nothing is reported of bases, nor of the files of algorithms.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    overrides = list(overrides)
+    recipe = load_recipe(path, overrides)
+    try:
+        alone = load_recipe(path)
+    except RecipeError:  # it leaves to overrides what a run needs
+        alone = recipe
+    content = _read_yaml(Path(path))
+    content.pop("base", None)
+    vain = _vain((str(path), content), alone)
+    for override in overrides:
+        vain += _vain(_parse_override(override), recipe)
+    return vain
+
+
+def _vain(source: Source, recipe: Recipe) -> list[str]:
+    _, (where, content) = _take_preset(source)
+    sentences = []
+    for key in _leaves(content, ""):
+        missing = [condition.words for condition in SCHEMA[key].acts if not condition.holds(recipe)]
+        if missing:
+            sentences.append(f"{where}: {key} has no effect: it acts where {' and '.join(missing)}")
+    return sentences
+
+
+def _leaves(content: Mapping[str, Any], group: str) -> Iterator[str]:
+    """The keys of the settings, not of groups, that `content` of a group has."""
+    for name, value in content.items():
+        setting = SCHEMA[f"{group}{name}"]
+        if setting.is_group:
+            yield from _leaves(value, f"{setting.key}.")
+        else:
+            yield setting.key
 
 
 def with_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:

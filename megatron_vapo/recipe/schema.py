@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
-from megatron_vapo.config import Bounds, Recipe
+from megatron_vapo.config import Bounds, Condition, Recipe
 
 
 class Setting(NamedTuple):
@@ -18,6 +18,8 @@ class Setting(NamedTuple):
     bounds: Bounds | None
     may_change: bool
     """Whether a run that is resumed may have another value."""
+    acts: tuple[Condition, ...]
+    """What must hold for it to have an effect, for the groups that it stands in too."""
 
     @property
     def is_group(self) -> bool:
@@ -25,19 +27,24 @@ class Setting(NamedTuple):
         return is_dataclass(self.type)
 
 
-def _walk(schema: type, prefix: str, may_change: bool) -> Iterator[Setting]:
+def _walk(schema: type, prefix: str, may_change: bool, acts: tuple[Condition, ...]) -> Iterator[Setting]:
     types = get_type_hints(schema)
     for field in fields(schema):
         facts = field.metadata
         setting = Setting(
-            prefix + field.name, types[field.name], facts["doc"], facts["bounds"], may_change or facts["resume"]
+            prefix + field.name,
+            types[field.name],
+            facts["doc"],
+            facts["bounds"],
+            may_change or facts["resume"],
+            (*acts, *facts["acts"]),
         )
         yield setting
         if setting.is_group:
-            yield from _walk(setting.type, f"{setting.key}.", setting.may_change)
+            yield from _walk(setting.type, f"{setting.key}.", setting.may_change, setting.acts)
 
 
-SCHEMA = {setting.key: setting for setting in _walk(Recipe, "", False)}
+SCHEMA = {setting.key: setting for setting in _walk(Recipe, "", False, ())}
 """Every setting and every group by its key, in the order of `config.py`."""
 
 

@@ -124,6 +124,14 @@ def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -
     assert finish(start("--version")).strip() == f"megatron-vapo {version('megatron-vapo')}"
 
 
+def test_a_setting_that_is_named_in_vain_is_told(command: Callable[..., Answer]) -> None:
+    answer = command("train", "recipe.yaml", "algorithm=grpo", "algorithm.gamma=0.9", "--dry-run")
+    assert answer.code == 0 and "ready to run" in answer.output
+    assert answer.errors.strip() == (
+        "megatron-vapo: algorithm.gamma=0.9: algorithm.gamma has no effect: it acts where algorithm.advantage=gae"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

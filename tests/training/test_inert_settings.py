@@ -1,0 +1,116 @@
+"""No setting of the algorithm is silently without effect: where none of its values changes what is trained on,
+`megatron_vapo.config` says so (`Condition`), and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vapo.config import AlgorithmConfig, Recipe
+from megatron_vapo.data.experience import Experience
+from megatron_vapo.errors import RecipeError
+from megatron_vapo.recipe.load import load_recipe, with_overrides
+from megatron_vapo.recipe.schema import SCHEMA, Setting, value_of
+from megatron_vapo.recipe.validate import validate
+from megatron_vapo.training.objectives import policy_objective, value_objective, with_advantages
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SETTINGS = [setting for key, setting in SCHEMA.items() if key.startswith("algorithm.") and not setting.is_group]
+pytestmark = pytest.mark.usefixtures("world")  # whitening sums over processes
+RESPONSES = [1, 25, 20, 7, 40, 30, 33, 12]
+
+MORE = {
+    "a mask on importance": ["algorithm.importance.mode=mask", "algorithm.importance.low=0.5"],
+    "the engine's log-probs": ["algorithm.old_logprobs=rollout", "algorithm.beyond_clip=mask"],
+}
+"""Settings that no published recipe has, beside those of the tiny one."""
+
+
+def algorithms() -> Iterator[Any]:
+    """A recipe for each of the algorithms that published recipes have."""
+    seen = []
+    for path in sorted(RECIPES.rglob("*.yaml")):
+        if "parts" not in path.parts and (recipe := load_recipe(path)).resolved_algorithm not in seen:
+            seen.append(recipe.resolved_algorithm)
+            yield pytest.param(recipe, id=str(path.relative_to(RECIPES)))
+    for name, overrides in MORE.items():
+        yield pytest.param(load_recipe(RECIPES / "tiny.yaml", overrides), id=name)
+
+
+def others(setting: Setting, value: Any) -> list[Any]:
+    """Other values of a setting, on both sides of its own."""
+    if get_origin(setting.type) is Literal:
+        values = list(get_args(setting.type))
+    elif setting.type is bool:
+        values = [False, True]
+    else:
+        values = [0.0, 0.05, 0.5, 0.9, 1.0, 1.01, 1.5, 5.0]
+    values += ["null"] if type(None) in get_args(setting.type) else []
+    return [v for v in values if v != value and not (v == "null" and value is None)]
+
+
+@pytest.fixture(scope="module")
+def rolled_out(make_experience) -> Experience:
+    """Groups that are all right, all wrong and mixed; one response is truncated, one penalised for its length."""
+    outcomes = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
+    rewards = outcomes - 0.5 * (torch.arange(8) == 4)
+    batch = make_experience([2] * 8, RESPONSES, outcomes=outcomes, rewards=rewards, truncated=torch.arange(8) == 6)
+    return replace(batch, advantages=None, returns=None)
+
+
+def trained_on(batch: Experience, algorithm: AlgorithmConfig, critic: bool) -> list[Tensor]:
+    """The numbers that reach the models: the losses, and their gradients by token."""
+    estimated = with_advantages(batch, algorithm)
+    noise = torch.randn(3, sum(RESPONSES), generator=torch.Generator().manual_seed(0))
+    models: list[Any] = [(policy_objective, (batch.require("logprobs") + noise[0], noise[1].abs()))]
+    if critic:
+        models.append((value_objective, (batch.require("values") + noise[2],)))
+    numbers = []
+    for objective, outputs in models:
+        first = outputs[0].clone().requires_grad_()
+        loss, _ = objective(estimated, algorithm)((first, *outputs[1:]), torch.arange(sum(RESPONSES)))
+        numbers += [loss.detach(), *torch.autograd.grad(loss, first)]
+    return numbers
+
+
+def changes(recipe: Recipe, setting: Setting, batch: Experience) -> bool | None:
+    """Whether another value of the setting changes what is trained on; None where none other is to be had: they are
+    refused, or mean the same."""
+    plain = trained_on(batch, recipe.resolved_algorithm, recipe.uses_critic)
+    allowed = False
+    for value in others(setting, value_of(recipe, setting.key)):
+        changed = with_overrides(recipe, [f"{setting.key}={value}"])
+        try:
+            validate(changed)
+        except RecipeError:
+            continue
+        if changed.resolved_algorithm == recipe.resolved_algorithm:
+            continue
+        allowed = True
+        numbers = trained_on(batch, changed.resolved_algorithm, changed.uses_critic)
+        if len(numbers) != len(plain) or not all(map(torch.equal, numbers, plain)):
+            return True
+    return False if allowed else None
+
+
+@pytest.mark.parametrize("recipe", algorithms())
+def test_settings_act_where_they_say_so(recipe: Recipe, rolled_out: Experience) -> None:
+    for setting in SETTINGS:
+        says = all(condition.holds(recipe) for condition in setting.acts)
+        if setting.key == "algorithm.decoupled_gae" and not recipe.algorithm.length_adaptive_gae:
+            # Two lambdas are one where a recipe makes them equal.
+            says = says and recipe.algorithm.lambda_policy != recipe.algorithm.lambda_critic
+        assert changes(recipe, setting, rolled_out) in (says, None), setting.key
+
+
+def test_every_condition_is_met_by_one_recipe_and_missed_by_another() -> None:
+    recipes = [param.values[0] for param in algorithms()]
+    for setting in SETTINGS:
+        for condition in setting.acts:
+            assert {condition.holds(recipe) for recipe in recipes} == {True, False}, (setting.key, condition.words)
