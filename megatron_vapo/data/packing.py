@@ -3,7 +3,8 @@
 Every process makes the same plan from the lengths alone, so nothing is communicated. Order of samples never changes a
 loss, because losses carry denominators of the whole minibatch.
 
-Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens in it that are trained on.
+Legend: S packed tokens of a micro-batch, n sequences in it, t response tokens in it that are trained on, of T in the
+batch.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class MicroBatch:
     cu_seqlens: Tensor
     """[n + 1] int64, padding included."""
     predictors: Tensor
-    """[t] rows of S whose output predicts a response token: the row before it."""
+    """[t] rows of S whose output predicts such a token: the row before it."""
     targets: Tensor
-    """[t] the response tokens."""
+    """[t] these tokens."""
     token_index: Tensor
-    """[t] where these tokens stand among the T response tokens of the batch."""
+    """[t] where they stand among the T."""
 
     def context_shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
         """The rows of one context-parallel rank: chunks `rank` and `2 * size - 1 - rank` of each sequence's 2 * size
@@ -132,17 +133,18 @@ def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch
     tokens[ranges(starts, lengths)] = batch.tokens[ranges(sequence_starts, lengths)]
     responses = batch.response_lengths[chosen]
     first_predictor = starts + batch.prompt_lengths[chosen] - 1
-    predictors, token_index = ranges(first_predictor, responses), ranges(batch.cu_seqlens[:-1][chosen], responses)
-    if batch.trained is not None:
-        trained = batch.trained[token_index]
-        predictors, token_index = predictors[trained], token_index[trained]
+    predictors = ranges(first_predictor, responses)
+    trained_lengths = batch.response_lengths
+    if batch.trained is not None and batch.trained_lengths is not None:
+        predictors = predictors[batch.trained[ranges(batch.cu_seqlens[:-1][chosen], responses)]]
+        trained_lengths = batch.trained_lengths
     return MicroBatch(
         tokens=tokens,
         positions=ranges(torch.zeros_like(padded), padded),
         cu_seqlens=cu_seqlens,
         predictors=predictors,
         targets=tokens[predictors + 1],
-        token_index=token_index,
+        token_index=ranges(offsets(trained_lengths)[:-1][chosen], trained_lengths[chosen]),
     )
 
 

@@ -92,7 +92,8 @@ class ParallelModel(ABC):
             module.eval()
         parts = self.run_schedule(self.modules, micros, _keep_outputs, forward_only=True)
         back = Exchange(self.owners(part.placement), batch.placement)
-        return tuple(back(output, batch.whole.response_lengths) for output in self.assemble(parts, part))
+        lengths = batch.whole.only_trained.response_lengths
+        return tuple(batch.over_all(back(output, lengths)) for output in self.assemble(parts, part))
 
     @property
     def packing(self) -> PackingRule:
@@ -189,14 +190,15 @@ class ParallelModel(ABC):
         return self.config.transformer_impl == "local"
 
     def assemble(self, parts: list[dict[str, Any]], batch: Experience) -> list[Tensor]:
-        """Join the `outputs` ([t] each) of this rank's micro-batches by their `token_index [t]`: tensors [T] on the
-        host, on the ranks that `owners` names, and [0] elsewhere.
+        """Join the `outputs` ([t] each) of this rank's micro-batches by their `token_index [t]`: tensors on the host of
+        all response tokens that are trained on, on the ranks that `owners` names, and [0] elsewhere.
 
         Args:
             batch: what the micro-batches were packed from (`part`).
         """
         owns = self.layout.owns_outputs
-        joined = torch.zeros(self.output_count, batch.response_tokens if owns else 0, device=self.device)
+        tokens = batch.only_trained.response_tokens if owns else 0
+        joined = torch.zeros(self.output_count, tokens, device=self.device)
         if owns:
             for part in parts:
                 joined[:, part["token_index"].to(self.device)] = torch.stack(part["outputs"])

@@ -41,8 +41,8 @@ class Rollout:
 
     @property
     def sampled_tokens(self) -> int:
-        """Response tokens, those that no batch holds included; a replayed batch counts as sampled."""
-        return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.response_tokens))
+        """Response tokens that engines wrote, with those that no batch holds; a replayed batch counts as sampled."""
+        return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.only_trained.response_tokens))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,17 @@ CLIPPED_BY = ("nothing", "low", "high", "dual")
 
 
 def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
-    """Add advantages, and value targets where there is a critic."""
+    """Add advantages, and value targets where there is a critic.
+
+    Tokens that the policy did not write are skipped: the value at a token that it wrote is bootstrapped from that at
+    the next one it wrote, a response is as long as what it wrote, and its outcome is at the last token that it wrote.
+    """
+    estimated = _with_advantages(batch.only_trained, algorithm)
+    returns = None if estimated.returns is None else batch.over_all(estimated.returns)
+    return replace(batch, advantages=batch.over_all(estimated.require("advantages")), returns=returns)
+
+
+def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
     if algorithm.advantage == "group":
         per_response = advantages.group_normalized_advantages(
             batch.whole.rewards, batch.whole.groups, divide_by_std=algorithm.group_divide_by_std
@@ -58,10 +68,14 @@ def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tens
 
 
 def monte_carlo_returns(batch: Experience, gamma: float) -> Experience:
-    """Add the value targets of value pretraining: the discounted reward to go (lambda 1)."""
-    token_rewards = advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
-    returns = advantages.lambda_returns(token_rewards, batch.require("values"), batch.cu_seqlens, gamma, 1.0)
-    return replace(batch, returns=returns)
+    """Add the value targets of value pretraining: the discounted reward to go (lambda 1).
+
+    Tokens that the policy did not write are skipped, and discount nothing.
+    """
+    trained = batch.only_trained
+    token_rewards = advantages.outcome_token_rewards(trained.rewards, trained.cu_seqlens)
+    returns = advantages.lambda_returns(token_rewards, trained.require("values"), trained.cu_seqlens, gamma, 1.0)
+    return replace(batch, returns=batch.over_all(returns))
 
 
 def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
@@ -120,11 +134,13 @@ def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
 
 def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """Return what the policy loss saw of each token in its last update: its ratio [T] float32, and the bound that cut
-    its gradient off [T] uint8, an index of `CLIPPED_BY`."""
+    its gradient off [T] uint8, an index of `CLIPPED_BY`; both 0 at tokens that are not trained on."""
+    every, batch = batch, batch.only_trained
     ratios = losses.log_ratio(batch.require("update_logprobs"), _old_logprobs(batch, algorithm)).exp()
     settings = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.beyond_clip
     bounds = losses.clipped(ratios, batch.require("advantages"), *settings)
-    return ratios, sum((index * bound for index, bound in enumerate(bounds, 1)), torch.tensor(0)).to(torch.uint8)
+    bound_T = sum((index * bound for index, bound in enumerate(bounds, 1)), torch.tensor(0)).to(torch.uint8)
+    return every.over_all(ratios), every.over_all(bound_T)
 
 
 def _importance(

@@ -1,6 +1,7 @@
 """Numbers of a step for the record, and rows of responses to read.
 
-Each process sums up the tokens that are at home with it; totals over processes give the same metrics to all.
+Each process sums up the tokens that are at home with it; totals over processes give the same metrics to all. Tokens are
+those that the policy wrote, and a response is as long as what it wrote (`Experience.only_trained`).
 """
 
 from __future__ import annotations
@@ -53,9 +54,12 @@ def of_step(
         state: after the step.
         gamma: discount of the returns that the critic's values are compared with.
     """
+    observed = observation_metrics(batch.whole)
+    batch = batch.only_trained
     tokens = batch.whole.response_tokens
     return (
         rollout_metrics(batch.whole)
+        | observed
         | token_metrics(batch)
         | critic_metrics(batch, gamma)
         | updates
@@ -88,6 +92,13 @@ def rollout_metrics(batch: Responses) -> dict[str, float]:
     return metrics
 
 
+def observation_metrics(batch: Responses) -> dict[str, float]:
+    """Return how many tokens of a response the policy did not write; nothing where it wrote all."""
+    if batch.trained_lengths is None:
+        return {}
+    return {"response/observed_mean": float((batch.response_lengths - batch.trained_lengths).double().mean())}
+
+
 def check_logprobs(batch: Experience, limit: float | None) -> None:
     """Refuse to train on a batch that the engine drew from other probabilities than the actor's.
 
@@ -109,7 +120,8 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
 
 
 def _logprob_differences(batch: Experience) -> tuple[Tensor, float]:
-    return logprob_differences(batch.require("logprobs"), batch.require("rollout_logprobs"), MISMATCH_THRESHOLD)
+    trained = batch.only_trained
+    return logprob_differences(trained.require("logprobs"), trained.require("rollout_logprobs"), MISMATCH_THRESHOLD)
 
 
 def token_metrics(batch: Experience) -> dict[str, float]:

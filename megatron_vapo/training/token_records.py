@@ -39,6 +39,7 @@ BINS = 10
 _KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _FLOATS_PER_TOKEN = 7  # rollout_logprobs, logprobs, entropy, values, advantages, returns, ratios
 _BYTES_PER_TOKEN = 8 + 4 * _FLOATS_PER_TOKEN + 1
+_BYTES_PER_MARK = 1
 _BYTES_PER_PROMPT_TOKEN, _BYTES_PER_RESPONSE = 8, 64
 _ANSWER = 200
 """Characters that are kept of a reference answer, which may be a whole program: answers are no part of the bound."""
@@ -194,8 +195,9 @@ def kept_responses(batch: Responses, limit: int) -> Tensor:
 
     Nothing but size decides, so that what is kept represents the step.
     """
+    per_token = _BYTES_PER_TOKEN + (0 if batch.trained_lengths is None else _BYTES_PER_MARK)
     sizes = (
-        _BYTES_PER_TOKEN * batch.response_lengths
+        per_token * batch.response_lengths
         + _BYTES_PER_PROMPT_TOKEN * batch.sequence_lengths.sub(batch.response_lengths)
         + _BYTES_PER_RESPONSE
     )
@@ -208,6 +210,7 @@ def kept_responses(batch: Responses, limit: int) -> Tensor:
 
 def critic_calibration(batch: Experience) -> Tensor:
     """Return `TokenRecord.calibration` of all responses."""
+    batch = batch.only_trained
     predicted = (batch.require("values") + 1) / 2
     sums = calibration_sums(predicted, batch.per_token(batch.correct).float(), BINS)
     return calibration_of(sum_over_ranks({"calibration": sums})["calibration"]).float()

@@ -21,7 +21,8 @@ from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.sampling.seeds import seeds
 
 Objective = Callable[[Experience, AlgorithmConfig], Loss]
-"""Binds a loss to a minibatch (`training.objectives`)."""
+"""Binds a loss to a minibatch that has no other response tokens than those that are trained on
+(`Experience.only_trained`)."""
 
 
 _READ = {"critic": ("returns", "values"), "actor": ("rollout_logprobs", "logprobs", "advantages")}
@@ -29,7 +30,7 @@ _READ = {"critic": ("returns", "values"), "actor": ("rollout_logprobs", "logprob
 
 
 class SeenOutputs:
-    """Collects what a model returned for each token of a batch in the last epoch of its updates.
+    """Collects what a model returned for each token that is trained on in the last epoch of its updates.
 
     Outputs stay on the device until `gather`: reading them between micro-batches would make the device wait.
     """
@@ -54,13 +55,15 @@ class SeenOutputs:
         return watched
 
     def gather(self, model: ParallelModel, batch: Experience) -> Outputs:
-        """Return the outputs for the response tokens of this process's share of the batch [T]."""
+        """Return the outputs for the response tokens of this process's share of the batch [T], 0 at tokens that are not
+        trained on."""
         owners = [(indices, model.owners(part.placement)) for indices, part, _ in self._minibatches]
         seen = [model.assemble(parts, part) for _, part, parts in self._minibatches]
         ranks = range(dist.get_world_size())
         held = Placement.of([torch.cat([indices[owner.on(rank)] for indices, owner in owners]) for rank in ranks])
         back = Exchange(held, batch.placement)
-        return tuple(back(torch.cat(output), batch.whole.response_lengths) for output in zip(*seen, strict=True))
+        lengths = batch.whole.only_trained.response_lengths
+        return tuple(batch.over_all(back(torch.cat(output), lengths)) for output in zip(*seen, strict=True))
 
 
 class MinibatchUpdates:
@@ -126,7 +129,7 @@ def part_and_loss(
         indices: the responses of `batch.whole` that the minibatch is made of.
     """
     part = model.part(batch, _READ[model.name], indices)
-    return part, objective(part, algorithm) if model.layout.last_stage else _no_loss
+    return part, objective(part.only_trained, algorithm) if model.layout.last_stage else _no_loss
 
 
 def _no_loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
