@@ -269,9 +269,7 @@ def forking_sglang_python(sglang_python: str, tmp_path_factory: pytest.TempPathF
     wrapper = tmp_path_factory.mktemp("sglang") / "python"
     script = REPOSITORY / "tests" / "rollout" / "forked_sglang.py"
     wrapper.write_text(
-        "#!/bin/sh\n"
-        f'[ "$1 $2" != "-m sglang.launch_server" ] || {{ shift 2; set -- "{script}" "$@"; }}\n'
-        f'exec "{sglang_python}" "$@"\n'
+        f'#!/bin/sh\ncase $1 in */server_main.py) set -- "{script}" "$@";; esac\nexec "{sglang_python}" "$@"\n'
     )
     wrapper.chmod(0o755)
     return str(wrapper)

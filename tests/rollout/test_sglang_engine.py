@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from benchmarks.records import records
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.commands.train import _until_stopped
 from megatron_vapo.config import SamplingConfig
@@ -297,7 +298,7 @@ def test_after_too_many_failures_the_run_stops_with_the_servers_last_words_and_a
     assert (run.folder / "checkpoints" / "latest" / "state.json").exists()
 
 
-def test_no_server_outlives_a_killed_trainer(
+def test_a_server_heeds_no_signal_to_its_processes_and_does_not_outlive_a_killed_trainer(
     sglang_python: str, make_checkpoint: Callable[..., Path], tiny_problems: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"steps": 100000}))
@@ -309,13 +310,26 @@ def test_no_server_outlives_a_killed_trainer(
     ]
     command += [f"rollout.sglang.python={sglang_python}", "value_pretraining.enabled=false"]
     trainer = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    run = tmp_path / "run"
     deadline = time.monotonic() + 300
-    while not (metrics.exists() and metrics.read_text()):
-        assert trainer.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+
+    def until(condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert trainer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+
+    until(lambda: bool(records(run, "train")))
     started = psutil.Process(trainer.pid).children(recursive=True)
-    assert any("sglang" in " ".join(process.cmdline()) for process in started)
+    (supervisor,) = [process for process in started if "supervisor.py" in " ".join(process.cmdline())]
+    server = [supervisor, *supervisor.children(recursive=True)]
+    assert len(server) >= 5, "with the server, scheduler, detokenizer and multiprocessing's resource tracker"
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for process in server:
+            process.send_signal(number)
+    answered = len(records(run, "train"))
+    until(lambda: len(records(run, "train")) > answered + 2)
+    assert all(record["rollout/restarts"] == 0 for record in records(run, "train"))
+    assert all(process.is_running() for process in server)
     assert "Bearer" not in "".join(" ".join(process.cmdline()) for process in started)
     trainer.kill()
     trainer.wait()

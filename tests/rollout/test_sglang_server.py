@@ -20,7 +20,7 @@ import pytest
 
 from megatron_vapo.errors import RolloutError
 from megatron_vapo.rollout.sglang import server as server_module
-from megatron_vapo.rollout.sglang import supervisor
+from megatron_vapo.rollout.sglang import server_main, supervisor
 from megatron_vapo.rollout.sglang.server import Address, Server, ServerSettings, free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,6 +31,7 @@ FAKE_LAUNCH_SERVER = '''
 """Stands for sglang.launch_server: the same arguments, and children as unruly as can be."""
 import argparse, json, os, signal, subprocess, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--host")
@@ -41,6 +42,7 @@ parser.add_argument("--mode", default="serve")
 parser.add_argument("--flag", action="store_true")
 arguments = parser.parse_args()
 signal.signal(signal.SIGTERM, lambda *_: os._exit(4))  # SGLang has a handler of its own too
+resource_tracker.ensure_running()  # as multiprocessing does before the first process that it spawns
 with open(arguments.config) as config:
     key = config.read().split('"')[1]
 readable_by_others = os.stat(arguments.config).st_mode & 0o077
@@ -75,7 +77,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
+try:
+    server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
+except OSError as error:
+    print(error, *["of a thread that hears of it later"] * 100, sep="\\n", flush=True)
+    sys.exit(3)
 report = {"environment": dict(os.environ), "arguments": sys.argv[1:], "public": readable_by_others}
 with open(arguments.report + ".part", "w") as file:
     json.dump(report, file)
@@ -143,14 +149,12 @@ def _note_earlier_children() -> None:
 
 
 def tree(owner: int) -> list[psutil.Process]:
-    """Supervisor, server and the server's three children."""
+    """Supervisor, server, the server's three children and multiprocessing's resource tracker."""
     return [process for process in psutil.Process(owner).children(recursive=True) if process not in EARLIER]
 
 
 def server_process(processes: list[psutil.Process]) -> psutil.Process:
-    (server,) = [
-        p for p in processes if "sglang.launch_server" in p.cmdline() and supervisor.__file__ not in p.cmdline()
-    ]
+    (server,) = [p for p in processes if server_main.__file__ in p.cmdline() and supervisor.__file__ not in p.cmdline()]
     return server
 
 
@@ -163,7 +167,7 @@ def test_a_server_starts_and_stops_with_all_its_processes(start: Callable[..., S
     server = start()
     assert server.running and answers(server.address)
     processes = tree(os.getpid())
-    assert len(processes) == 5 and len({os.getsid(process.pid) for process in processes}) >= 3
+    assert len(processes) == 6 and len({os.getsid(process.pid) for process in processes}) >= 3
     assert server.resident_bytes() > 2**20
     server.stop()
     assert not server.running
@@ -175,11 +179,26 @@ def test_signals_to_the_whole_job_leave_a_server_alone(start: Callable[..., Serv
     """Slurm with proctrack/linuxproc sends time limits and pre-emption to all processes; the trainer answers them."""
     server = start()
     processes = tree(os.getpid())
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         for process in processes:
             process.send_signal(number)
     assert answers(server.address) and server.running
     assert all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_a_signal_from_before_the_server_began_is_lost(tmp_path: Path) -> None:
+    """It waits, blocked by the supervisor, until multiprocessing unblocks it."""
+
+    def wait_for_me() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang" / "launch_server.py").write_text("raise SystemExit(7)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run([sys.executable, server_main.__file__], env=environment, preexec_fn=wait_for_me)
+    assert ended.returncode == 7
 
 
 def test_the_key_is_seen_by_nobody(start: Callable[..., Server], settings: ServerSettings, tmp_path: Path) -> None:
@@ -282,7 +301,7 @@ def test_nothing_outlives_its_owner(settings: ServerSettings, how: signal.Signal
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as owner:
         assert owner.stdout.readline() == b"up\n"
         processes = tree(owner.pid)
-        assert len(processes) == 5
+        assert len(processes) == 6
         if stopped:
             server = server_process(processes)
             for process in [server, *server.children(recursive=True)]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import socket
 import subprocess
@@ -14,13 +15,13 @@ from pathlib import Path
 import psutil
 
 from megatron_vapo.errors import RolloutError
-from megatron_vapo.rollout.sglang import supervisor
+from megatron_vapo.rollout.sglang import server_main, supervisor
 from megatron_vapo.rollout.sglang.environment import inherited
 
 _PORT_ATTEMPTS = 5
 _END_S = 60.0
 _POLL_S = 0.2
-_SERVER = "sglang.launch_server"
+_TAKEN = re.compile(r"address already in use| at \d+ is not available", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Server:
             if self._wait(answers):
                 return
             if not self._port_was_taken():
+                why = "did not start"
                 break
+        else:
+            why = f"did not start: each of {_PORT_ATTEMPTS} ports was already in use"
         self.stop()
-        raise RolloutError(f"the SGLang server did not start; the end of {settings.log}:\n{self.last_lines()}")
+        raise RolloutError(f"the SGLang server {why}; the end of {settings.log}:\n{self.last_lines()}")
 
     @property
     def running(self) -> bool:
@@ -103,10 +107,7 @@ class Server:
 
     def last_lines(self, count: int = 15) -> str:
         """Return the end of its log, since it was started last."""
-        with open(self._settings.log, "rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
-        return "\n".join(line[:500] for line in lines[-count:])
+        return "\n".join(line[:500] for line in self._said().splitlines()[-count:])
 
     def _launch(self) -> subprocess.Popen[bytes]:
         port = self.address.url.rpartition(":")[2]
@@ -116,7 +117,7 @@ class Server:
         # -P: this folder, of which a module is called requests, is not to be searched for imports.
         supervised = [sys.executable, "-P", supervisor.__file__, str(self._settings.log)]
         process = subprocess.Popen(
-            [*supervised, self._settings.python, "-m", _SERVER, *words],
+            [*supervised, self._settings.python, server_main.__file__, *words],
             stdin=subprocess.PIPE,
             env=inherited() | dict(self._settings.environment),
             start_new_session=True,  # signals to the trainer's group are the trainer's to answer
@@ -134,9 +135,15 @@ class Server:
             time.sleep(_POLL_S)
         return False
 
+    def _said(self) -> str:
+        """Return its log since it was started last."""
+        with open(self._settings.log, "rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
     def _port_was_taken(self) -> bool:
-        text = self.last_lines(60).lower()
-        return not self.running and ("address already in use" in text or "is not available" in text)
+        """Return whether it ended for that; SGLang's threads may have written much since then."""
+        return not self.running and _TAKEN.search(self._said()) is not None
 
 
 def free_port() -> int:

@@ -4,9 +4,8 @@ It is started as `python supervisor.py LOG COMMAND...`, with the API key on stdi
 
 1. The server gets its key in a file that only its user can read: arguments are public in process lists.
 2. Its output goes to LOG with the key blotted out, for SGLang prints its settings.
-3. SIGTERM and SIGUSR1, which Slurm may send to all processes of a job, are the trainer's to answer: blocked here, they
-   stay blocked in the server, which would drain and end, or end at once. (Ignoring them would not last: SGLang has a
-   handler of its own.)
+3. SIGTERM, SIGINT and SIGUSR1, which Slurm may send to all processes of a job, are the trainer's to answer. They are
+   blocked here and at the server's start; server_main.py keeps them blocked.
 4. Once the trainer's end of stdin closes, whatever way the trainer ended, or the server's own process ends, every
    process that the server started is killed. Orphans among them become this process's children, so none is missed.
 
@@ -34,7 +33,7 @@ def main(log_path: str, command: list[str]) -> int:
     """Run the server to its end; returns its exit status."""
     key = sys.stdin.readline().strip()
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as settings, open(log_path, "ab", buffering=0) as log:
         settings.write(f'api-key: "{key}"\n')
         settings.flush()
