@@ -149,7 +149,8 @@ def take_updates(case: Case, folder: Path) -> dict:
     from megatron_vapo.models.roles import Actor, Critic
     from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.training import objectives
-    from megatron_vapo.training.updates import Objective, part_and_loss
+    from megatron_vapo.training.objectives import Objective
+    from megatron_vapo.training.updates import part_and_loss
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import torch_dtype
 
@@ -170,11 +171,11 @@ def take_updates(case: Case, folder: Path) -> dict:
     forward = replace(batch, values=values, logprobs=logprobs, entropy=entropy).on_first_rank(everything)
 
     def updates(trainer: Trainer, objective: Objective) -> list[dict[str, float]]:
-        taken = (part_and_loss(trainer.model, objective, batch, ALGORITHM, everything) for _ in range(UPDATES))
+        taken = (part_and_loss(trainer.model, objective, batch, everything) for _ in range(UPDATES))
         return [trainer.update(part, loss) for part, loss in taken]
 
-    critic_steps = updates(critic, objectives.value_objective)
-    actor_steps = updates(actor, objectives.policy_objective)
+    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM))
+    actor_steps = updates(actor, objectives.actor_objective(ALGORITHM, actor.model.sum_over_sequence_ranks))
     return {
         "forward": {name: getattr(forward, name) for name in ("values", "logprobs", "entropy")},
         "critic": critic_steps,

@@ -45,8 +45,17 @@ class Condition(NamedTuple):
     holds: Callable[[Recipe], bool]
 
 
-CRITIC = Condition("algorithm.advantage=gae", lambda recipe: recipe.uses_critic)
-NO_CRITIC = Condition("algorithm.advantage=group", lambda recipe: not recipe.uses_critic)
+CRITIC = Condition("there is a critic (algorithm.advantage=gae)", lambda recipe: recipe.uses_critic)
+GAE = Condition("algorithm.advantage=gae", lambda recipe: recipe.algorithm.advantage == "gae")
+GROUP = Condition("algorithm.advantage=group", lambda recipe: recipe.algorithm.advantage == "group")
+OWN_ADVANTAGE = Condition(
+    "algorithm.advantage=package.module:function", lambda recipe: ":" in recipe.algorithm.advantage
+)
+OWN = Condition(
+    "algorithm.loss or algorithm.advantage is package.module:function",
+    lambda recipe: ":" in recipe.algorithm.advantage + recipe.algorithm.loss,
+)
+CLIP_LOSS = Condition("algorithm.loss=clip", lambda recipe: recipe.algorithm.loss == "clip")
 FIXED_LAMBDA = Condition("algorithm.length_adaptive_gae=false", lambda recipe: not recipe.algorithm.length_adaptive_gae)
 ADAPTIVE_LAMBDA = Condition("algorithm.length_adaptive_gae=true", lambda recipe: recipe.algorithm.length_adaptive_gae)
 DECOUPLED = Condition("algorithm.decoupled_gae=true", lambda recipe: recipe.algorithm.decoupled_gae)
@@ -296,44 +305,64 @@ class ImportanceConfig:
 class AlgorithmConfig:
     """The mathematics, by default VAPO's. PPO, VC-PPO, GRPO and DAPO are other values of the same settings."""
 
-    advantage: Literal["gae", "group"] = setting(
+    advantage: str = setting(
         "gae",
         "gae: a critic and generalized advantage estimation. group: the reward normalised in its prompt's group, no "
-        "critic (GRPO, DAPO).",
+        "critic (GRPO, DAPO). package.module:function: one's own (docs/extend.md).",
+    )
+    critic: bool | None = setting(
+        None,
+        "Whether there is a critic, whose values an advantage of one's own may read. null: with advantage=gae alone.",
+        acts=(OWN_ADVANTAGE,),
     )
     gamma: float = setting(1.0, "Discount a token.", FRACTION, acts=(CRITIC,))
     lambda_policy: float = setting(
         0.95,
         "Lambda of the policy's advantages where length_adaptive_gae is off.",
         FRACTION,
-        acts=(CRITIC, FIXED_LAMBDA),
+        acts=(GAE, FIXED_LAMBDA),
     )
     length_adaptive_gae: bool = setting(
         True,
         "Lambda of the policy's advantages is 1 - 1 / (alpha * response length), clamped to [0, 1].",
-        acts=(CRITIC,),
+        acts=(GAE,),
     )
-    alpha: float = setting(0.05, "Alpha of length_adaptive_gae.", ABOVE_0, acts=(CRITIC, ADAPTIVE_LAMBDA))
+    alpha: float = setting(0.05, "Alpha of length_adaptive_gae.", ABOVE_0, acts=(GAE, ADAPTIVE_LAMBDA))
     decoupled_gae: bool = setting(
-        True, "Value targets use lambda_critic. Off: they use the policy's lambda.", acts=(CRITIC,)
+        True, "Value targets use lambda_critic. Off: they use the policy's lambda.", acts=(GAE,)
     )
     lambda_critic: float = setting(
-        1.0, "Lambda of value targets where decoupled_gae is on.", FRACTION, acts=(CRITIC, DECOUPLED)
+        1.0, "Lambda of value targets where decoupled_gae is on.", FRACTION, acts=(GAE, DECOUPLED)
     )
-    clip_low: float = setting(0.2, "The policy's ratio is clipped below at 1 - clip_low.", BELOW_1)
+    loss: str = setting(
+        "clip",
+        "The policy loss. clip: PPO's, with clip_low, clip_high, beyond_clip and dual_clip. package.module:function: "
+        "one's own (docs/extend.md).",
+    )
+    options: dict[str, Any] = group(
+        dict,
+        "Settings of a loss and an advantage of one's own: the parameters after * in their signatures.",
+        acts=(OWN,),
+    )
+    clip_low: float = setting(0.2, "The policy's ratio is clipped below at 1 - clip_low.", BELOW_1, acts=(CLIP_LOSS,))
     clip_high: float = setting(
-        0.28, "And above at 1 + clip_high (clip-higher); the symmetric clip of PPO is clip_high = clip_low.", AT_LEAST_0
+        0.28,
+        "And above at 1 + clip_high (clip-higher); the symmetric clip of PPO is clip_high = clip_low.",
+        AT_LEAST_0,
+        acts=(CLIP_LOSS,),
     )
     beyond_clip: Literal["clip", "mask"] = setting(
         "clip",
         "What becomes of tokens whose ratio lies beyond clip_low or clip_high. clip: PPO's, their gradient is cut off "
         "where the advantage pushes it further. mask: they have no policy loss, whatever their advantage (the "
         "double-sided mask of SAO, which takes old_logprobs=rollout).",
+        acts=(CLIP_LOSS,),
     )
     dual_clip: float | None = setting(
         None,
         "Lower bound on the objective of negative advantages, c in dual-clip PPO (10 in DAPO's script). null: none.",
         ABOVE_1,
+        acts=(CLIP_LOSS,),
     )
     loss_reduction: Literal["token", "sample"] = setting(
         "token",
@@ -361,7 +390,7 @@ class AlgorithmConfig:
         acts=(CRITIC,),
     )
     group_divide_by_std: bool = setting(
-        True, "Divide group advantages by the group's standard deviation (advantage=group).", acts=(NO_CRITIC,)
+        True, "Divide group advantages by the group's standard deviation (advantage=group).", acts=(GROUP,)
     )
     whiten_advantages: bool = setting(
         False, "Shift and scale the advantages of a rollout batch to mean 0 and standard deviation 1 over its tokens."
@@ -836,7 +865,8 @@ class Recipe:
     @property
     def uses_critic(self) -> bool:
         """Whether the algorithm has a critic."""
-        return self.algorithm.advantage == "gae"
+        chosen = self.algorithm.critic
+        return self.algorithm.advantage == "gae" if chosen is None else chosen
 
     @property
     def roles(self) -> dict[str, RoleConfig]:

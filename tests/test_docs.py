@@ -12,8 +12,8 @@ from megatron_vapo.recipe.schema import SCHEMA
 from tests.conftest import REPOSITORY
 
 FOLDERS = "megatron_vapo|tests|tools|benchmarks|recipes|slurm|examples|docs"
-FREE = {"rollout.sglang.arguments"}
-"""Mappings whose keys are another program's."""
+FREE = {"rollout.sglang.arguments", "algorithm.options"}
+"""Mappings whose keys are another program's, or a plug-in's."""
 NO_SETTINGS = {"algorithm.kl_coefficient", "model.layers"}
 """A setting that a document shows how to add; names of tensors."""
 NOT_COMMITTED = {"slurm/site.env", "megatron_vapo.sqsh"}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.algorithm.packed import response_lengths, to_tokens
+from megatron_vapo.algorithm.types import MinibatchPart, Share
 
 # Beyond e^20 the ratio means nothing, but exp overflowing to inf would turn even clipped gradients into 0 * inf = NaN.
 MAX_LOG_RATIO = 20.0
@@ -110,6 +111,23 @@ def policy_loss(
         "kl_k3": log_ratio_T.expm1() - log_ratio_T,
     }
     return -(weights_T * objective_T).sum(), {name: (weights_T * x_T).sum() for name, x_T in per_token.items()}
+
+
+def clipped_policy_loss(
+    part: MinibatchPart,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    importance: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    beyond_clip: Literal["clip", "mask"],
+) -> Share:
+    """Return `policy_loss` of a part of a minibatch, with settings as a recipe calls them (algorithm.loss=clip)."""
+    bounds = clip_low, clip_high, dual_clip
+    return policy_loss(logprobs, old_logprobs, advantages, part.weights, *bounds, importance, beyond_clip)
 
 
 def value_loss(

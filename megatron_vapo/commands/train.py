@@ -37,7 +37,7 @@ def pretrain(recipe: Recipe, restart: bool, dry_run: bool) -> bool:
     """Do value pretraining alone; return as `run_recipe`."""
     if not recipe.uses_critic or not recipe.value_pretraining.enabled or recipe.value_pretraining.checkpoint:
         raise RecipeError(
-            "pretrain-critic needs algorithm.advantage=gae, value_pretraining.enabled=true and no "
+            "pretrain-critic needs a critic (algorithm.advantage=gae), value_pretraining.enabled=true and no "
             "value_pretraining.checkpoint"
         )
     return execute(recipe, restart, dry_run, _pretrain)

@@ -206,6 +206,10 @@ class ParallelModel(ABC):
                 dist.all_reduce(joined, group=self.layout.cp_group)
         return list(joined.cpu() if self.layout.cp_rank == 0 else joined[:, :0].cpu())
 
+    def sum_over_sequence_ranks(self, x: Tensor) -> Tensor:
+        """Return the sum of a tensor over the ranks that share each sequence (`algorithm.types.SumOverRanks`)."""
+        return x if self.layout.cp_size == 1 else _SumOverRanks.apply(x, self.layout.cp_group)
+
     def owners(self, placement: Placement) -> Placement:
         """Return which rank's `assemble` has the outputs of which responses.
 
@@ -214,6 +218,25 @@ class ParallelModel(ABC):
         """
         owner = [p.pp == self.layout.pp_size - 1 and p.tp == p.cp == 0 for p in self.layout.places]
         return Placement.of([placement.on(rank) if owns else placement.on(rank)[:0] for rank, owns in enumerate(owner)])
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sums over a group; backward sums gradients over it, for what each rank put in enters the losses of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
 
 
 def _keep_outputs(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Any]]:

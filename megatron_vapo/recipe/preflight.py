@@ -23,6 +23,7 @@ from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, refu
 from megatron_vapo.data.tokens import tokenize_prompts
 from megatron_vapo.errors import CheckpointError, DataError, LayoutError, MachineError, RecipeError, few, first_line
 from megatron_vapo.recipe.layout import check_model, check_world
+from megatron_vapo.recipe.plugins import check_plugins
 from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.rewards import Reward, get_rewards
@@ -81,6 +82,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     Raises:
         UserError: of the kind that says where the mistake is (recipe, data, checkpoint, layout).
     """
+    check_plugins(recipe)
     inputs = read_evaluation_inputs(recipe)
     roles: dict[str, tuple[RoleConfig, Architecture]] = {"actor": (recipe.actor, inputs.architecture)}
     critic = None

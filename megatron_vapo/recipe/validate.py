@@ -7,6 +7,7 @@ import math
 from megatron_vapo.config import Bounds, Recipe, RoleConfig
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.observe.alarms import ALARMS
+from megatron_vapo.plugins import ADVANTAGES, LOSSES, check_name
 from megatron_vapo.recipe.precision import validate_precision
 from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.recipe.schema import SCHEMA, value_of
@@ -65,6 +66,13 @@ def _validate_batches(recipe: Recipe) -> None:
 
 def _validate_algorithm(recipe: Recipe) -> None:
     critic, algorithm = recipe.critic, recipe.algorithm
+    check_name("loss", algorithm.loss, LOSSES)
+    check_name("advantage", algorithm.advantage, ADVANTAGES)
+    if algorithm.critic is not None and algorithm.advantage in ADVANTAGES:
+        raise RecipeError(
+            f"algorithm.critic={str(algorithm.critic).lower()} is for an advantage of one's own, and "
+            f"algorithm.advantage={algorithm.advantage} decides it: set it to null"
+        )
     if algorithm.importance.low is not None and algorithm.importance.mode != "mask":
         raise RecipeError(
             f"algorithm.importance.low={algorithm.importance.low} bounds what is masked, and algorithm.importance.mode="
@@ -75,7 +83,7 @@ def _validate_algorithm(recipe: Recipe) -> None:
             f"algorithm.dual_clip={algorithm.dual_clip} bounds ratios that algorithm.beyond_clip=mask leaves out: set "
             "it to null, or beyond_clip=clip"
         )
-    if not recipe.uses_critic and recipe.rollout.samples_per_prompt < 2:
+    if algorithm.advantage == "group" and recipe.rollout.samples_per_prompt < 2:
         raise RecipeError(
             "algorithm.advantage=group compares the samples of one prompt: set rollout.samples_per_prompt to 2 or more"
         )

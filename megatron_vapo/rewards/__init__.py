@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +10,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from megatron_vapo.config import RewardConfig
-from megatron_vapo.errors import RecipeError, few, first_line
+from megatron_vapo.errors import RecipeError, first_line
+from megatron_vapo.plugins import load_object
 
 
 @dataclass(frozen=True)
@@ -103,27 +102,11 @@ def get_reward(name: str, timeout_s: float = 10.0) -> Reward:
                 "write a name without one after #"
             )
         return Reward(service.name, service, takes_input=True, asynchronous=True)
-    function = _function(name)
+    function = load_object("reward", name, REWARDS)
     _check_pickles(name, function)
     asynchronous = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
     short = name if name in REWARDS else name.rpartition(":")[2]
     return Reward(short, function, _takes_input(name, function), asynchronous)
-
-
-def _function(name: str) -> Callable[..., Any]:
-    module_name, colon, function_name = REWARDS.get(name, name).partition(":")
-    if not colon:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {few(list(REWARDS))}."
-        raise RecipeError(f"unknown reward {name!r}: {hint} Your own is written package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise RecipeError(f"reward {name!r}: cannot import {module_name!r} ({error}); is it on PYTHONPATH?") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise RecipeError(f"reward {name!r}: {module_name} has no function {function_name!r}")
-    return function
 
 
 def _check_pickles(name: str, function: Callable[..., Any]) -> None:

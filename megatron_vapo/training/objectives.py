@@ -9,20 +9,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from megatron_vapo.algorithm import advantages, losses
 from megatron_vapo.algorithm.statistics import moments
-from megatron_vapo.algorithm.types import Loss, Outputs
-from megatron_vapo.config import AlgorithmConfig, ImportanceConfig
-from megatron_vapo.data.experience import Experience, Responses
+from megatron_vapo.algorithm.types import (
+    ADVANTAGE_READS,
+    LOSS_READS,
+    Loss,
+    MinibatchPart,
+    Outputs,
+    Share,
+    SumOverRanks,
+    of_one_rank,
+)
+from megatron_vapo.config import AlgorithmConfig
+from megatron_vapo.data.experience import Estimate, Experience, Responses
+from megatron_vapo.errors import RecipeError
+from megatron_vapo.plugins import LOSSES, Plugin
 from megatron_vapo.runtime.collectives import sum_over_ranks
 
 CLIPPED_BY = ("nothing", "low", "high", "dual")
 """The bounds of the policy's ratio (`losses.clipped`)."""
+
+_OUTPUTS = ("logprobs", "entropy")
+"""What the actor returns, as losses call it (`LOSS_READS`)."""
+_OF_RESPONSES = ("rewards", "correct", "groups")
+"""The numbers of whole responses that losses may read of each token."""
+
+
+class Objective(NamedTuple):
+    """A role's loss as the recipe wants it, not yet bound to a minibatch."""
+
+    reads: tuple[str, ...]
+    """The numbers of each token that it reads, as `Experience` calls them; these travel to where it is computed."""
+    loss: Callable[[Experience], Loss]
+    """Binds it to this rank's part of a minibatch, which has no other response tokens than those that are trained on
+    (`Experience.only_trained`)."""
+
+
+def critic_objective(algorithm: AlgorithmConfig) -> Objective:
+    """Return what the critic is updated with."""
+    return Objective(("returns", "values"), partial(value_objective, algorithm=algorithm))
+
+
+def actor_objective(algorithm: AlgorithmConfig, sum_over_sequence_ranks: SumOverRanks) -> Objective:
+    """Return what the actor is updated with, in a layout that sums over the ranks of a sequence like this."""
+    loss = partial(policy_objective, algorithm=algorithm, sum_over_sequence_ranks=sum_over_sequence_ranks)
+    return Objective(_travelling(policy_loss_of(algorithm), algorithm), loss)
 
 
 def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
@@ -42,7 +80,7 @@ def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experienc
             batch.whole.rewards, batch.whole.groups, divide_by_std=algorithm.group_divide_by_std
         )
         estimated = replace(batch, advantages=batch.per_token(per_response[batch.placement.mine]))
-    else:
+    elif algorithm.advantage == "gae":
         lambda_policy = policy_lambda(batch, algorithm)
         policy_advantages, targets = advantages.decoupled_gae(
             advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens),
@@ -53,11 +91,26 @@ def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experienc
             lambda_policy=lambda_policy,
         )
         estimated = replace(batch, advantages=policy_advantages, returns=targets)
+    else:
+        estimated = _with_own_advantages(batch, algorithm)
     if algorithm.whiten_advantages:
         raw = estimated.require("advantages")
         total = sum_over_ranks({"moments": moments(raw)})["moments"]
         estimated = replace(estimated, advantages=advantages.whiten(raw, total))
     return estimated
+
+
+def _with_own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
+    """Add what the recipe's own function estimates: advantages [T], and value targets [T] if it reads values."""
+    plugin = Plugin.load("advantage", algorithm.advantage, {}, ADVANTAGE_READS)
+    tensors = [batch.require(cast(Estimate, name)) for name in plugin.reads]
+    found = plugin.function(batch, *tensors, **plugin.chosen(algorithm.options))
+    names = ("advantages", "returns") if "values" in plugin.reads else ("advantages",)
+    estimates = found if isinstance(found, tuple) else (found,)
+    if [x.shape for x in estimates] != [(int(batch.cu_seqlens[-1]),)] * len(names):
+        shapes = ", ".join(str(list(x.shape)) for x in estimates)
+        raise RecipeError(f"{plugin.title} returned tensors of shapes {shapes}: return {' and '.join(names)}, each [T]")
+    return replace(batch, advantages=estimates[0], returns=estimates[1] if "values" in plugin.reads else None)
 
 
 def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tensor:
@@ -92,66 +145,129 @@ def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
     return loss
 
 
-def policy_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
-    """Return the actor's loss: clipped policy loss and mu times the language-model loss on correct responses.
+def policy_objective(
+    minibatch: Experience, algorithm: AlgorithmConfig, sum_over_sequence_ranks: SumOverRanks = of_one_rank
+) -> Loss:
+    """Return the actor's loss: the policy loss that `algorithm.loss` names, and mu times the language-model loss on
+    correct responses.
 
     With an importance correction three statistics more: mean and mean square of the weights that are used,
     `importance_mean` and `importance_square`, and `importance_bounded`, the share of weights that a bound changed.
     """
-    weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
-    old_logprobs = _old_logprobs(minibatch, algorithm)
-    correction = _importance(minibatch, old_logprobs, algorithm.importance)
+    policy_loss = policy_loss_of(algorithm)
+    options = _options(policy_loss, algorithm)
+    correction = _importance(minibatch, algorithm) if "importance" in policy_loss.reads else None
+    read = {name: _tensor(minibatch, name, algorithm, correction) for name in policy_loss.reads if name not in _OUTPUTS}
+    part_of = _parts(minibatch, algorithm, sum_over_sequence_ranks)
     positive = minibatch.per_token(minibatch.correct)
     positive_tokens = int(minibatch.whole.response_lengths[minibatch.whole.correct].sum())
-    policy_advantages = minibatch.require("advantages")
 
-    def loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(outputs: Outputs, token_index: Tensor) -> Share:
         logprobs, entropy = outputs
-        part = _part(token_index, logprobs.device)
-        policy, statistics = losses.policy_loss(
-            logprobs,
-            part(old_logprobs),
-            part(policy_advantages),
-            part(weights),
-            algorithm.clip_low,
-            algorithm.clip_high,
-            algorithm.dual_clip,
-            None if correction is None else part(correction[0]),
-            algorithm.beyond_clip,
-        )
+        pick = _part(token_index, logprobs.device)
+        part = part_of(pick)
+        tensors = {"logprobs": logprobs, "entropy": entropy} | {name: pick(tensor) for name, tensor in read.items()}
+        policy, statistics = policy_loss.function(part, *(tensors[name] for name in policy_loss.reads), **options)
         if correction is not None:
-            statistics["importance_mean"] = (part(weights) * part(correction[0])).sum()
-            statistics["importance_square"] = (part(weights) * part(correction[0]).square()).sum()
-            statistics["importance_bounded"] = (part(weights) * part(correction[1])).sum()
-        lm = losses.positive_lm_loss(logprobs, part(positive), positive_tokens)
+            statistics = statistics | {
+                "importance_mean": part.mean(pick(correction[0])),
+                "importance_square": part.mean(pick(correction[0]).square()),
+                "importance_bounded": part.mean(pick(correction[1])),
+            }
+        lm = losses.positive_lm_loss(logprobs, pick(positive), positive_tokens)
         share = policy + algorithm.positive_lm_coefficient * lm
-        entropy_share = (part(weights) * entropy.detach()).sum()
-        named = {"loss": share, "policy_loss": policy, "lm_loss": lm, "entropy": entropy_share}
+        named = {"loss": share, "policy_loss": policy, "lm_loss": lm, "entropy": part.mean(entropy.detach())}
         return share, named | statistics
 
     return loss
 
 
+def policy_loss_of(algorithm: AlgorithmConfig) -> Plugin:
+    """Return the policy loss that a recipe names."""
+    return Plugin.load("loss", algorithm.loss, LOSSES, LOSS_READS)
+
+
+def _options(policy_loss: Plugin, algorithm: AlgorithmConfig) -> dict[str, Any]:
+    """Return the settings of a policy loss: built-in ones have theirs among the algorithm's."""
+    if algorithm.loss in LOSSES:
+        return {name: getattr(algorithm, name) for name in policy_loss.options}
+    return policy_loss.chosen(algorithm.options)
+
+
+def _travelling(policy_loss: Plugin, algorithm: AlgorithmConfig) -> tuple[str, ...]:
+    """Return the numbers of each token that a policy loss reads, as `Experience` calls them, alike on all ranks."""
+    old = "rollout_logprobs" if algorithm.old_logprobs == "rollout" else "logprobs"
+    sources: dict[str, tuple[str, ...]] = dict.fromkeys((*_OUTPUTS, *_OF_RESPONSES), ())
+    sources |= {"old_logprobs": (old,), "importance": (old, "rollout_logprobs") if _corrects(algorithm) else ()}
+    return tuple(sorted({source for name in policy_loss.reads for source in sources.get(name, (name,))}))
+
+
+def _tensor(
+    minibatch: Experience, name: str, algorithm: AlgorithmConfig, correction: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Return the tensor [T] of a minibatch that losses read by a name of `LOSS_READS`."""
+    if name == "old_logprobs":
+        return _old_logprobs(minibatch, algorithm)
+    if name == "importance":
+        return torch.ones(int(minibatch.cu_seqlens[-1])) if correction is None else correction[0]
+    if name in _OF_RESPONSES:
+        return minibatch.per_token(getattr(minibatch, name))
+    return minibatch.require(cast(Estimate, name))
+
+
+def _parts(
+    minibatch: Experience, algorithm: AlgorithmConfig, sum_over_sequence_ranks: SumOverRanks
+) -> Callable[[Callable[[Tensor], Tensor]], MinibatchPart]:
+    """Return what makes a micro-batch's part of the minibatch, given what picks its tokens."""
+    weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
+    counted = minibatch.whole.response_lengths[_trained(minibatch.whole, algorithm)]
+    lengths = minibatch.per_token(minibatch.response_lengths)
+    response = minibatch.per_token(torch.arange(len(minibatch)))
+
+    def part_of(pick: Callable[[Tensor], Tensor]) -> MinibatchPart:
+        return MinibatchPart(
+            weights=pick(weights),
+            lengths=pick(lengths),
+            tokens=max(int(counted.sum()), 1),
+            responses=max(len(counted), 1),
+            response=pick(response),
+            responses_here=len(minibatch),
+            sum_over_sequence_ranks=sum_over_sequence_ranks,
+        )
+
+    return part_of
+
+
 def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
     """Return what the policy loss saw of each token in its last update: its ratio [T] float32, and the bound that cut
-    its gradient off [T] uint8, an index of `CLIPPED_BY`; both 0 at tokens that are not trained on."""
+    its gradient off [T] uint8, an index of `CLIPPED_BY`, 0 where the loss is not `clip`; both 0 at tokens that are not
+    trained on."""
     every, batch = batch, batch.only_trained
     ratios = losses.log_ratio(batch.require("update_logprobs"), _old_logprobs(batch, algorithm)).exp()
+    if algorithm.loss != "clip":
+        return every.over_all(ratios), torch.zeros(int(every.cu_seqlens[-1]), dtype=torch.uint8)
     settings = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip, algorithm.beyond_clip
     bounds = losses.clipped(ratios, batch.require("advantages"), *settings)
     bound_T = sum((index * bound for index, bound in enumerate(bounds, 1)), torch.tensor(0)).to(torch.uint8)
     return every.over_all(ratios), every.over_all(bound_T)
 
 
-def _importance(
-    minibatch: Experience, old_logprobs: Tensor, settings: ImportanceConfig
-) -> tuple[Tensor, Tensor] | None:
-    """The weights [T] and which of them a bound changed [T], over whole responses; None without correction."""
+def _corrects(algorithm: AlgorithmConfig) -> bool:
+    """Return whether there is an importance correction."""
     # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
+    return algorithm.importance.mode not in ("auto", "none")
+
+
+def _importance(minibatch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor] | None:
+    """The weights [T] and which of them a bound changed [T], over whole responses; None without correction."""
+    settings = algorithm.importance
     if settings.mode == "auto" or settings.mode == "none":
         return None
     ratios = losses.importance_ratio(
-        old_logprobs, minibatch.require("rollout_logprobs"), minibatch.cu_seqlens, settings.level
+        _old_logprobs(minibatch, algorithm),
+        minibatch.require("rollout_logprobs"),
+        minibatch.cu_seqlens,
+        settings.level,
     )
     return losses.importance_correction(ratios, settings.mode, settings.low, settings.high)
 

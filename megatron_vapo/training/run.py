@@ -137,15 +137,17 @@ class Run:
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Train the critic towards the value targets; return means of its metrics over minibatches."""
         with self._phase(Phase.CRITIC_UPDATE):
-            return self._updates(self.trainers["critic"], objectives.value_objective, batch, epochs, step)
+            objective = objectives.critic_objective(self.recipe.resolved_algorithm)
+            return self._updates(self.trainers["critic"], objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> tuple[Experience, dict[str, float]]:
         """Train the policy; return the batch, with the log-probs that the updates saw where tokens are recorded
         (observe.tokens_mib), and means of metrics over minibatches."""
         seen = SeenOutputs() if self.recipe.observe.tokens_mib else None
         trainer, epochs = self.trainers["actor"], self.recipe.epochs
+        objective = objectives.actor_objective(self.recipe.resolved_algorithm, self.actor.sum_over_sequence_ranks)
         with self._phase(Phase.ACTOR_UPDATE):
-            metrics = self._updates(trainer, objectives.policy_objective, batch, epochs, step, seen)
+            metrics = self._updates(trainer, objective, batch, epochs, step, seen)
             if seen is not None:
                 logprobs, _ = seen.gather(self.actor, batch)
                 batch = replace(batch, update_logprobs=logprobs)

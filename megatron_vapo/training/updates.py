@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,21 +12,14 @@ from torch import Tensor
 
 from megatron_vapo.algorithm.statistics import effective_sample_size
 from megatron_vapo.algorithm.types import Loss, Outputs
-from megatron_vapo.config import AlgorithmConfig, Recipe
+from megatron_vapo.config import Recipe
 from megatron_vapo.data.exchange import Exchange, Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.sampling.seeds import seeds
-
-Objective = Callable[[Experience, AlgorithmConfig], Loss]
-"""Binds a loss to a minibatch that has no other response tokens than those that are trained on
-(`Experience.only_trained`)."""
-
-
-_READ = {"critic": ("returns", "values"), "actor": ("rollout_logprobs", "logprobs", "advantages")}
-"""The numbers of each token that a role's objective reads."""
+from megatron_vapo.training.objectives import Objective
 
 
 class SeenOutputs:
@@ -92,7 +85,7 @@ class MinibatchUpdates:
         """
         updates, name = [], trainer.model.name
         for epoch, indices in self._minibatches(len(batch.whole), epochs, step):
-            part, loss = part_and_loss(trainer.model, objective, batch, self._recipe.resolved_algorithm, indices)
+            part, loss = part_and_loss(trainer.model, objective, batch, indices)
             if seen is not None and epoch == epochs - 1:
                 loss = seen.watch(loss, indices, part)
             update = trainer.update(part, loss)
@@ -121,15 +114,15 @@ class MinibatchUpdates:
 
 
 def part_and_loss(
-    model: ParallelModel, objective: Objective, batch: Experience, algorithm: AlgorithmConfig, indices: Tensor
+    model: ParallelModel, objective: Objective, batch: Experience, indices: Tensor
 ) -> tuple[Experience, Loss]:
     """Return a rank's part of a minibatch, and its loss. All ranks call it together.
 
     Args:
         indices: the responses of `batch.whole` that the minibatch is made of.
     """
-    part = model.part(batch, _READ[model.name], indices)
-    return part, objective(part.only_trained, algorithm) if model.layout.last_stage else _no_loss
+    part = model.part(batch, objective.reads, indices)
+    return part, objective.loss(part.only_trained) if model.layout.last_stage else _no_loss
 
 
 def _no_loss(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
