@@ -275,7 +275,7 @@ def main() -> None:
         for variant in options.variants:
             runs.setdefault(variant, []).append(run(variant, seed, base, options.folder, options.steps))
     plain = options.folder / "float32 0"
-    rollouts = plain / "rollouts" / f"train_{options.steps:06d}.safetensors"
+    rollouts = plain / "rollouts" / f"train_{options.steps:06d}" / "experience_00000.safetensors"
     weights = {"base": options.bases[0] / "base", "trained": plain / "export"}
     picture = "fp8_curves.png"
     text = report([run_report(runs, options.steps, picture), batch_report(weights, rollouts)], options.steps)

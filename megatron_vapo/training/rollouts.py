@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from megatron_vapo.checkpoint.snapshot import RunState, StepKind
@@ -21,8 +20,8 @@ from megatron_vapo.models.generators import read_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.recipe.prompt_files import prompt_files
-from megatron_vapo.runtime.collectives import gather_objects
-from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
+from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
+from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout, read_batch, write_batch
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.trajectory import Group, Scored, gathered, reward_metrics, spread
 
@@ -92,10 +91,8 @@ class Rollouts:
         folder = self._recipe.rollout.replay
         if not folder:
             return None
-        path = Path(folder, f"{_name(purpose, step)}.safetensors")
-        if not path.is_file():
-            raise DataError(f"rollout.replay: {path} is missing; lower steps, or save more with rollout.save=true")
-        return Rollout(Experience.load(path).at_home(), metrics={}, failures=(0, 0))
+        path = on_first_rank(lambda: _saved(Path(folder), _name(purpose, step)))
+        return Rollout(read_batch(path), metrics={}, failures=(0, 0))
 
     def stored(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what a run that died had sampled for the step, and go to where that left sampling and generators;
@@ -126,12 +123,8 @@ class Rollouts:
 
     def save(self, purpose: StepKind, step: int, batch: Experience) -> None:
         """Write the batch into the run folder, for other runs to replay, if the recipe says so."""
-        if not self._recipe.rollout.save:
-            return
-        whole = batch.on_first_rank(torch.arange(len(batch.whole)))
-        if dist.get_rank() == 0:
-            (self._folder / "rollouts").mkdir(exist_ok=True)
-            whole.save(self._folder / "rollouts" / f"{_name(purpose, step)}.safetensors")
+        if self._recipe.rollout.save:
+            write_batch(self._folder / "rollouts" / _name(purpose, step), batch)
 
     def _accuracies(self, rows: list[tuple[Prompt, Scored]]) -> dict[str, float]:
         """The share of right responses to each training file's prompts, where there are several."""
@@ -144,6 +137,14 @@ class Rollouts:
         """Drop the stored rollouts of steps that a checkpoint covers."""
         if dist.get_rank() == 0:
             self._store.drop(covered.pretraining_steps, covered.steps)
+
+
+def _saved(folder: Path, name: str) -> Path:
+    """Return what a run has saved of a step: a folder, or a file of an earlier version."""
+    for path in (folder / name, folder / f"{name}.safetensors"):
+        if path.exists():
+            return path
+    raise DataError(f"rollout.replay: {folder / name} is missing; lower steps, or save more with rollout.save=true")
 
 
 def _name(purpose: StepKind, step: int) -> str:
