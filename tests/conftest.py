@@ -37,25 +37,33 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-RANKS = (
-    "tests/crossing/",
-    "tests/distributed/",
-    "tests/slurm/",
-    "tests/rollout/test_sglang_engine.py",
-    "tests/test_ranks.py",
-)
-"""Tests of several processes each, of which one at a time is enough for a machine."""
+TOGETHER = {
+    "slurm": ("tests/slurm/",),
+    "servers": (
+        "tests/rollout/test_sglang_engine.py",
+        "tests/distributed/test_first_gpu_recipe.py",
+        "tests/distributed/test_sglang_layouts.py",
+    ),
+    "ranks": ("tests/crossing/", "tests/distributed/", "tests/test_ranks.py"),
+}
+"""Tests of several processes each, of which one at a time is enough of a kind: a job waits while others compute."""
+
+LONGEST = ("ranks", "slurm", "servers", "tests/training/test_resume.py", "tests/benchmarks/test_gpu_check.py")
+"""Of the units below those of more than a minute, which begin: no process is left with a long one at the end."""
 
 
 def unit_of(nodeid: str) -> str:
-    """What one process of tests runs whole: a module, or all of `RANKS`."""
-    return "ranks" if nodeid.startswith(RANKS) else nodeid.partition("::")[0]
+    """What one process of tests runs whole: a module, or what is `TOGETHER`."""
+    kinds = (kind for kind, beginnings in TOGETHER.items() if nodeid.startswith(beginnings))
+    return next(kinds, nodeid.partition("::")[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the units that have most slow tests, so that no process is left with a long one at the end."""
-    slow = Counter(unit_of(item.nodeid) for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[unit_of(item.nodeid)])
+    """Begin with the longest units, then with those that have most slow tests."""
+    units = [unit_of(item.nodeid) for item in items]
+    slow = Counter(unit for unit, item in zip(units, items) if item.get_closest_marker("slow"))
+    order = {unit: position for position, unit in enumerate(LONGEST)}
+    items.sort(key=lambda item: (order.get(unit := unit_of(item.nodeid), len(order)), -slow[unit]))
 
 
 @pytest.hookimpl(optionalhook=True)
