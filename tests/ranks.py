@@ -29,14 +29,22 @@ _context.set_forkserver_preload([PRELOADED])
 
 
 class Forked:
-    """The fork server's `python ARGUMENTS`, with the part of subprocess.Popen that is needed here."""
+    """The fork server's `python ARGUMENTS` in a session of its own, with what is needed of subprocess.Popen."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
-        self._process = _context.Process(target=_become, args=(arguments, dict(environment), os.getcwd(), output))
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], output: Path, errors: Path | None = None
+    ) -> None:
+        become = (arguments, dict(environment), os.getcwd(), output, errors)
+        self._process = _context.Process(target=_become, args=become)
         self._process.start()
+        self.pid = self._process.pid
 
     def poll(self) -> int | None:
         return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.poll()
 
     def kill(self) -> None:
         self._process.kill()
@@ -109,13 +117,17 @@ def _wait(ranks: Sequence[Forked | subprocess.Popen], seconds: float) -> list[in
         time.sleep(0.05)
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, output: Path) -> None:
+def _become(arguments: list[str], environment: dict[str, str], folder: str, output: Path, errors: Path | None) -> None:
     """Go on in a forked process as `python ARGUMENTS` would."""
     if PRELOADED not in sys.modules:
         raise ImportError(f"the fork server could not import {PRELOADED}, started in {folder}")
+    os.setsid()
     with output.open("wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    if errors is not None:
+        with errors.open("wb") as out:
+            os.dup2(out.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

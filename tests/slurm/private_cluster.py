@@ -7,6 +7,7 @@ a cluster. Accelerators are pretended by files. `missing()` says what the machin
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -67,6 +68,8 @@ class Cluster:
         return keep | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": program_path(), "OMP_NUM_THREADS": "1"}
 
     def __enter__(self) -> Cluster:
+        self._alone = open(f"/tmp/{BRIDGE}.lock", "w")  # until closed: names and addresses are the machine's
+        fcntl.flock(self._alone, fcntl.LOCK_EX)
         try:
             self._write_configuration()
             self._make_network()
@@ -87,6 +90,7 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
         self._remove_network()
+        self._alone.close()
 
     def _remove_network(self) -> None:
         for i, node in enumerate(self.nodes):
