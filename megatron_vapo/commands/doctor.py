@@ -212,9 +212,8 @@ def _check_transformer_engine(inventory: Inventory) -> Check:
     if version is None:
         return Check(name, "absent", "not installed: layers come from Megatron's local spec and torch attention")
     if not inventory.gpus:
-        return Check(
-            name, "failure", f"{version} without a CUDA device breaks importing megatron-core: pip uninstall {name}"
-        )
+        without = "without a CUDA device plans and imports, but its kernels fail in Megatron's first update"
+        return Check(name, "failure", f"{version} {without}: to train here, pip uninstall {name}")
     return Check(name, "ok", version)
 
 
