@@ -4,7 +4,6 @@
 T response tokens, B responses. All tensors of a batch live on one device.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -25,9 +24,3 @@ def response_lengths(cu_seqlens: Tensor) -> Tensor:
 def to_tokens(x_B: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Give every token its response's number: [B] -> [T]."""
     return x_B.repeat_interleave(response_lengths(cu_seqlens), output_size=int(cu_seqlens[-1]))
-
-
-def token_positions(cu_seqlens: Tensor) -> Tensor:
-    """Return the position of every token inside its own response, from 0 [T]."""
-    starts_T = to_tokens(cu_seqlens[:-1], cu_seqlens)
-    return torch.arange(len(starts_T), device=cu_seqlens.device) - starts_T

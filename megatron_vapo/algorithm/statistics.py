@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_vapo.algorithm.packed import response_lengths, to_tokens, token_positions
+from megatron_vapo.algorithm.packed import response_lengths, to_tokens
 
 # A variance below this share of the mean square is rounding: the numbers are equal as far as float32 can tell.
 NEGLIGIBLE_VARIANCE = 1e-13
@@ -108,7 +108,11 @@ def calibration_of(sums_K3: Tensor) -> Tensor:
 
 def relative_position_bins(cu_seqlens: Tensor, bins: int) -> Tensor:
     """Return the part [T] of its response's own length, 0 to K - 1, that each token lies in."""
-    return token_positions(cu_seqlens) * bins // to_tokens(response_lengths(cu_seqlens), cu_seqlens)
+    # Token t of l is in part k from t = ceil(k l / K) on.
+    edges = torch.arange(bins + 1, device=cu_seqlens.device)
+    tokens_BK = ((edges * response_lengths(cu_seqlens)[:, None] + bins - 1) // bins).diff(dim=1)
+    parts_BK = edges[:-1].expand_as(tokens_BK).flatten()
+    return parts_BK.repeat_interleave(tokens_BK.flatten(), output_size=int(cu_seqlens[-1]))
 
 
 def logprob_differences(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, threshold: float) -> tuple[Tensor, float]:

@@ -296,5 +296,6 @@ def offsets(lengths: Tensor) -> Tensor:
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """Return the numbers start .. start + length - 1 of every pair, one after another."""
-    within = torch.arange(int(lengths.sum())) - offsets(lengths)[:-1].repeat_interleave(lengths)
-    return starts.repeat_interleave(lengths) + within
+    ends = offsets(lengths)
+    total = int(ends[-1])
+    return (starts - ends[:-1]).repeat_interleave(lengths, output_size=total).add_(torch.arange(total))

@@ -10,6 +10,7 @@ batch.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,10 +95,14 @@ def plan_micro_batches(lengths: Tensor, dp_size: int, rule: PackingRule) -> list
     padded = _round_up(lengths, rule.sequence_multiple).tolist()
     budget = max(1, rule.token_budget // rule.unit) * rule.unit  # what `pack` adds stays within the budget too
     count = -(-sum(min(length, budget) for length in padded) // (budget * dp_size))
+    costs = [n + rule.quadratic_cost * n * n for n in padded]
+    order = sorted(range(len(costs)), key=lambda i: -costs[i])
     while True:
         count = -(-count // rule.count_multiple) * rule.count_multiple
-        bins = _lightest_first([n + rule.quadratic_cost * n * n for n in padded], count * dp_size)
-        if all(len(members) == 1 or sum(padded[i] for i in members) <= budget for members in bins):
+        bins = _lightest_first(order, costs, padded, budget, count * dp_size)
+        if bins is not None:
+            # Heavier micro-batches first, so that the ranks' n-th ones are alike.
+            bins = sorted(map(sorted, bins), key=lambda members: -sum(costs[i] for i in members))
             return [bins[rank::dp_size] for rank in range(dp_size)]
         count += 1
 
@@ -109,16 +114,21 @@ def tightened(rule: PackingRule, lengths: Tensor, plan: list[list[list[int]]]) -
     return replace(rule, token_budget=fullest)
 
 
-def _lightest_first(costs: list[float], count: int) -> list[list[int]]:
+def _lightest_first(
+    order: list[int], costs: list[float], lengths: list[int], budget: int, count: int
+) -> list[list[int]] | None:
+    """Give one sequence after the other to the lightest of so many micro-batches; None where one gets too long."""
     heap = [(0.0, b) for b in range(count)]
     bins: list[list[int]] = [[] for _ in range(count)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, b = heapq.heappop(heap)
+    room = [budget] * count
+    for i in order:
+        load, b = heap[0]
+        if bins[b] and lengths[i] > room[b]:
+            return None
         bins[b].append(i)
-        heapq.heappush(heap, (load + costs[i], b))
-    # Heavier micro-batches first, so that the ranks' n-th ones are alike.
-    bins = [sorted(members) for members in bins]
-    return sorted(bins, key=lambda members: -sum(costs[i] for i in members))
+        room[b] -= lengths[i]
+        heapq.heapreplace(heap, (load + costs[i], b))
+    return bins
 
 
 def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch:
@@ -129,23 +139,46 @@ def pack(batch: Experience, members: list[int], rule: PackingRule) -> MicroBatch
     cu_seqlens = offsets(padded)
     starts = cu_seqlens[: len(chosen)]
     tokens = torch.zeros(int(cu_seqlens[-1]), dtype=torch.int64)
-    sequence_starts = offsets(batch.sequence_lengths)[:-1][chosen]
-    tokens[ranges(starts, lengths)] = batch.tokens[ranges(sequence_starts, lengths)]
+    begins = offsets(batch.sequence_lengths)[chosen]
+    for start, begin, n in zip(starts.tolist(), begins.tolist(), lengths.tolist(), strict=True):
+        tokens[start : start + n] = batch.tokens[begin : begin + n]
     responses = batch.response_lengths[chosen]
-    first_predictor = starts + batch.prompt_lengths[chosen] - 1
-    predictors = ranges(first_predictor, responses)
+    predictors = _runs(starts + batch.prompt_lengths[chosen] - 1, responses)
     trained_lengths = batch.response_lengths
     if batch.trained is not None and batch.trained_lengths is not None:
-        predictors = predictors[batch.trained[ranges(batch.cu_seqlens[:-1][chosen], responses)]]
+        predictors = predictors[batch.trained[_runs(batch.cu_seqlens[chosen], responses)]]
         trained_lengths = batch.trained_lengths
     return MicroBatch(
         tokens=tokens,
-        positions=ranges(torch.zeros_like(padded), padded),
+        positions=_runs(torch.zeros_like(padded), padded),
         cu_seqlens=cu_seqlens,
         predictors=predictors,
-        targets=tokens[predictors + 1],
-        token_index=ranges(offsets(trained_lengths)[:-1][chosen], trained_lengths[chosen]),
+        targets=tokens.index_select(0, predictors + 1),
+        token_index=_runs(offsets(trained_lengths)[chosen], trained_lengths[chosen]),
     )
+
+
+def _runs(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Return what `ranges` does, faster for few long runs."""
+    runs = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return torch.cat([torch.arange(0), *(torch.arange(start, start + n) for start, n in runs)])
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """The micro-batches of a data-parallel rank. Each is packed when its turn comes: all of them together would take
+    several times the memory of the batch."""
+
+    batch: Experience
+    members: list[list[int]]
+    """The responses of each."""
+    rule: PackingRule
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return (pack(self.batch, members, self.rule) for members in self.members)
 
 
 def _padded_lengths(lengths: Tensor, rule: PackingRule) -> Tensor:

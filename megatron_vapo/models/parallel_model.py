@@ -23,7 +23,7 @@ from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.data.exchange import Exchange, Placement
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.packing import MicroBatch, PackingRule, pack, plan_micro_batches, tightened
+from megatron_vapo.data.packing import MicroBatch, MicroBatches, PackingRule, plan_micro_batches, tightened
 from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks
 from megatron_vapo.models.layout import ParallelLayout
@@ -52,6 +52,8 @@ class ParallelModel(ABC):
     """The role's name, in checkpoints and messages."""
     output_count: ClassVar[int]
     """Numbers that it computes for a response token."""
+    _planned: tuple[Tensor, list[list[list[int]]], PackingRule] | None = None
+    """The lengths that were planned last, and their plan."""
 
     def __init__(
         self,
@@ -132,22 +134,27 @@ class ParallelModel(ABC):
         readers = read | {name: losses for name in names if name in batch.ragged}
         return batch.moved(on(*range(last + 1)), readers, indices)
 
-    def micro_batches(self, batch: Experience) -> list[MicroBatch]:
-        """Pack this data-parallel rank's responses of a batch, of which this rank has these at least."""
+    def micro_batches(self, batch: Experience) -> MicroBatches:
+        """Return this data-parallel rank's responses of a batch in micro-batches; this rank has these at least."""
         plan, rule = self._plan(batch.whole.sequence_lengths)
         here = torch.full((len(batch.whole),), -1)
         here[batch.placement.mine] = torch.arange(len(batch))
-        mine = plan[self.layout.dp_rank]
-        return [pack(batch, here[torch.tensor(members, dtype=torch.int64)].tolist(), rule) for members in mine]
+        mine = [here[torch.tensor(members, dtype=torch.int64)].tolist() for members in plan[self.layout.dp_rank]]
+        return MicroBatches(batch, mine, rule)
 
     def _plan(self, lengths: Tensor) -> tuple[list[list[list[int]]], PackingRule]:
-        """Return the responses of every micro-batch of every data-parallel rank, and how they are packed."""
-        rule = self.packing
-        plan = plan_micro_batches(lengths, self.layout.dp_size, rule)
-        return plan, tightened(rule, lengths, plan) if rule.fixed_total else rule
+        """Return the responses of every micro-batch of every data-parallel rank, and how they are packed.
+
+        A pass asks twice, for what each rank gets and for how it packs that; it is planned once.
+        """
+        if self._planned is None or not torch.equal(self._planned[0], lengths):
+            rule = self.packing
+            plan = plan_micro_batches(lengths, self.layout.dp_size, rule)
+            self._planned = lengths, plan, tightened(rule, lengths, plan) if rule.fixed_total else rule
+        return self._planned[1:]
 
     def run_schedule(
-        self, chunks: Sequence[torch.nn.Module], micros: list[MicroBatch], finish: Finish, forward_only: bool
+        self, chunks: Sequence[torch.nn.Module], micros: MicroBatches, finish: Finish, forward_only: bool
     ) -> list[dict[str, Any]]:
         """Run Megatron's schedule over the micro-batches.
 
@@ -163,7 +170,7 @@ class ParallelModel(ABC):
                 data_iterator=[iter(micros) for _ in chunks],
                 model=list(chunks),
                 num_microbatches=len(micros),
-                seq_length=len(micros[0].tokens),  # read only where all micro-batches have one length
+                seq_length=micros.rule.token_budget,  # read only where all micro-batches have this length
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

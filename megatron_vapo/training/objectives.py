@@ -294,6 +294,6 @@ def _part(token_index: Tensor, device: torch.device) -> Callable[[Tensor], Tenso
     """Picks a micro-batch's tokens out of a tensor [T] of the minibatch."""
 
     def pick(per_token: Tensor) -> Tensor:
-        return per_token[token_index].to(device)
+        return per_token.index_select(0, token_index).to(device)
 
     return pick
