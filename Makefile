@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 RECIPE ?= recipes/tiny.yaml
 # More settings for `make train`, for example: make train ARGS="steps=10 seed=1 run_dir=runs/seed1"
 ARGS ?=
+# Options of tools/make_tiny_base.py, for another base than the recipe's; `model.path` and the like then name it.
+BASE_ARGS ?=
 
 # Rollout engine of `make train`: transformers (embedded) or sglang (servers in an environment of their own).
 ENGINE ?= transformers
@@ -74,7 +76,7 @@ ENGINE_ARGS := rollout.engine=sglang rollout.sglang.python=$(SGLANG_VENV)/bin/py
 endif
 
 train: $(INSTALLED) $(ENGINE_INSTALLED)
-	$(BIN)/python tools/make_tiny_base.py
+	$(BIN)/python tools/make_tiny_base.py $(BASE_ARGS)
 	$(BIN)/megatron-vapo train $(RECIPE) $(ENGINE_ARGS) $(ARGS)
 
 # The fast tier first; what it has checked is not checked again.
