@@ -30,6 +30,7 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.offload import Offloader, drop_workspaces, parameter_memory
 from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.runtime.kernels import machine_backend
+from megatron_vapo.runtime.work import working
 from megatron_vapo.weights.architecture import Architecture
 
 Finish = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Any]]]
@@ -164,7 +165,7 @@ class ParallelModel(ABC):
         Returns:
             What `finish` returned of each micro-batch, on the last pipeline stage.
         """
-        with self.layout.active():
+        with self.layout.active(), working():
             parts = get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, finish),
                 data_iterator=[iter(micros) for _ in chunks],

@@ -25,6 +25,7 @@ from megatron_vapo.models.optimizer import build_optimizer, build_scheduler
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.parameters import load_hf
 from megatron_vapo.runtime.collectives import gather_objects
+from megatron_vapo.runtime.work import working
 
 
 class Trainer:
@@ -89,7 +90,8 @@ class Trainer:
         totals = self._total(parts)
         with model.layout.active():
             advance_delayed_scales(model.modules)
-            return totals | self._step(totals["loss"])
+            with working():
+                return totals | self._step(totals["loss"])
 
     def _step(self, loss: float) -> dict[str, float]:
         self.model.offloader.ready("main_parameters", "optimizer")

@@ -1,5 +1,6 @@
 """Shows how far a run is: bars on a terminal, one line per step in a log file."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +16,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vapo.observe.timer import OVERHEAD_SHARE
+
 RECENT_STEPS = 20
 """The time left is estimated from this many steps: enough to even out steps that hold an evaluation or a save."""
 
 
 class Shown(NamedTuple):
-    """A metric in the display, with its label and format."""
+    """A metric in the display, with its label and format; only where it is `above`."""
 
     metric: str
     label: str
     format: str
+    above: float = -math.inf
 
 
 SHOWN = (
@@ -38,6 +42,7 @@ SHOWN = (
     Shown("critic/explained_variance", "expl. var.", "+6.3f"),
     Shown("critic/explained_variance_tenth_10", "at the end", "+6.3f"),
     Shown("throughput/tokens_per_second", "tok/s", "7,.0f"),
+    Shown(OVERHEAD_SHARE, "overhead", "4.0%", above=0.03),
 )
 """The few metrics that tell whether a run is healthy; all others are in metrics.jsonl only."""
 
@@ -79,7 +84,11 @@ class PhaseBar:
         self._step_started = now
         self._activity = None
         self.done += 1
-        self._shown = [(label, format(metrics[metric], spec)) for metric, label, spec in SHOWN if metric in metrics]
+        self._shown = [
+            (label, format(metrics[metric], spec))
+            for metric, label, spec, above in SHOWN
+            if metric in metrics and not metrics[metric] <= above  # NaN is shown
+        ]
         if self.total > 1:  # else the closing line says it all
             self._step_done(self._step_line())
 

@@ -25,6 +25,7 @@ from megatron_vapo.rewards.worker import FAILURE_SCORE
 from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
+from megatron_vapo.runtime.work import working
 from megatron_vapo.sampling.failing import FailureLimit
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored, Tokens, trained_marks
@@ -190,7 +191,7 @@ class Sampler:
             return
         requests = [sample.request(group.prompt) for group, sample in open_]
         longest = self._rollout.max_response_tokens
-        with self._time_limit() as over:
+        with self._time_limit() as over, working():
             for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens):
                 group, sample = open_[number]
                 sample.take(response)
@@ -227,8 +228,9 @@ class Sampler:
         unfinished = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
         unbegun = [(group, sample) for group, sample in unfinished if sample.begun is None]
         requests = [sample.request(group.prompt) for group, sample in unbegun]
-        for number, response in self.engine.generate(requests, sampling, 1, self.on_tokens):
-            unbegun[number][1].take(response)
+        with working():
+            for number, response in self.engine.generate(requests, sampling, 1, self.on_tokens):
+                unbegun[number][1].take(response)
         for group, sample in unfinished:
             sample.truncate()
             if sample.finished:  # all, unless the engine failed

@@ -181,8 +181,9 @@ class Run:
             batch: the rollout's, with all that was computed for it.
             metrics: of the updates.
         """
+        seconds = self.timer.end_step()
         state = self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
-        everything = step_metrics.of_step(batch, metrics, self.timer.step_seconds(), state, self.recipe.algorithm.gamma)
+        everything = step_metrics.of_step(batch, metrics, seconds, state, self.recipe.algorithm.gamma)
         if kind == "pretrain":
             explained = [*state.explained_variances, everything["critic/explained_variance"]]
             state = replace(state, explained_variances=explained)
@@ -192,7 +193,6 @@ class Run:
         warnings = {} if self._records is None else self._records.step(kind, step, kept, everything)
         self.display.advance(everything)
         self._warn(warnings)
-        self.timer.start_step()
 
     def end_pretraining(self) -> None:
         """Go on to training."""

@@ -50,7 +50,7 @@ def of_step(
 
     Args:
         updates: the updates' own metrics.
-        seconds: by phase, `seconds/rollout` and the like, and the step's (`PhaseTimer.step_seconds`).
+        seconds: by phase, `seconds/rollout` and the like, and the step's (`PhaseTimer.end_step`).
         state: after the step.
         gamma: discount of the returns that the critic's values are compared with.
     """

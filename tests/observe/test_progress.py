@@ -76,6 +76,15 @@ def test_the_columns_of_a_log_file_line_up(clock):
     assert "nan" in steps[2]
 
 
+def test_overhead_is_shown_where_there_is_much_of_it(clock):
+    console = plain_console()
+    with ProgressDisplay(console) as display, display.bar("train", total=100) as phase:
+        for share in (0.029, 0.031):
+            phase.advance(METRICS | {"throughput/overhead_share": share})
+    low, high = console.file.getvalue().splitlines()[1:3]
+    assert "overhead" not in low and "overhead   3%" in high
+
+
 def test_a_phase_of_one_step_needs_no_line_for_the_step(clock):
     console = plain_console()
     with ProgressDisplay(console) as display, display.bar("evaluate", total=1) as phase:
