@@ -7,7 +7,7 @@ carries a gradient: advantages and value targets are constants to the losses.
 import torch
 from torch import Tensor
 
-from megatron_vapo.algorithm.packed import response_lengths, to_tokens
+from megatron_vapo.algorithm.packed import response_lengths, response_sums, to_tokens
 from megatron_vapo.algorithm.statistics import moments_mean_variance
 
 
@@ -25,6 +25,12 @@ def outcome_token_rewards(rewards_B: Tensor, cu_seqlens: Tensor) -> Tensor:
     token_rewards_T = rewards_B.new_zeros(int(cu_seqlens[-1]))
     token_rewards_T[_last_tokens(cu_seqlens)] = rewards_B
     return token_rewards_T
+
+
+def rewards_to_the_end(token_rewards_T: Tensor, rewards_B: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the token rewards [T] whose sum is each response's reward: what it lacks comes at its last token."""
+    rest_B = rewards_B.double() - response_sums(token_rewards_T, cu_seqlens)
+    return token_rewards_T + outcome_token_rewards(rest_B.to(token_rewards_T.dtype), cu_seqlens)
 
 
 def soft_overlong_penalty(lengths_B: Tensor, max_length: int, cache_length: int) -> Tensor:

@@ -4,6 +4,7 @@
 T response tokens, B responses. All tensors of a batch live on one device.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,10 @@ def response_lengths(cu_seqlens: Tensor) -> Tensor:
 def to_tokens(x_B: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Give every token its response's number: [B] -> [T]."""
     return x_B.repeat_interleave(response_lengths(cu_seqlens), output_size=int(cu_seqlens[-1]))
+
+
+def response_sums(x_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the sum of each response's numbers [B] float64."""
+    lengths_B = response_lengths(cu_seqlens)
+    response_T = to_tokens(torch.arange(len(lengths_B), device=cu_seqlens.device), cu_seqlens)
+    return torch.zeros(len(lengths_B), dtype=torch.float64, device=x_T.device).index_add(0, response_T, x_T.double())

@@ -115,6 +115,9 @@ class Experience(Responses):
     """[N] int64, each prompt followed by its response."""
     trained: Tensor | None = None
     """[T] bool, the response tokens that the policy wrote; None: all. What the others have below says nothing."""
+    token_rewards: Tensor | None = None
+    """[T] float32, what of `rewards` came before the end, at the tokens that it came for: a turn's at the turn's last
+    token. The rest of `rewards` comes at the last token that the policy wrote; None: all of it."""
     rollout_logprobs: Tensor | None = None
     """[T] float32, log-probs under which the engine drew the tokens."""
     logprobs: Tensor | None = None
@@ -171,6 +174,8 @@ class Experience(Responses):
             if self.trained_lengths is not None:
                 raise ValueError("this share of the batch has not got `trained`, which says what the policy wrote")
             return self
+        if self.token_rewards is not None and self.token_rewards[~self.trained].any():
+            raise ValueError("a token that the policy did not write has a reward: give it to the turn before")
         rows: dict[str, Tensor] = dict.fromkeys(_PER_TOKEN, self.trained)
         rows["tokens"] = torch.ones_like(self.tokens, dtype=torch.bool)
         starts = offsets(self.sequence_lengths)[:-1] + self.prompt_lengths
@@ -194,7 +199,7 @@ class Experience(Responses):
     def select(self, indices: Tensor) -> Experience:
         """Return the responses `indices [b]` of this process's, in that order, as a whole batch."""
         token_rows = ranges(self.cu_seqlens[:-1][indices], self.response_lengths[indices])
-        rows = dict.fromkeys((*_PER_TOKEN, "trained"), token_rows)
+        rows = dict.fromkeys(_PER_TOKEN, token_rows)
         rows["tokens"] = ranges(offsets(self.sequence_lengths)[:-1][indices], self.sequence_lengths[indices])
         return whole_batch({name: tensor[rows.get(name, indices)] for name, tensor in self.tensors().items()})
 
@@ -280,8 +285,8 @@ def counted(marked: Tensor, lengths: Tensor) -> Tensor:
     return offsets(marked.long())[offsets(lengths)].diff()
 
 
-_PER_TOKEN = get_args(Estimate)
-RAGGED = ("tokens", "trained", *_PER_TOKEN)
+_PER_TOKEN = ("trained", "token_rewards", *get_args(Estimate))
+RAGGED = ("tokens", *_PER_TOKEN)
 """The names of the tensors of tokens."""
 
 

@@ -68,6 +68,7 @@ def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience
 
     Tokens that the policy did not write are skipped: the value at a token that it wrote is bootstrapped from that at
     the next one it wrote, a response is as long as what it wrote, and its outcome is at the last token that it wrote.
+    GAE and value targets see a reward where it came (`token_rewards`); a group compares the sums of rewards.
     """
     estimated = _with_advantages(batch.only_trained, algorithm)
     returns = None if estimated.returns is None else batch.over_all(estimated.returns)
@@ -83,7 +84,7 @@ def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experienc
     elif algorithm.advantage == "gae":
         lambda_policy = policy_lambda(batch, algorithm)
         policy_advantages, targets = advantages.decoupled_gae(
-            advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens),
+            token_rewards(batch),
             batch.require("values"),
             batch.cu_seqlens,
             gamma=algorithm.gamma,
@@ -113,6 +114,13 @@ def _with_own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Exper
     return replace(batch, advantages=estimates[0], returns=estimates[1] if "values" in plugin.reads else None)
 
 
+def token_rewards(batch: Experience) -> Tensor:
+    """Return the reward that came at each token [T]; a response's add up to its `rewards`."""
+    if batch.token_rewards is None:
+        return advantages.outcome_token_rewards(batch.rewards, batch.cu_seqlens)
+    return advantages.rewards_to_the_end(batch.token_rewards, batch.rewards, batch.cu_seqlens)
+
+
 def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tensor:
     """Return lambda of the policy's advantages: one number, or one for each response [B]."""
     if algorithm.length_adaptive_gae:
@@ -126,8 +134,8 @@ def monte_carlo_returns(batch: Experience, gamma: float) -> Experience:
     Tokens that the policy did not write are skipped, and discount nothing.
     """
     trained = batch.only_trained
-    token_rewards = advantages.outcome_token_rewards(trained.rewards, trained.cu_seqlens)
-    returns = advantages.lambda_returns(token_rewards, trained.require("values"), trained.cu_seqlens, gamma, 1.0)
+    values, rewards = trained.require("values"), token_rewards(trained)
+    returns = advantages.lambda_returns(rewards, values, trained.cu_seqlens, gamma, 1.0)
     return replace(batch, returns=batch.over_all(returns))
 
 

@@ -39,7 +39,7 @@ BINS = 10
 _KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _FLOATS_PER_TOKEN = 7  # rollout_logprobs, logprobs, entropy, values, advantages, returns, ratios
 _BYTES_PER_TOKEN = 8 + 4 * _FLOATS_PER_TOKEN + 1
-_BYTES_PER_MARK = 1
+_BYTES_PER_MARK, _BYTES_PER_REWARD = 1, 4
 _BYTES_PER_PROMPT_TOKEN, _BYTES_PER_RESPONSE = 8, 64
 _ANSWER = 200
 """Characters that are kept of a reference answer, which may be a whole program: answers are no part of the bound."""
@@ -174,7 +174,10 @@ class Kept:
         ranks call it."""
         if not limit:
             return None
-        kept = batch.on_first_rank(kept_responses(batch.whole, limit))
+        per_token = _BYTES_PER_TOKEN
+        per_token += 0 if batch.trained is None else _BYTES_PER_MARK
+        per_token += 0 if batch.token_rewards is None else _BYTES_PER_REWARD
+        kept = batch.on_first_rank(kept_responses(batch.whole, limit, per_token))
         return Kept(kept, None if batch.values is None else critic_calibration(batch))
 
 
@@ -189,13 +192,12 @@ def path_of(folder: Path, kind: StepKind, step: int) -> Path:
     return folder / "tokens" / f"{kind}_{step:06d}.safetensors"
 
 
-def kept_responses(batch: Responses, limit: int) -> Tensor:
+def kept_responses(batch: Responses, limit: int, per_token: int = _BYTES_PER_TOKEN) -> Tensor:
     """Return the responses [R] that fit into `limit` bytes: the first groups, in the order that they were sampled in;
     where not even one does, responses of the first group.
 
     Nothing but size decides, so that what is kept represents the step.
     """
-    per_token = _BYTES_PER_TOKEN + (0 if batch.trained_lengths is None else _BYTES_PER_MARK)
     sizes = (
         per_token * batch.response_lengths
         + _BYTES_PER_PROMPT_TOKEN * batch.sequence_lengths.sub(batch.response_lengths)

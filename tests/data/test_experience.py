@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vapo.data.experience import FACTS, RAGGED, Experience, Responses, offsets, ranges, whole_batch
 
 PER_RESPONSE = ("groups", "truncated", "outcomes", "rewards")
 ESTIMATES = ("rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns")
-PER_TOKEN = ("trained", *ESTIMATES)
+PER_TOKEN = ("trained", "token_rewards", *ESTIMATES)
 DTYPES = {"groups": torch.int64, "truncated": torch.bool}
 
 numbers = st.integers(-1000, 1000).map(lambda n: n / 8)  # exact in float32
@@ -34,6 +34,7 @@ def responses(draw: st.DrawFn, present: tuple[str, ...] = PER_TOKEN) -> dict:
     made = {name: draw(st.lists(numbers, min_size=length, max_size=length)) for name in present}
     if "trained" in present:
         made["trained"] = draw(st.lists(st.booleans(), min_size=length, max_size=length).filter(any))
+        made["token_rewards"] = [x * mark for x, mark in zip(made["token_rewards"], made["trained"])]
     return response | made
 
 
@@ -58,6 +59,7 @@ def assert_same(ours: Responses, expected: Responses, names: tuple[str, ...] = (
         assert mine is None or (mine.dtype == theirs.dtype and torch.equal(mine, theirs)), name
 
 
+@settings(max_examples=40)
 @given(st.data(), st.lists(responses(), min_size=1, max_size=6))
 def test_select_takes_responses_whole_and_in_the_given_order(data, rows):
     indices = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=8))
@@ -70,16 +72,18 @@ def test_fields_that_are_not_there_yet_stay_absent(rows):
     assert_same(batch.select(torch.arange(len(rows))), batch)
 
 
+@settings(max_examples=40)
 @given(st.lists(responses(), min_size=1, max_size=6))
 def test_what_the_policy_did_not_write_can_be_left_out(rows):
     """Its tokens and their numbers are gone, as if there had been none, and numbers of the others find back."""
     batch = pack_slowly(rows)
-    kept = [
-        row
-        | {name: [x for x, trained in zip(row[name], row["trained"]) if trained] for name in ("response", *ESTIMATES)}
-        for row in rows
-    ]
-    without = pack_slowly([{name: x for name, x in row.items() if name != "trained"} for row in kept])
+
+    def kept(row: dict) -> dict:
+        named = {name: row[name] for name in ("response", "token_rewards", *ESTIMATES)}
+        left = {name: [x for x, trained in zip(those, row["trained"]) if trained] for name, those in named.items()}
+        return {name: x for name, x in (row | left).items() if name != "trained"}
+
+    without = pack_slowly([kept(row) for row in rows])
     assert_same(batch.only_trained, without)
     assert_same(batch.only_trained.whole, without.whole, FACTS)
     back = [x if trained else 0.0 for row in rows for x, trained in zip(row["values"], row["trained"])]
@@ -104,12 +108,14 @@ def test_a_batch_knows_what_the_policy_wrote_or_is_refused(make_experience):
         replace(batch, trained=trained)
     with pytest.raises(ValueError, match="has not got `trained`"):
         _ = replace(batch, trained_lengths=counted.trained_lengths).only_trained
+    with pytest.raises(ValueError, match="did not write has a reward"):
+        _ = replace(counted, token_rewards=torch.ones(7)).only_trained
 
 
 @pytest.mark.parametrize("present", [PER_TOKEN, ("rollout_logprobs",)])
 def test_a_saved_batch_comes_back(make_experience, tmp_path, present):
     full = make_experience([2, 3, 1], [4, 1, 5])
-    full = whole_batch(full.tensors() | {"trained": torch.arange(10) % 3 < 2})
+    full = whole_batch(full.tensors() | {"trained": torch.arange(10) % 3 < 2, "token_rewards": torch.arange(10.0)})
     batch = replace(full, **{n: None for n in PER_TOKEN if n not in present})
     if "trained" not in present:
         batch = replace(batch, trained_lengths=None)
@@ -118,6 +124,7 @@ def test_a_saved_batch_comes_back(make_experience, tmp_path, present):
     assert_same(Experience.load(tmp_path / "1.safetensors"), batch)
 
 
+@settings(max_examples=40)
 @given(st.lists(responses(), min_size=1, max_size=6))
 def test_what_is_derived_from_the_fields(rows):
     batch = pack_slowly(rows)

@@ -50,6 +50,15 @@ def masked(make_experience, marked: list[list[bool]], seed: int = 0, **fields: T
     return whole_batch(made.tensors() | spoilt | {"trained": trained} | fields)
 
 
+def rewarded(batch: Experience, share: float) -> Experience:
+    """The same with rewards at a share of the written tokens, which are no part of the outcome."""
+    generator = torch.Generator().manual_seed(1)
+    at = batch.trained & (torch.rand(len(batch.trained), generator=generator) < share)
+    early = torch.where(at, torch.randn(len(at), generator=generator), 0.0)
+    sums = torch.stack([one.sum() for one in early.split(batch.response_lengths.tolist())])
+    return replace(batch, token_rewards=early, rewards=batch.rewards + sums)
+
+
 def written(batch: Experience, name: str) -> list[list[float]]:
     """Of each response the numbers of the tokens that the policy wrote."""
     lengths = batch.response_lengths.tolist()
@@ -69,8 +78,12 @@ def gae(batch: Experience, algorithm: AlgorithmConfig, lambdas: list[float]) -> 
 
 
 def token_rewards(batch: Experience) -> list[list[float]]:
-    rewards = zip(batch.rewards.tolist(), written(batch, "values"), strict=True)
-    return [[0.0] * (len(v) - 1) + [reward] for reward, v in rewards]
+    """The outcome at the last token, and what came before where it came."""
+    early = [[0.0] * len(v) for v in written(batch, "values")]
+    if batch.token_rewards is not None:
+        early = written(batch, "token_rewards")
+    ends = [[0.0] * (len(v) - 1) + [reward] for reward, v in zip(batch.outcomes.tolist(), early, strict=True)]
+    return [[a + b for a, b in zip(*pair)] for pair in zip(early, ends, strict=True)]
 
 
 def to_go(rewards: list[float], gamma: float) -> list[float]:
@@ -100,9 +113,9 @@ def nothing_elsewhere(batch: Experience, *names: str) -> None:
     [{}, {"gamma": 0.9}, {"lambda_critic": 0.7}, {"length_adaptive_gae": False, "lambda_policy": 0.8}],
 )
 @settings(max_examples=30)
-@given(marked=marks())
-def test_gae_goes_from_written_token_to_written_token(make_experience, changes, marked):
-    algorithm, batch = replace(VAPO, **changes), masked(make_experience, marked)
+@given(marked=marks(), share=st.sampled_from([0.0, 0.3, 1.0]))
+def test_gae_goes_from_written_token_to_written_token(make_experience, changes, marked, share):
+    algorithm, batch = replace(VAPO, **changes), rewarded(masked(make_experience, marked), share)
     estimated = with_advantages(batch, algorithm)
     close(written(estimated, "advantages"), gae(batch, algorithm, policy_lambdas(batch, algorithm)))
     values = written(batch, "values")
@@ -114,7 +127,7 @@ def test_gae_goes_from_written_token_to_written_token(make_experience, changes, 
 @settings(max_examples=20)
 @given(marked=marks())
 def test_value_pretraining_discounts_written_tokens(make_experience, marked):
-    batch = masked(make_experience, marked)
+    batch = rewarded(masked(make_experience, marked), 0.4)
     estimated = monte_carlo_returns(batch, 0.9)
     close(written(estimated, "returns"), [to_go(rewards, 0.9) for rewards in token_rewards(batch)])
     nothing_elsewhere(estimated, "returns")
@@ -123,7 +136,8 @@ def test_value_pretraining_discounts_written_tokens(make_experience, marked):
 @settings(max_examples=20)
 @given(marked=marks())
 def test_a_group_s_advantage_is_at_its_written_tokens(make_experience, marked):
-    batch = replace(masked(make_experience, marked), values=None, advantages=None, returns=None)
+    """From the sum of all that it got."""
+    batch = replace(rewarded(masked(make_experience, marked), 0.5), values=None, advantages=None, returns=None)
     estimated = with_advantages(batch, replace(VAPO, advantage="group", group_divide_by_std=False))
     reward = batch.rewards.tolist()
     expected = [[(reward[i] - reward[i ^ 1]) / 2] * sum(marked[i]) for i in range(len(batch))]
@@ -210,10 +224,10 @@ def test_the_critic_s_loss_is_a_mean_over_written_tokens(make_experience, marked
 def test_metrics_are_those_of_written_tokens(make_experience):
     """As if a batch had come that holds nothing else; and the share that the policy only read is told."""
     marked = [[i % 3 != j % 2 for i in range(5 + 3 * j)] for j in range(6)]
-    batch = masked(make_experience, marked, seed=3)
+    batch = rewarded(masked(make_experience, marked, seed=3), 0.3)
     batch = replace(batch, update_logprobs=batch.logprobs + 0.1)
     alone = make_experience([2 + i % 3 for i in range(6)], [sum(one) for one in marked], seed=3)
-    kept = {name: getattr(batch, name)[batch.trained] for name in (*ESTIMATES, "update_logprobs")}
+    kept = {name: getattr(batch, name)[batch.trained] for name in (*ESTIMATES, "token_rewards", "update_logprobs")}
     alone = whole_batch(alone.tensors() | kept | {"outcomes": batch.outcomes, "rewards": batch.rewards})
 
     found, expected = (of_step(b, {}, {STEP: 2.0}, RunState(), gamma=0.9) for b in (batch, alone))
@@ -224,6 +238,12 @@ def test_metrics_are_those_of_written_tokens(make_experience):
     for mine, theirs in zip(policy_ratios(batch, VAPO), policy_ratios(alone, VAPO), strict=True):
         assert torch.equal(mine[batch.trained], theirs) and not mine[~batch.trained].any()
     check_logprobs(batch, 1e9)
+
+
+def test_no_reward_before_the_end_is_an_outcome_bit_for_bit(make_experience):
+    plain = make_experience([2, 3, 2, 4], [1, 9, 30, 12])
+    estimated = [with_advantages(b, VAPO) for b in (plain, replace(plain, token_rewards=torch.zeros(52)))]
+    assert all(torch.equal(*(getattr(b, name) for b in estimated)) for name in ("advantages", "returns"))
 
 
 def test_all_tokens_written_is_no_mask_bit_for_bit(make_experience):
