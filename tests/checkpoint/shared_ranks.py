@@ -9,7 +9,6 @@ FOLDER/CASE/saved by N, and before by N.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.runtime import cpu_backend
+from tests.gloo_world import join_world
 
 ZERO = {"distributed_optimizer": True}
 TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -43,11 +42,8 @@ def reader_of(name: str, world: int) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
-    rendezvous, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    _, world = join_world(sys.argv[1])
+    folder = Path(sys.argv[2])
     for name in CASES:
         if world == 4:
             write(folder / name, CASES[name])

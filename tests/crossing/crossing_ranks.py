@@ -8,7 +8,6 @@ Rank 0 leaves in RESULT what it saw: losses and gradient norms of updates, and a
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, CriticConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.runtime import cpu_backend
+from tests.gloo_world import join_world
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=4, weight_decay=0.1, clip_grad=0.5)
 UPDATES = 3
@@ -27,11 +26,8 @@ KINDS = ("actor", "critic")
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
     verb, rendezvous, folder, result = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    rank, world = join_world(rendezvous)
     seen = {"megatron": version("megatron-core")} | {kind: crossed(verb, kind, folder, world) for kind in KINDS}
     if rank == 0:
         torch.save(seen, result)

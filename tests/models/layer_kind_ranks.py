@@ -8,7 +8,6 @@ FOLDER/CASE holds `hf`; FOLDER/batch.pt is what both are trained on.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig, PrecisionConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.runtime.kernels import Backend
+from tests.gloo_world import join_world
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "TP2": ("qwen2", {"tensor_parallel": 2, "sequence_parallel": True}),
@@ -36,11 +35,8 @@ LOCAL, FUSED = Backend(), Backend(layers="transformer_engine")
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
-    rendezvous, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    join_world(sys.argv[1])
+    folder = Path(sys.argv[2])
     batch = Experience(**torch.load(folder / "batch.pt", weights_only=True))
     for name, (_, layout) in CASES.items():
         try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy
 from tests.models import triton_ranks
 from tests.ranks import run_ranks
 
-SCRIPT = Path(triton_ranks.__file__)
 WORLD = 2
 
 pytestmark = [
@@ -35,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     """Of each case, what each rank found. Processes of their own, because Triton decides when it is imported whether it
     interprets."""
     folder = tmp_path_factory.mktemp("ranks")
-    arguments = [SCRIPT, folder / "rendezvous", folder]
+    arguments = ["-m", triton_ranks.__name__, folder / "rendezvous", folder]
     run_ranks(WORLD, arguments, folder / "log", seconds=400, TRITON_INTERPRET="1")
     return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(WORLD)] for name in triton_ranks.CASES}
 

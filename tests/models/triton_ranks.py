@@ -7,7 +7,6 @@ FOLDER/CASE_r.pt: outputs and gradients of the whole vocabulary in one process, 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vapo.runtime import cpu_backend
+from tests.gloo_world import join_world
 
 
 @dataclass(frozen=True)
@@ -97,16 +96,13 @@ def mend_bfloat16_products() -> None:
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
-    rendezvous, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world = join_world(sys.argv[1])
+    folder = Path(sys.argv[2])
     from megatron_vapo.models import triton_logprob
 
     mend_bfloat16_products()
     triton_logprob.SPAN = 256
     triton_logprob.GRADIENT_BYTES = 0  # blocks of one tile
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     for name, case in CASES.items():
         part = case.padded // world
         found = {

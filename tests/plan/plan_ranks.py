@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,8 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.runtime import cpu_backend
 from megatron_vapo.weights.architecture import Architecture
+from tests.gloo_world import join_world
 
 TOKENS = 1024
 
@@ -96,11 +95,8 @@ CASES = {
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
-    rendezvous, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    rank, _ = join_world(sys.argv[1])
+    folder = Path(sys.argv[2])
     for name, case in CASES.items():
         found = measure(case, folder / f"trace_{rank}.json")
         (folder / f"{name}_{rank}.json").write_text(json.dumps(found))

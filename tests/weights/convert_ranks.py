@@ -7,7 +7,6 @@ FOLDER/CASE holds `hf` and `megatron`; what Megatron saves goes to `saved`.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_vapo.config import ActorConfig, OptimizerConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.runtime import cpu_backend
+from tests.gloo_world import join_world
 
 CASES: dict[str, dict[str, object]] = {
     "TP2": {"tensor_parallel": 2},
@@ -32,11 +31,8 @@ CASES: dict[str, dict[str, object]] = {
 
 
 def main() -> None:
-    cpu_backend.install()
-    torch.set_num_threads(1)
-    rendezvous, folder = sys.argv[1], Path(sys.argv[2])
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    join_world(sys.argv[1])
+    folder = Path(sys.argv[2])
     batch = Experience(**torch.load(folder / "batch.pt", weights_only=True))
     for name, layout in CASES.items():
         load_and_save(folder / name, layout, batch)
