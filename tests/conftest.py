@@ -48,8 +48,17 @@ TOGETHER = {
 }
 """Tests of several processes each, of which one at a time is enough of a kind: a job waits while others compute."""
 
-LONGEST = ("ranks", "slurm", "servers", "tests/training/test_resume.py", "tests/benchmarks/test_gpu_check.py")
-"""Of the units below those of more than a minute, which begin: no process is left with a long one at the end."""
+LONGEST = (
+    "ranks",
+    "slurm",
+    "servers",
+    "tests/training/test_resume.py",
+    "tests/benchmarks/test_gpu_check.py",
+    "tests/plan/test_plan_against_reality.py",
+    "tests/benchmarks/test_table1_sweep.py",
+    "tests/tools/test_launch.py",
+)
+"""Of the units below those of more than half a minute, which begin: no process is left with a long one at the end."""
 
 
 def unit_of(nodeid: str) -> str:

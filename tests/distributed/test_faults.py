@@ -104,23 +104,26 @@ def last_checkpoint(run_dir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(newest)): p.read_bytes() for p in [*newest.glob("*/*.distcp"), newest / "state.json"]}
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_a_rank_that_stops_is_named_with_its_phase(
-    launch: Callable[..., Launched], tmp_path: Path, stopped: int
-) -> None:
-    run = launch(2, tmp_path / "run", "steps=100000", "limits.silent_seconds=12")  # a busy machine is no silence
-    run.wait_for_step(20)  # seconds of work: every rank has told a phase
-    rank = run.ranks()[stopped]
-    rank.suspend()
+def test_a_rank_that_stops_is_named_with_its_phase(launch: Callable[..., Launched], tmp_path: Path) -> None:
+    """The first of one run, the second of another beside it: most of the time all wait."""
+    endless = ["steps=100000", "limits.silent_seconds=12"]  # a busy machine is no silence
+    runs = [launch(2, tmp_path / f"run {stopped}", *endless) for stopped in range(2)]
+    for run in runs:
+        run.wait_for_step(20)  # seconds of work: every rank has told a phase
+    ranks = [run.ranks()[stopped] for stopped, run in enumerate(runs)]
+    for rank in ranks:
+        rank.suspend()
     began = time.monotonic()
-    output = run.end(timeout=120)  # of which torchrun takes 30 to give up on the rank that is stopped
+    outputs = [
+        run.end(timeout=120) for run in runs
+    ]  # of which torchrun takes 30 to give up on the rank that is stopped
     assert time.monotonic() - began < 120
     phases = "rollout|values|logprobs|critic_update|actor_update|weight_sync|checkpoint|evaluation"
-    assert re.search(
-        rf"rank {stopped} \(pid {rank.pid} on \S+\) was not heard of for 12 s; its phase was: ({phases})", output
-    )
-    assert f"exitcode  : {MachineError.exit_code}" in output
-    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+    for stopped, (rank, output) in enumerate(zip(ranks, outputs)):
+        who = rf"rank {stopped} \(pid {rank.pid} on \S+\)"
+        assert re.search(rf"{who} was not heard of for 12 s; its phase was: ({phases})", output)
+        assert f"exitcode  : {MachineError.exit_code}" in output
+        assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
