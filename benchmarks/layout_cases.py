@@ -20,6 +20,13 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.runtime import cpu_backend
 
 ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
+OWN_LOSSES = {
+    "GSPO": ("examples.gspo:gspo", {"clip_low": 0.2, "clip_high": 0.3}, "sample"),
+    "CISPO": ("examples.cispo:cispo", {"clip_low": 0.5}, "token"),
+    "Dr. GRPO": ("examples.dr_grpo:summed", {"max_tokens": 64}, "token"),
+    "entropy bonus": ("examples.entropy_bonus:entropy_bonus", {"coefficient": 0.1}, "sample"),
+}
+"""Policy losses that are not the package's, their options, and what they are means over."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, epsilon=1e-6, clip_grad=0.5)
 UPDATES = 2
 _DEFAULTS: dict[str, object] = {"micro_batch_tokens": 128}
@@ -38,6 +45,8 @@ class Case:
     critic: dict[str, object] | None = None
     """Layout of the critic where it differs."""
 
+    losses: bool = False
+    """Take an actor update with each of `OWN_LOSSES` too."""
     logprobs: str = "whole"
     dtype: str = "float32"
 
@@ -62,11 +71,11 @@ EP2 = {"expert_parallel": 2}
 ETP2 = {"expert_tensor_parallel": 2}
 
 CASES = [
-    Case("one process"),
+    Case("one process", losses=True),
     Case("micro-batches: 1", role={"micro_batch_tokens": 4096}),
     Case("micro-batches: 2", role={"micro_batch_tokens": 256}),
     Case("micro-batches: 3", role={"micro_batch_tokens": 170}),
-    Case("micro-batches: 7", role={"micro_batch_tokens": 68}),
+    Case("micro-batches: 7", role={"micro_batch_tokens": 68}, losses=True),
     Case("full recompute", role={"recompute": "full"}),
     Case("selective recompute", role={"recompute": "selective"}),
     Case("no positive example", batch="no positive"),
@@ -80,24 +89,24 @@ CASES = [
     Case("TP2, fused log-probs", 2, role=tp(2), logprobs="chunked"),
     Case("TP2 + SP, fused log-probs, tied", 2, "tied", role=tp(2, sp=True), logprobs="chunked"),
     Case("PP2, fused log-probs, tied", 2, "tied", role=pp(2), logprobs="chunked"),
-    Case("TP2 + SP", 2, role=tp(2, sp=True)),
+    Case("TP2 + SP", 2, role=tp(2, sp=True), losses=True),
     Case("TP2 + SP, full recompute", 2, role=tp(2, sp=True) | {"recompute": "full"}),
     Case("TP2 + SP, Qwen3", 2, "qwen3", role=tp(2, sp=True)),
     Case("TP2, Llama 3", 2, "llama", role=tp(2)),
     Case("TP2 + SP, tied", 2, "tied", role=tp(2, sp=True)),
-    Case("PP2", 2, role=pp(2)),
+    Case("PP2", 2, role=pp(2), losses=True),
     Case("PP2 uneven (1 + 3 layers)", 2, role=pp(2, first_stage_layers=1)),
     Case("PP2 x VPP2", 2, role=pp(2, virtual_pipeline=2)),
     Case("PP2, tied", 2, "tied", role=pp(2)),
     Case("PP2, Qwen3-MoE", 2, "qwen3_moe", role=pp(2)),
     Case("DP2", 2),
     Case("DP2, overlapped gradient reduction", 2, role={"overlap_grad_reduce": True}),
-    Case("DP2 x ZeRO-1", 2, role=ZERO),
+    Case("DP2 x ZeRO-1", 2, role=ZERO, losses=True),
     Case("DP2 x ZeRO-1, overlapped", 2, role=ZERO | {"overlap_grad_reduce": True}),
     Case("DP2, a rank without positives", 2, batch="one positive"),
     Case("DP2, responses of one token", 2, batch="one token"),
     Case("DP2, fewer responses than micro-batches", 2, batch="two responses"),
-    Case("CP2", 2, role=CP2),
+    Case("CP2", 2, role=CP2, losses=True),
     Case("CP2, Qwen3", 2, "qwen3", role=CP2),
     Case("EP2", 2, "qwen3_moe", role=EP2),
     Case("ETP2 x TP2 + SP", 2, "qwen3_moe", role=tp(2, sp=True) | ETP2),
@@ -115,15 +124,23 @@ CASES = [
     Case("DP4 x ZeRO-1", 4, role=ZERO),
     Case("TP2 x PP2 + SP", 4, role=tp(2, sp=True) | pp(2)),
     Case("TP2 x PP2 + SP, tied", 4, "tied", role=tp(2, sp=True) | pp(2)),
-    Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2),
-    Case("CP2 x PP2", 4, role=CP2 | pp(2)),
-    Case("CP2 x DP2 x ZeRO-1", 4, role=CP2 | ZERO),
+    Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2, losses=True),
+    Case("CP2 x PP2", 4, role=CP2 | pp(2), losses=True),
+    Case("CP2 x DP2 x ZeRO-1", 4, role=CP2 | ZERO, losses=True),
     Case("PP2 x VPP2 x DP2", 4, role=pp(2, virtual_pipeline=2)),
     Case("EP2 x DP2 x ZeRO-1", 4, "qwen3_moe", role=EP2 | ZERO),
     Case("TP2 x EP2 + SP", 4, "qwen3_moe", role=tp(2, sp=True) | EP2),
     Case("EP2 x PP2", 4, "qwen3_moe", role=EP2 | pp(2)),
-    Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO),
+    Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO, losses=True),
 ]
+
+
+def own_algorithms() -> dict[str, AlgorithmConfig]:
+    """The algorithm with each of `OWN_LOSSES` in the place of its own."""
+    return {
+        name: replace(ALGORITHM, loss=loss, options=options, loss_reduction=reduction)
+        for name, (loss, options, reduction) in OWN_LOSSES.items()
+    }
 
 
 def fp8(recipe: str) -> dict[str, object]:
@@ -170,12 +187,17 @@ def take_updates(case: Case, folder: Path) -> dict:
     logprobs, entropy = actor.model.forward(batch)
     forward = replace(batch, values=values, logprobs=logprobs, entropy=entropy).on_first_rank(everything)
 
-    def updates(trainer: Trainer, objective: Objective) -> list[dict[str, float]]:
-        taken = (part_and_loss(trainer.model, objective, batch, everything) for _ in range(UPDATES))
+    def updates(trainer: Trainer, objective: Objective, count: int) -> list[dict[str, float]]:
+        taken = (part_and_loss(trainer.model, objective, batch, everything) for _ in range(count))
         return [trainer.update(part, loss) for part, loss in taken]
 
-    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM))
-    actor_steps = updates(actor, objectives.actor_objective(ALGORITHM, actor.model.sum_over_sequence_ranks))
+    def actor_updates(algorithm: AlgorithmConfig, count: int) -> list[dict[str, float]]:
+        return updates(actor, objectives.actor_objective(algorithm, actor.model.sum_over_sequence_ranks), count)
+
+    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM), UPDATES)
+    actor_steps = actor_updates(ALGORITHM, UPDATES)
+    for algorithm in own_algorithms().values() if case.losses else ():
+        actor_steps += actor_updates(algorithm, 1)
     return {
         "forward": {name: getattr(forward, name) for name in ("values", "logprobs", "entropy")},
         "critic": critic_steps,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.layout_cases import ALGORITHM, CASES, OPTIMIZER, UPDATES, Case
+from benchmarks.layout_cases import ALGORITHM, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
 from megatron_vapo.runtime import cpu_backend
 
 LOSS_TOLERANCE = 1e-5
@@ -72,14 +72,14 @@ class Row:
 def run_cases(cases: list[Case], folder: Path) -> list[Row]:
     """Start real ranks, one launch per world size, and compare every case with both references."""
     prepare(folder)
-    alone = [Case("alone", family=c.family, batch=c.batch, dtype=c.dtype) for c in cases]
+    alone = [Case("alone", family=c.family, batch=c.batch, dtype=c.dtype, losses=c.losses) for c in cases]
     for world in sorted({case.world for case in cases}):
         launch([case for case in cases if case.world == world], world, folder)
-    plain: dict[tuple[str, ...], dict] = {}
-    single: dict[tuple[str, ...], dict] = {}
+    plain: dict[tuple[object, ...], dict] = {}
+    single: dict[tuple[object, ...], dict] = {}
     rows = []
     for case, one in zip(cases, alone):
-        key = (case.family, case.batch, case.dtype)
+        key = (case.family, case.batch, case.dtype, case.losses)
         if key not in plain:
             plain[key] = plain_updates(case, folder)
             single[key] = _single_process(one, folder)
@@ -148,15 +148,15 @@ def plain_updates(case: Case, folder: Path) -> dict:
         logprobs, entropy = reference.actor_outputs(actor, batch)
         values = reference.critic_outputs(critic, batch)
     steps: dict[str, list] = {"actor": [], "critic": []}
-    for name, model in (("critic", critic), ("actor", actor)):
-        optimizer = reference.make_optimizer(model, OPTIMIZER)
-        for step in range(1, UPDATES + 1):
-            losses = (
-                reference.critic_loss(model, batch)
-                if name == "critic"
-                else reference.actor_loss(model, batch, ALGORITHM)
-            )
-            steps[name].append(reference.update(model, optimizer, losses, OPTIMIZER, step))
+    algorithms = [ALGORITHM] * UPDATES + (list(own_algorithms().values()) if case.losses else [])
+    optimizer = reference.make_optimizer(critic, OPTIMIZER)
+    for step in range(1, UPDATES + 1):
+        losses = reference.critic_loss(critic, batch)
+        steps["critic"].append(reference.update(critic, optimizer, losses, OPTIMIZER, step))
+    optimizer = reference.make_optimizer(actor, OPTIMIZER)
+    for step, algorithm in enumerate(algorithms, 1):
+        losses = reference.actor_loss(actor, batch, algorithm)
+        steps["actor"].append(reference.update(actor, optimizer, losses, OPTIMIZER, step))
     return {
         "forward": {"values": torch.cat(values), "logprobs": torch.cat(logprobs), "entropy": torch.cat(entropy)},
         **steps,
@@ -279,9 +279,14 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        actor, critic = row.result["actor"][-1], row.result["critic"][-1]
+        actor, critic = row.result["actor"][UPDATES - 1], row.result["critic"][-1]
         numbers = [actor["policy_loss"], critic["loss"], actor["lm_loss"], actor["entropy"]]
-        cells = [row.case.name, str(row.case.world), row.case.family, row.case.batch]
+        cells = [
+            row.case.name + (", every loss" if row.case.losses else ""),
+            str(row.case.world),
+            row.case.family,
+            row.case.batch,
+        ]
         cells += [f"{number:.6f}" for number in numbers]
         cells += [f"{actor['grad_norm']:.5f}, {critic['grad_norm']:.5f}"]
         cells += [f"{a:.1e}, {b:.1e}" for a, b in (row.from_one_process, row.from_plain)]
@@ -310,7 +315,8 @@ def main() -> int:
 HEADER = f"""# Every layout takes the same training step
 
 One VAPO minibatch (forward, {UPDATES} critic updates, {UPDATES} actor updates) on a fixed batch in float32, by real
-processes over gloo on CPU, for every layout below; numbers are those of the last update. Compared with one process, and
+processes over gloo on CPU, for every layout below; numbers are those of the last update. Rows with "every
+loss" take an actor update more with each of {", ".join(OWN_LOSSES)} (`examples`). Compared with one process, and
 with a plain PyTorch + transformers implementation that shares no code with the package (`benchmarks/reference.py`).
 Required: {LOSS_TOLERANCE:.0e} relative on losses, entropy and gradient norm, {PARAMETER_TOLERANCE:.0e} on parameters
 (largest difference over the tensor's largest number); for bfloat16 with float32 main parameters 0.1 and 0.02

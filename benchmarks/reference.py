@@ -45,19 +45,78 @@ def critic_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, T
 
 
 def actor_loss(model: torch.nn.Module, batch: dict[str, Tensor], settings: Any) -> dict[str, Tensor]:
-    """Clipped policy loss, mean over all response tokens, plus mu times the mean NLL of tokens of right responses."""
+    """The policy loss that the settings name, plus mu times the mean NLL of tokens of right responses."""
     logprobs, entropies = actor_outputs(model, batch)
-    terms, nll = [], []
-    for i, (new, old, advantage) in enumerate(zip(logprobs, split(batch, "logprobs"), split(batch, "advantages"))):
-        ratio = (new - old).exp()
-        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
-        terms.append(-torch.min(ratio * advantage, clipped * advantage))
-        if batch["outcomes"][i] > 0:
-            nll.append(-new)
-    policy = torch.cat(terms).mean()
+    responses = list(zip(logprobs, split(batch, "logprobs"), split(batch, "advantages"), entropies))
+    nll = [-new for i, new in enumerate(logprobs) if batch["outcomes"][i] > 0]
+    policy = POLICY_LOSSES[settings.loss](responses, settings)
     lm = torch.cat(nll).mean() if nll else torch.zeros(())
     total = policy + settings.positive_lm_coefficient * lm
-    return {"loss": total, "policy_loss": policy, "lm_loss": lm, "entropy": torch.cat(entropies).mean()}
+    return {"loss": total, "policy_loss": policy, "lm_loss": lm, "entropy": mean(entropies, settings)}
+
+
+def mean(terms: list[Tensor], settings: Any) -> Tensor:
+    """Over tokens, or over responses of their own means."""
+    if settings.loss_reduction == "token":
+        return torch.cat(terms).mean()
+    return torch.stack([term.mean() for term in terms]).mean()
+
+
+Response = tuple[Tensor, Tensor, Tensor, Tensor]
+"""New and old log-probs, advantages and entropies of its tokens."""
+
+
+def clip(responses: list[Response], settings: Any) -> Tensor:
+    """PPO's, with clip-higher."""
+    terms = []
+    for new, old, advantage, _ in responses:
+        ratio = (new - old).exp()
+        bounded = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        terms.append(-torch.min(ratio * advantage, bounded * advantage))
+    return mean(terms, settings)
+
+
+def gspo(responses: list[Response], settings: Any) -> Tensor:
+    """GSPO, equations 5 to 7: mean over responses of a clipped objective of their geometric mean ratio."""
+    low, high, terms = 1 - settings.options["clip_low"], 1 + settings.options["clip_high"], []
+    for new, old, advantage, _ in responses:
+        ratio = ((new - old).sum() / len(new)).exp()
+        terms.append(-torch.min(ratio * advantage, ratio.clamp(low, high) * advantage).mean())
+    return torch.stack(terms).mean()
+
+
+def cispo(responses: list[Response], settings: Any) -> Tensor:
+    """CISPO, equations 4 and 5; clip_high is the default of the example."""
+    low, terms = 1 - settings.options["clip_low"], []
+    for new, old, advantage, _ in responses:
+        weight = (new.detach() - old).exp().clamp(low, 1.28)
+        terms.append(-weight * advantage * new)
+    return mean(terms, settings)
+
+
+def dr_grpo(responses: list[Response], settings: Any) -> Tensor:
+    """Dr. GRPO: sums over tokens, divided by one constant for all responses."""
+    total = torch.zeros(())
+    for new, old, advantage, _ in responses:
+        ratio = (new - old).exp()
+        total = total - torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).sum()
+    return total / (len(responses) * settings.options["max_tokens"])
+
+
+def entropy_bonus(responses: list[Response], settings: Any) -> Tensor:
+    """The clipped loss minus a multiple of the entropy."""
+    bonus = mean([entropy for *_, entropy in responses], settings)
+    return clip(responses, settings) - settings.options["coefficient"] * bonus
+
+
+POLICY_LOSSES = {
+    "clip": clip,
+    "examples.gspo:gspo": gspo,
+    "examples.cispo:cispo": cispo,
+    "examples.dr_grpo:summed": dr_grpo,
+    "examples.entropy_bonus:entropy_bonus": entropy_bonus,
+}
+"""By what `algorithm.loss` is called."""
 
 
 def make_optimizer(model: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:

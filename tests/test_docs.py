@@ -14,8 +14,8 @@ from tests.conftest import REPOSITORY
 FOLDERS = "megatron_vapo|tests|tools|benchmarks|recipes|slurm|examples|docs"
 FREE = {"rollout.sglang.arguments", "algorithm.options"}
 """Mappings whose keys are another program's, or a plug-in's."""
-NO_SETTINGS = {"algorithm.kl_coefficient", "model.layers"}
-"""A setting that a document shows how to add; names of tensors."""
+NO_SETTINGS = {"model.layers"}
+"""Names of tensors."""
 NOT_COMMITTED = {"slurm/site.env", "megatron_vapo.sqsh"}
 """Files that a document asks its reader to make."""
 

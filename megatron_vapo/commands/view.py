@@ -85,6 +85,7 @@ def _about(recipe: Recipe) -> str:
     critic = f"gamma {algorithm.gamma:g}" if recipe.uses_critic else "no critic"
     verb = "clipped at" if algorithm.beyond_clip == "clip" else "masked beyond"
     clip = f"ratio {verb} {1 - algorithm.clip_low:g} and {1 + algorithm.clip_high:g}"
+    clip = clip if algorithm.loss == "clip" else f"loss {algorithm.loss}"
     return f"model {Path(recipe.model.path).name} of {Path(recipe.model.path).parent.name}; {critic}; {clip}"
 
 

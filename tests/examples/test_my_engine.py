@@ -70,7 +70,8 @@ def test_an_abort_leaves_the_rest_unwritten():
 def test_a_run_trains_on_it(
     make_checkpoint: Callable[..., Path], tiny_problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Sampling, reward, critic, actor and weight sync with this engine in the place of the recipe's own."""
+    """Sampling, reward, critic, actor and weight sync with this engine in the place of the recipe's own, and a loss and
+    an advantage of one's own."""
     recipe = {
         "name": "own_engine",
         "run_dir": str(tmp_path / "run"),
@@ -78,6 +79,13 @@ def test_a_run_trains_on_it(
         "minibatch_size": 8,
         "model": {"path": str(make_checkpoint("qwen2"))},
         "critic": {"init": "actor"},
+        "algorithm": {
+            "advantage": "tests.test_testing:temporal_difference",
+            "critic": True,
+            "loss": "examples.entropy_bonus:entropy_bonus",
+            "options": {"coefficient": 0.01},
+            "importance": {"mode": "truncate"},
+        },
         "value_pretraining": {"max_steps": 1},
         "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_response_tokens": 16}
         | {"check_weights_every": 0},  # this engine holds no weights
@@ -98,3 +106,4 @@ def test_a_run_trains_on_it(
     assert [line["kind"] for line in lines] == ["pretrain", "train"]
     assert all(math.isfinite(line["critic/loss"]) for line in lines)
     assert engines[0].version == 1
+    assert lines[1]["actor/importance_mean"] > 0 and lines[1]["actor/kl_k3"] == pytest.approx(0, abs=1e-4)
