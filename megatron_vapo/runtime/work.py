@@ -28,6 +28,11 @@ class WorkClock:
         finally:
             self._change(-1)
 
+    @property
+    def under_way(self) -> bool:
+        """Return whether the process works now."""
+        return self._under_way > 0
+
     def seconds(self, now: float) -> float:
         """Return the seconds of work until `now` (`time.perf_counter`), that under way included."""
         with self._lock:

@@ -18,6 +18,7 @@ from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models import parallel_model
 from megatron_vapo.models.checkpointing import load_parameters, load_trainer, save_trainer
 from megatron_vapo.models.trainer import Trainer
+from megatron_vapo.runtime.work import working
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=4, weight_decay=0.1, clip_grad=1.0)
 KINDS = {
@@ -250,6 +251,23 @@ def test_forward_changes_nothing(train_actor, folder, batch):
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert_same(actor, untouched)
+
+
+def test_passes_and_the_optimizer_are_work(train_actor, folder, batch, monkeypatch):
+    actor, seen = train_actor(folder, role()), {}
+    whole, step = weighted(batch), actor.optimizer.step_with_ready_grads
+
+    def loss(*arguments):
+        seen["loss"] = working.under_way
+        return whole(*arguments)
+
+    def takes_step():
+        seen["optimizer"] = working.under_way
+        return step()
+
+    monkeypatch.setattr(actor.optimizer, "step_with_ready_grads", takes_step)
+    actor.update(batch, loss)
+    assert seen == {"loss": True, "optimizer": True} and not working.under_way
 
 
 def test_loading_weights_reaches_the_main_parameters(train_actor, make_checkpoint, folder, batch):

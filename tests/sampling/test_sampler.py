@@ -29,6 +29,7 @@ from megatron_vapo.rewards.scorer import Begun, RewardScorer
 from megatron_vapo.rollout import EngineIndex, Request, Response
 from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
+from megatron_vapo.runtime.work import working
 from megatron_vapo.sampling import sampler as sampling_module
 from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.sampling.sampler import Sampler
@@ -471,6 +472,20 @@ def until_time_is_over(tick: int) -> Callable[[FakeEngine, int], None]:
             assert engine.aborted.wait(WAIT_S)
 
     return wait
+
+
+def test_writing_is_work_and_waiting_for_rewards_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, waiting = [], []
+    steps = Steps(FakeEngine(some_length, each_tick=lambda engine, tick: writing.append(working.under_way)))
+    wait = steps.scorer.wait
+
+    def waits(*arguments: object) -> None:
+        waiting.append(working.under_way)
+        wait(*arguments)
+
+    monkeypatch.setattr(steps.scorer, "wait", waits)
+    steps.step(1)
+    assert set(writing) == {True} and set(waiting) == {False}
 
 
 def test_what_is_unfinished_when_the_time_is_over_is_truncated() -> None:
