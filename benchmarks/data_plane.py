@@ -3,29 +3,33 @@
     python -m benchmarks.data_plane            # 1, 2, 4, 8 gloo ranks on this machine; a table
 
 Models are left out: their outputs are random numbers. Every rank is an engine and a data-parallel rank of actor and
-critic, which is the layout where most travels. `before` is what every rank did until responses had homes: it received
-everybody's responses as pickled objects, and computed advantages and metrics of all.
+critic, which is the layout where most travels; in `peers of 2`, two ranks share the place of one, as context-parallel
+peers do, and get its tokens both. `gather everything` is the baseline, what every rank did until responses had homes:
+it received everybody's responses as pickled objects, and computed advantages and metrics of all.
 
 Legend: W ranks, T response tokens of a step.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import process_time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megatron_vapo.config import AlgorithmConfig
 from megatron_vapo.data.exchange import Exchange, Placement, homes
@@ -51,7 +55,19 @@ class Meter:
     def __init__(self) -> None:
         self.bytes = self.least = 0
         self.seconds: dict[str, float] = {}
-        self._move = collectives.all_to_all
+        self._move, self._gather = collectives.all_to_all, distributed_c10d.all_gather
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what travels in all-to-alls, and in the gathers under `gather_objects`."""
+        collectives.all_to_all, distributed_c10d.all_gather = self.all_to_all, self.all_gather  # type: ignore[assignment]
+        yield
+        collectives.all_to_all, distributed_c10d.all_gather = self._move, self._gather
+
+    def all_gather(self, gathered: list[Tensor], mine: Tensor, **options: object) -> None:
+        """Every rank passes on what it has and gets, padded to the largest: as many bytes out as in."""
+        self.bytes += 2 * (len(gathered) - 1) * mine.nbytes
+        self._gather(gathered, mine, **options)
 
     def all_to_all(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         rank = dist.get_rank()
@@ -91,8 +107,10 @@ def responses(tokens: int) -> Responses:
     )
 
 
-def new_step(whole: Responses, meter: Meter) -> None:
+def step(whole: Responses, meter: Meter, peers: int = 1) -> None:
+    """Move and compute as a training step does; `peers` ranks are one data-parallel rank."""
     lengths, world = whole.response_lengths, dist.get_world_size()
+    peers = min(peers, world)
     written = Placement.by_rank(torch.arange(len(whole)) // 16 % world)  # groups over engines
     home = homes(whole.sequence_lengths)
     mine = int(lengths[written.mine].sum())
@@ -107,8 +125,8 @@ def new_step(whole: Responses, meter: Meter) -> None:
 
     def part(of: str, names: tuple[str, ...], indices: Tensor) -> Placement:
         with meter.part(of):
-            plan = plan_micro_batches(whole.sequence_lengths[indices], world, PackingRule(32_768))
-            shares = [torch.tensor([i for members in micros for i in members], dtype=torch.int64) for micros in plan]
+            plan = plan_micro_batches(whole.sequence_lengths[indices], world // peers, PackingRule(32_768))
+            shares = [torch.tensor([i for members in plan[r // peers] for i in members]).long() for r in range(world)]
             placement = Placement.of(shares)
             batch.moved(placement, dict.fromkeys(names, placement), indices)
         wanted = replace(placement, responses=indices[placement.responses])
@@ -120,6 +138,8 @@ def new_step(whole: Responses, meter: Meter) -> None:
     for outputs in (("values",), ("logprobs", "entropy")):
         owners = part("log-probs and values", ("tokens",), everything)
         with meter.part("log-probs and values"):
+            first = [owners.on(rank) if rank % peers == 0 else owners.on(rank)[:0] for rank in range(world)]
+            owners = Placement.of(first)
             back = Exchange(owners, home)
             computed = torch.randn(int(lengths[owners.mine].sum()))
             batch = replace(batch, **{name: back(computed, lengths) for name in outputs})
@@ -137,8 +157,8 @@ def new_step(whole: Responses, meter: Meter) -> None:
         critic_metrics(batch, gamma=1.0)
 
 
-def step_before(whole: Responses, meter: Meter) -> None:
-    """All responses to all ranks, and all numbers on all of them."""
+def gather_everything(whole: Responses, meter: Meter) -> None:
+    """The baseline: all responses to all ranks, and all numbers on all of them."""
     lengths, world = whole.response_lengths, dist.get_world_size()
     mine = (torch.arange(len(whole)) // 16 % world == dist.get_rank()).nonzero()[:, 0]
     with meter.part("responses"):
@@ -159,13 +179,13 @@ def step_before(whole: Responses, meter: Meter) -> None:
         critic_metrics(batch, gamma=1.0)
 
 
-def measured(tokens: int, before: bool) -> dict[str, float | dict[str, float]]:
+def measured(tokens: int, take: Callable[[Responses, Meter], None]) -> dict[str, float | dict[str, float]]:
     whole, meter = responses(tokens), Meter()
+    ctypes.CDLL(None).malloc_trim(0)  # what the case before has freed is not there for this one
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins anew
     at_start = _peak_mib()
-    collectives.all_to_all = meter.all_to_all  # type: ignore[assignment]
-    (step_before if before else new_step)(whole, meter)
-    collectives.all_to_all = meter._move
+    with meter.counting():
+        take(whole, meter)
     megabytes = {"MB": meter.bytes / 1e6, "least MB": meter.least / 1e6}
     return {"memory MiB": _peak_mib() - at_start, **megabytes, "seconds": meter.seconds}
 
@@ -179,8 +199,14 @@ def rank_main(store: str) -> None:
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    growing, fixed, before = GROWING * world, FIXED, False
-    cases = {"growing": (growing, before), "fixed": (fixed, before), "fixed, before": (fixed, True)}
+    growing = GROWING * world
+    cases = {
+        "growing": (growing, step),
+        "growing, gather everything": (growing, gather_everything),
+        "fixed": (FIXED, step),
+        "fixed, gather everything": (FIXED, gather_everything),
+        "fixed, peers of 2": (FIXED, partial(step, peers=2)),
+    }
     found = {name: collectives.gather_objects(measured(*case)) for name, case in cases.items()}
     if rank == 0:
         print(json.dumps(found))
@@ -206,12 +232,13 @@ def main() -> None:
     for world in WORLDS:
         for name, ranks in launch(world).items():
             worst = {key: max(rank[key] for rank in ranks) for key in ("MB", "least MB", "memory MiB")}
-            assert name == "fixed, before" or worst["MB"] <= 1.1 * worst["least MB"]
+            baseline = name.endswith("gather everything")
+            assert baseline or worst["MB"] <= 1.1 * worst["least MB"]
             parts = ", ".join(
                 f"{part} {sum(rank['seconds'][part] for rank in ranks) / world:.2f}" for part in ranks[0]["seconds"]
             )
             total = sum(sum(rank["seconds"].values()) for rank in ranks) / world
-            travel = ("", "") if name == "fixed, before" else (f"{worst['MB']:.1f}", f"{worst['least MB']:.1f}")
+            travel = f"{worst['MB']:.1f}", "" if baseline else f"{worst['least MB']:.1f}"
             row = [name, str(world), *travel, f"{worst['memory MiB']:.0f}", f"{total:.2f}: {parts}"]
             lines.setdefault(name, []).append("| " + " | ".join(row) + " |")
     for rows in lines.values():

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_vapo.algorithm.types import Outputs
 from megatron_vapo.config import RoleConfig
 from megatron_vapo.data.exchange import Exchange, Placement
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.data.packing import MicroBatch, MicroBatches, PackingRule, plan_micro_batches, tightened
 from megatron_vapo.models.attention import pack_sequences
 from megatron_vapo.models.build import build_chunks
@@ -197,15 +197,15 @@ class ParallelModel(ABC):
         """Return whether layers attend by this package's plan; Transformer Engine's need none."""
         return self.config.transformer_impl == "local"
 
-    def assemble(self, parts: list[dict[str, Any]], batch: Experience) -> list[Tensor]:
+    def assemble(self, parts: list[dict[str, Any]], responses: Responses) -> list[Tensor]:
         """Join the `outputs` ([t] each) of this rank's micro-batches by their `token_index [t]`: tensors on the host of
         all response tokens that are trained on, on the ranks that `owners` names, and [0] elsewhere.
 
         Args:
-            batch: what the micro-batches were packed from (`part`).
+            responses: the numbers of those that the micro-batches were packed from (`part`).
         """
         owns = self.layout.owns_outputs
-        tokens = batch.only_trained.response_tokens if owns else 0
+        tokens = responses.only_trained.response_tokens if owns else 0
         joined = torch.zeros(self.output_count, tokens, device=self.device)
         if owns:
             for part in parts:

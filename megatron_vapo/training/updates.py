@@ -14,7 +14,7 @@ from megatron_vapo.algorithm.statistics import effective_sample_size
 from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.exchange import Exchange, Placement
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.trainer import Trainer
@@ -29,7 +29,7 @@ class SeenOutputs:
     """
 
     def __init__(self) -> None:
-        self._minibatches: list[tuple[Tensor, Experience, list[dict[str, Any]]]] = []
+        self._minibatches: list[tuple[Tensor, Placement, Responses, list[dict[str, Any]]]] = []
 
     def watch(self, loss: Loss, indices: Tensor, part: Experience) -> Loss:
         """Return the loss, which from now on leaves here the outputs that it sees.
@@ -39,7 +39,8 @@ class SeenOutputs:
             part: this rank's part of the minibatch.
         """
         parts: list[dict[str, Any]] = []
-        self._minibatches.append((indices, part, parts))
+        numbers = Responses(**part.facts(torch.arange(len(part))))  # and none of its tensors of tokens
+        self._minibatches.append((indices, part.placement, numbers, parts))
 
         def watched(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             parts.append({"outputs": tuple(output.detach() for output in outputs), "token_index": token_index})
@@ -50,8 +51,8 @@ class SeenOutputs:
     def gather(self, model: ParallelModel, batch: Experience) -> Outputs:
         """Return the outputs for the response tokens of this process's share of the batch [T], 0 at tokens that are not
         trained on."""
-        owners = [(indices, model.owners(part.placement)) for indices, part, _ in self._minibatches]
-        seen = [model.assemble(parts, part) for _, part, parts in self._minibatches]
+        owners = [(indices, model.owners(placement)) for indices, placement, _, _ in self._minibatches]
+        seen = [model.assemble(parts, numbers) for _, _, numbers, parts in self._minibatches]
         ranks = range(dist.get_world_size())
         held = Placement.of([torch.cat([indices[owner.on(rank)] for indices, owner in owners]) for rank in ranks])
         back = Exchange(held, batch.placement)
