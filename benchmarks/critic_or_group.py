@@ -1,4 +1,4 @@
-"""VAPO against GRPO and DAPO on derivations, at equal sampled tokens, paired by seed.
+"""VAPO against SAO, GRPO and DAPO on derivations, at equal sampled tokens, paired by seed.
 
     python -m benchmarks.critic_or_group [--seeds 10] [--tokens 350000] [--out FOLDER] [key=value...]
 
@@ -20,7 +20,7 @@ from benchmarks.records import Record, records
 from benchmarks.table1.statistics import paired
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = {"VAPO": "tiny.yaml", "GRPO": "tiny_grpo.yaml", "DAPO": "tiny_dapo.yaml"}
+RECIPES = {"VAPO": "tiny.yaml", "SAO": "sao_tiny.yaml", "GRPO": "tiny_grpo.yaml", "DAPO": "tiny_dapo.yaml"}
 ENOUGH = 0.7
 
 
@@ -99,7 +99,8 @@ def table(curves: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], seeds: i
         f"thousand tokens to {ENOUGH:.0%}": lambda curve: tokens_until(*curve, ENOUGH, budget) / 1000,
     }
     others = [name for name in RECIPES if name != "VAPO"]
-    lines = ["| | " + " | ".join([*RECIPES, *(f"VAPO - {other}" for other in others)]) + " |", "|---" * 6 + "|"]
+    heads = [*RECIPES, *(f"VAPO - {other}" for other in others)]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for title, measure in measures.items():
         found = {name: np.array([measure(curves[name, seed]) for seed in range(seeds)]) for name in RECIPES}
         cells = [f"{values.mean():.3g}" for values in found.values()]

@@ -53,6 +53,12 @@ class Case:
     def actor_config(self) -> ActorConfig:
         return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), logprobs=self.logprobs)
 
+    @property
+    def alone(self) -> Case:
+        """The same in one process."""
+        frozen = {key: value for key, value in (self.critic or {}).items() if key in FROZEN}
+        return replace(self, name="alone", world=1, role={}, critic=frozen or None, logprobs="whole")
+
     def critic_config(self) -> CriticConfig:
         return CriticConfig(**_DEFAULTS | (self.critic or self.role), optimizer=replace(OPTIMIZER))
 
@@ -66,9 +72,11 @@ def pp(n: int, **more: object) -> dict[str, object]:
 
 
 ZERO = {"distributed_optimizer": True}
+OVERLAPPED = {"overlap_grad_reduce": True}
 CP2 = {"context_parallel": 2}
 EP2 = {"expert_parallel": 2}
 ETP2 = {"expert_tensor_parallel": 2}
+FROZEN = {"frozen": "attention"}
 
 CASES = [
     Case("one process", losses=True),
@@ -100,9 +108,9 @@ CASES = [
     Case("PP2, tied", 2, "tied", role=pp(2)),
     Case("PP2, Qwen3-MoE", 2, "qwen3_moe", role=pp(2)),
     Case("DP2", 2),
-    Case("DP2, overlapped gradient reduction", 2, role={"overlap_grad_reduce": True}),
+    Case("DP2, overlapped gradient reduction", 2, role=OVERLAPPED),
     Case("DP2 x ZeRO-1", 2, role=ZERO, losses=True),
-    Case("DP2 x ZeRO-1, overlapped", 2, role=ZERO | {"overlap_grad_reduce": True}),
+    Case("DP2 x ZeRO-1, overlapped", 2, role=ZERO | OVERLAPPED),
     Case("DP2, a rank without positives", 2, batch="one positive"),
     Case("DP2, responses of one token", 2, batch="one token"),
     Case("DP2, fewer responses than micro-batches", 2, batch="two responses"),
@@ -112,6 +120,8 @@ CASES = [
     Case("ETP2 x TP2 + SP", 2, "qwen3_moe", role=tp(2, sp=True) | ETP2),
     Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
     Case("actor CP2, critic DP2 x ZeRO-1", 2, role=CP2, critic=ZERO),
+    Case("TP2 + SP, Qwen3, critic's attention frozen", 2, "qwen3", role=tp(2, sp=True), critic=tp(2, sp=True) | FROZEN),
+    Case("PP2, critic's attention frozen: DP2 x ZeRO-1, overlapped", 2, role=pp(2), critic=ZERO | OVERLAPPED | FROZEN),
     Case("bf16, TP2 + SP", 2, role=tp(2, sp=True), dtype="bfloat16"),
     Case("bf16, PP2", 2, role=pp(2), dtype="bfloat16"),
     Case("bf16, DP2 x ZeRO-1", 2, role=ZERO, dtype="bfloat16"),
@@ -130,6 +140,7 @@ CASES = [
     Case("PP2 x VPP2 x DP2", 4, role=pp(2, virtual_pipeline=2)),
     Case("EP2 x DP2 x ZeRO-1", 4, "qwen3_moe", role=EP2 | ZERO),
     Case("TP2 x EP2 + SP", 4, "qwen3_moe", role=tp(2, sp=True) | EP2),
+    Case("EP2 x PP2, critic's attention frozen", 4, "qwen3_moe", role=EP2 | pp(2), critic=EP2 | pp(2) | FROZEN),
     Case("EP2 x PP2", 4, "qwen3_moe", role=EP2 | pp(2)),
     Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO, losses=True),
 ]

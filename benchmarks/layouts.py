@@ -72,17 +72,16 @@ class Row:
 def run_cases(cases: list[Case], folder: Path) -> list[Row]:
     """Start real ranks, one launch per world size, and compare every case with both references."""
     prepare(folder)
-    alone = [Case("alone", family=c.family, batch=c.batch, dtype=c.dtype, losses=c.losses) for c in cases]
     for world in sorted({case.world for case in cases}):
         launch([case for case in cases if case.world == world], world, folder)
-    plain: dict[tuple[object, ...], dict] = {}
-    single: dict[tuple[object, ...], dict] = {}
+    plain: dict[str, dict] = {}
+    single: dict[str, dict] = {}
     rows = []
-    for case, one in zip(cases, alone):
-        key = (case.family, case.batch, case.dtype, case.losses)
+    for case in cases:
+        key = repr(case.alone)
         if key not in plain:
             plain[key] = plain_updates(case, folder)
-            single[key] = _single_process(one, folder)
+            single[key] = _single_process(case.alone, folder)
         result = torch.load(folder / f"result {case.name}.pt", weights_only=True)
         rows.append(Row(case, result, compare(result, single[key]), compare(result, plain[key])))
     return rows
@@ -144,6 +143,9 @@ def plain_updates(case: Case, folder: Path) -> dict:
     critic = AutoModelForSequenceClassification.from_pretrained(
         folder / f"{case.family} critic", attn_implementation="eager"
     )
+    if case.critic_config().frozen == "attention":
+        for name, parameter in critic.named_parameters():
+            parameter.requires_grad_("self_attn" not in name)
     with torch.no_grad():
         logprobs, entropy = reference.actor_outputs(actor, batch)
         values = reference.critic_outputs(critic, batch)

@@ -277,6 +277,12 @@ class CriticConfig(RoleConfig):
     epochs: int = setting(
         1, "Passes over each rollout batch; K > 1 gives K critic updates per policy update.", AT_LEAST_1
     )
+    frozen: Literal["none", "attention"] = setting(
+        "none",
+        "Parameters that stay as they began: no gradient, no decay, no optimizer state. attention: those of every "
+        "layer's attention (projections, their biases, norms of queries and keys), so that embeddings, feed-forward "
+        "parts or experts, the other norms and the head train (SAO).",
+    )
 
 
 @dataclass(frozen=True)

@@ -105,17 +105,20 @@ class _Linear(torch.autograd.Function):
         y = rounded("input", rows, "columns") @ rounded("weight", weight, "columns").t()
         if bias is not None:
             y += bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y.to(x.dtype).view(*x.shape[:-1], len(weight))  # an expert may have no token
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         # Operands are rounded again rather than kept: the same numbers, because scales stand still within a step.
         (x, weight, bias), rounded = ctx.saved_tensors, ctx.rounded
         rows, gradients = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         dx = rounded("gradient", gradients, "columns") @ rounded("weight", weight, "rows")
-        dw = rounded("gradient", gradients, "rows").t() @ rounded("input", rows, "rows")
-        db = None if bias is None else gradients.float().sum(dim=0).to(bias.dtype)
-        return dx.to(x.dtype).view(x.shape), dw.to(weight.dtype), db, None
+        dw = db = None
+        if ctx.needs_input_grad[1]:  # not where the weight is frozen
+            dw = (rounded("gradient", gradients, "rows").t() @ rounded("input", rows, "rows")).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = gradients.float().sum(dim=0).to(bias.dtype)
+        return dx.to(x.dtype).view(x.shape), dw, db, None
 
 
 class _EmulatedFP8(OwnProduct):

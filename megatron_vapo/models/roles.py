@@ -16,12 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Outputs
-from megatron_vapo.config import ActorConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.table import table_name
 
 
 class Actor(ParallelModel):
@@ -84,12 +85,31 @@ class HiddenStatesOutput(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
+def is_trained(role: RoleConfig, name: str) -> bool:
+    """Return whether a role's parameter of this name (`weights.table`) is trained, not frozen (critic.frozen)."""
+    return not (isinstance(role, CriticConfig) and role.frozen == "attention" and ".self_attention." in name)
+
+
 class Critic(ParallelModel):
     """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
     sampling temperature."""
 
     name = "critic"
     output_count = 1
+
+    def __init__(
+        self,
+        role: RoleConfig,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        layout: ParallelLayout,
+        device: torch.device | None = None,
+        config: TransformerConfig | None = None,
+    ) -> None:
+        super().__init__(role, architecture, dtype, layout, device, config)
+        # Megatron makes gradient buffers and optimizer states only for what has a gradient, so before a trainer does.
+        for name, parameter in (item for module in self.modules for item in module.named_parameters()):
+            parameter.requires_grad_(is_trained(role, table_name(name)))
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         return ValueModel(config=config, **stage)

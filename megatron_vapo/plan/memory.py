@@ -17,7 +17,7 @@ from functools import cache
 
 from megatron_vapo.config import CriticConfig, Recipe, RoleConfig
 from megatron_vapo.models.offload import NEEDED, Kind
-from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.models.roles import Actor, Critic, is_trained
 from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
 from megatron_vapo.plan.meta_step import StepMeasurement, measure_step, parameter_shapes
 from megatron_vapo.plan.pretended import smallest_world
@@ -175,17 +175,23 @@ class Model:
         Data-parallel ranks share all of it; the distributed optimizer has main parameters beside float32 ones too.
         """
         main = 4 if self.itemsize != 4 or self.role.distributed_optimizer else 0
-        return self.shared_numbers(stage, world) * (self.itemsize + main + 8)
+        states = self.shared_numbers(stage, world, trained=True) * (main + 8)
+        return self.shared_numbers(stage, world) * self.itemsize + states
 
-    def _numbers(self, stage: int) -> tuple[int, int]:
+    def numbers(self, stage: int, trained: bool = False) -> int:
+        """Return how many numbers a rank's parameters have; those that are frozen left out where `trained` says so."""
+        return sum(self._numbers(stage, trained))
+
+    def _numbers(self, stage: int, trained: bool) -> tuple[int, int]:
         """Return the numbers of a rank's parameters, outside experts and in them."""
         shapes = self.shapes(stage * smallest_world(self.role) // self.role.pipeline_parallel)
+        shapes = {name: shape for name, shape in shapes.items() if not trained or is_trained(self.role, name)}
         expert = sum(math.prod(shape) for name, shape in shapes.items() if expert_number(name) is not None)
         return sum(math.prod(shape) for shape in shapes.values()) - expert, expert
 
-    def shared_numbers(self, stage: int, world: int) -> int:
-        """Return a rank's share of the numbers that data-parallel ranks all have."""
-        role, (dense, expert) = self.role, self._numbers(stage)
+    def shared_numbers(self, stage: int, world: int, trained: bool = False) -> int:
+        """Return a rank's share of the numbers that data-parallel ranks all have (`trained` as in `numbers`)."""
+        role, (dense, expert) = self.role, self._numbers(stage, trained)
         copies, expert_copies = (
             world // (role.pipeline_parallel * size)
             for size in (role.tensor_parallel, role.expert_tensor_parallel * role.expert_parallel)
@@ -193,11 +199,11 @@ class Model:
         return dense // copies + expert // expert_copies
 
     def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
-        held = sum(self._numbers(stage))
-        mine = self.shared_numbers(stage, world) if self.role.distributed_optimizer else held
+        trained = self.numbers(stage, trained=True)
+        mine = self.shared_numbers(stage, world, trained=True) if self.role.distributed_optimizer else trained
         return {
-            "parameters": held * self.itemsize,
-            "gradients": held * GRADIENT_BYTES,
+            "parameters": self.numbers(stage) * self.itemsize,
+            "gradients": trained * GRADIENT_BYTES,
             "main_parameters": 0 if self.itemsize == 4 else 4 * mine,
             "optimizer": 8 * mine,
         }

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_vapo.config import Recipe
+from megatron_vapo.config import CriticConfig, Recipe
 from megatron_vapo.models.offload import NEEDED
 from megatron_vapo.plan.memory import PASSES, Cache, Cluster, Model, engine_size, engine_weights
 from megatron_vapo.runtime.phases import Phase
@@ -50,12 +50,16 @@ def batch_of(recipe: Recipe, cluster: Cluster) -> Batch:
 def forward_flops(a: Architecture, sequence: float) -> float:
     """Return operations of one token's forward pass in a sequence: two for each weight that multiplies it, and four for
     each number of query that attends, to half the sequence on average (causal order)."""
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    attention = a.hidden * (2 * q + 2 * kv)
+    q, attention = a.heads * a.head_dim, _attention_weights(a)
     ffn = 3 * a.hidden * (a.expert_ffn * a.experts_per_token if a.experts else a.ffn)
     router = a.hidden * a.experts if a.experts else 0
     head = a.hidden * (1 if a.classifier else a.vocab)
     return 2 * (a.layers * (attention + ffn + router) + head) + a.layers * 4 * q * sequence / 2
+
+
+def _attention_weights(a: Architecture) -> int:
+    """Return the weights of one layer's projections of queries, keys, values and output."""
+    return a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
 
 
 def training_flops(model: Model, sequence: float) -> float:
@@ -65,7 +69,9 @@ def training_flops(model: Model, sequence: float) -> float:
     head = 2 * a.hidden * (1 if a.classifier else a.vocab)
     again = {"none": 0.0, "selective": a.layers * 2 * a.heads * a.head_dim * sequence, "full": forward - head}
     logits = 0.0 if getattr(model.role, "logprobs", "whole") == "whole" else head
-    return 3 * forward + again[model.role.recompute] + logits
+    frozen = isinstance(model.role, CriticConfig) and model.role.frozen == "attention"
+    without_gradient = 2 * a.layers * _attention_weights(a) if frozen else 0
+    return 3 * forward - without_gradient + again[model.role.recompute] + logits
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,11 @@ def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traff
         role = model.role
         updates, passes = updates_of(recipe, name), epochs_of(recipe, name)
         copies = cluster.world // (role.tensor_parallel * role.pipeline_parallel)
-        parameters = model.standing(0, cluster.world)[f"{name} parameters"]
-        numbers = parameters // model.itemsize
+        numbers = model.numbers(0, trained=True)
         ring = (copies - 1) / copies
         rounds = 1 if role.distributed_optimizer else 2
         sums["gradients"] += updates * rounds * int(4 * numbers * ring)
-        sums["parameters"] += updates * int(parameters * ring) if role.distributed_optimizer else 0
+        sums["parameters"] += updates * int(model.itemsize * numbers * ring) if role.distributed_optimizer else 0
         tokens = batch.tokens / (copies // role.context_parallel)
         micro_batches = tokens / role.micro_batch_tokens * passes
         stages = range(role.pipeline_parallel)

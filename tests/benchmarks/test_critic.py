@@ -96,13 +96,14 @@ def test_area_and_tokens_of_a_curve() -> None:
     assert tokens_until(tokens, accuracy, 0.95, 300) == 300
 
 
-def test_the_table_of_three_algorithms_pairs_seeds() -> None:
+def test_the_table_of_algorithms_pairs_seeds() -> None:
     tokens, shape = np.array([0.0, 100_000.0]), np.ones(2)
-    level = {"VAPO": (0.8, 0.9), "GRPO": (0.7, 0.8), "DAPO": (0.8, 0.7)}
+    level = {"VAPO": (0.8, 0.9), "SAO": (0.7, 0.8), "GRPO": (0.7, 0.8), "DAPO": (0.8, 0.7)}
     curves = {(name, seed): (tokens, shape * at) for name, levels in level.items() for seed, at in enumerate(levels)}
     rows = table(curves, 2, 100_000).splitlines()
-    assert rows[0] == "| | VAPO | GRPO | DAPO | VAPO - GRPO | VAPO - DAPO |"
+    assert rows[0] == "| | VAPO | SAO | GRPO | DAPO | VAPO - SAO | VAPO - GRPO | VAPO - DAPO |"
     assert rows[3].startswith(
-        "| accuracy at the end (three evaluations) | 0.85 | 0.75 | 0.75 | 0.1 [0.1, 0.1] | 0.1 [-1.2, 1.4] |"
+        "| accuracy at the end (three evaluations) | 0.85 | 0.75 | 0.75 | 0.75 "
+        "| 0.1 [0.1, 0.1] | 0.1 [0.1, 0.1] | 0.1 [-1.2, 1.4] |"
     )
-    assert rows[4].startswith("| thousand tokens to 70% | 0 | 0 | 0 |")
+    assert rows[4].startswith("| thousand tokens to 70% | 0 | 0 | 0 | 0 |")

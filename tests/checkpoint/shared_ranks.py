@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import ActorConfig, OptimizerConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, OptimizerConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
 from tests.gloo_world import join_world
 
@@ -26,6 +26,7 @@ TP2 = {"tensor_parallel": 2, "sequence_parallel": True}
 CASES: dict[str, dict[str, Any]] = {
     "dense": TP2 | ZERO,  # TP2 x DP2
     "tied": {"pipeline_parallel": 2},
+    "frozen critic": TP2 | ZERO | {"frozen": "attention"},
     "experts": TP2 | ZERO | {"expert_parallel": 2},
 }
 READERS: dict[int, dict[str, Any]] = {1: {}, 2: {"pipeline_parallel": 2}, 4: {}}
@@ -35,7 +36,7 @@ READERS: dict[int, dict[str, Any]] = {1: {}, 2: {"pipeline_parallel": 2}, 4: {}}
 def reader_of(name: str, world: int) -> dict[str, Any] | None:
     """Return the layout that loads a case; None where none does: experts that are not parallel have no optimizer of
     their own."""
-    kept = {key: value for key, value in CASES[name].items() if key in ZERO}
+    kept = {key: value for key, value in CASES[name].items() if key in ("distributed_optimizer", "frozen")}
     if name == "experts":
         return None if world == 1 else kept | {"expert_parallel": 2}
     return kept | READERS[world]
@@ -100,19 +101,24 @@ def pass_on(folder: Path, world: int) -> None:
 
 
 def build(folder: Path, layout: dict[str, Any]) -> Any:
-    from megatron_vapo.models.roles import Actor
+    from megatron_vapo.models.roles import Actor, Critic
     from megatron_vapo.models.trainer import Trainer
     from megatron_vapo.weights.architecture import read_architecture
 
-    role = ActorConfig(**layout, micro_batch_tokens=64, optimizer=OptimizerConfig(learning_rate=1e-2))
-    return Trainer(Actor(role, read_architecture(folder / "hf"), torch.bfloat16, groups(tuple(layout.items()))))
+    kind = Critic if "frozen" in layout else Actor
+    role = role_of(layout, micro_batch_tokens=64, optimizer=OptimizerConfig(learning_rate=1e-2))
+    return Trainer(kind(role, read_architecture(folder / "hf"), torch.bfloat16, groups(tuple(layout.items()))))
+
+
+def role_of(layout: dict[str, Any], **more: Any) -> RoleConfig:
+    return (CriticConfig if "frozen" in layout else ActorConfig)(**layout, **more)
 
 
 @cache
 def groups(layout: tuple[tuple[str, Any], ...]) -> Any:
     from megatron_vapo.models.layout import ParallelLayout
 
-    return ParallelLayout(ActorConfig(**dict(layout)), seed=0)
+    return ParallelLayout(role_of(dict(layout)), seed=0)
 
 
 def made(folder: Path) -> Path:

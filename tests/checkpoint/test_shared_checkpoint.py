@@ -13,14 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_vapo.config import ActorConfig
 from megatron_vapo.errors import CheckpointError
 from megatron_vapo.models.sharded_state import boxes
 from megatron_vapo.plan.memory import Model
 from megatron_vapo.weights.architecture import read_architecture
 from megatron_vapo.weights.shared_read import Want, plan_reads
 from megatron_vapo.weights.torch_dist import Box, TorchDistReader, TorchDistWriter, narrowed
-from tests.checkpoint.shared_ranks import CASES, READERS, reader_of
+from tests.checkpoint.shared_ranks import CASES, READERS, reader_of, role_of
 from tests.ranks import run_ranks
 
 SCRIPT = Path(__file__).with_name("shared_ranks.py")
@@ -102,7 +101,8 @@ def folder(
     """What four, two and one ranks wrote."""
     folder = tmp_path_factory.mktemp("shared")
     for name in CASES:
-        model = make_model("qwen3_moe" if name == "experts" else "qwen2", tie_word_embeddings=name == "tied")
+        family, classifier = "qwen3_moe" if name == "experts" else "qwen2", "frozen" in CASES[name]
+        model = make_model(family, classifier, tie_word_embeddings=name == "tied")
         model.save_pretrained(folder / name / "hf")
     batch = make_experience([3, 1, 5, 2], [6, 9, 1, 14])
     torch.save({key: value for key, value in vars(batch).items() if value is not None}, folder / "batch.pt")
@@ -137,8 +137,8 @@ def test_every_number_is_written_once_in_equal_shares(folder: Path, name: str) -
         for piece, _ in pieces:
             written[piece.file.split("_")[2]] += math.prod(piece.box.sizes) * reader.dtype(key).itemsize
     assert len(written) == 4
-    role = ActorConfig(**CASES[name])
-    planned = Model("actor", role, read_architecture(folder / name / "hf"), "bfloat16")
+    role = role_of(CASES[name])
+    planned = Model("a role", role, read_architecture(folder / name / "hf"), "bfloat16")
     for rank, size in written.items():
         stage = int(rank) * role.pipeline_parallel // 4
         if name == "tied" and stage:

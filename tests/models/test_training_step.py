@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Loss, Outputs
-from megatron_vapo.config import ActorConfig, OptimizerConfig, RoleConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, OptimizerConfig, PrecisionConfig, RoleConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.packing import pack
 from megatron_vapo.errors import CheckpointError
@@ -135,6 +135,52 @@ def test_the_bound_reaches_the_update(train_critic, critic_folder, batch):
     assert moves[1] / moves[0] == pytest.approx(0.5 / norm, rel=2e-2)
 
 
+FP8 = {"precision": PrecisionConfig(linear="fp8", emulate=True, recipe="delayed")}
+
+
+@pytest.mark.parametrize("changes", [{}, {"recompute": "full"}, {"recompute": "selective"}, FP8], ids=str)
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_frozen_attention_has_no_gradient_and_all_else_has_its_own(
+    train_critic, make_checkpoint, batch, family, changes
+):
+    """The others' gradients are those of a critic without it, to the bit, and the norm is theirs alone."""
+    folder = make_checkpoint(family, classifier=True)
+    whole, frozen = (
+        train_critic(folder, role(CriticConfig, {"clip_grad": 0.0}, frozen=part, **changes))
+        for part in ("none", "attention")
+    )
+    norms = [trainer.update(batch, weighted(batch))["grad_norm"] for trainer in (whole, frozen)]
+    expected = dict(whole.model.modules[0].named_parameters())
+    squares = []
+    for name, parameter in frozen.model.modules[0].named_parameters():
+        assert parameter.requires_grad == ("self_attention" not in name), name
+        if parameter.requires_grad:
+            assert torch.equal(parameter.main_grad, expected[name].main_grad), name
+            squares.append(float(parameter.main_grad.double().square().sum()))
+        else:
+            assert parameter.grad is None and not hasattr(parameter, "main_grad"), name
+    assert norms[1] == pytest.approx(sum(squares) ** 0.5, rel=1e-5) and norms[1] < norms[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_attention_stays_and_takes_no_memory_of_the_optimizer(train_critic, critic_folder, batch, kind):
+    """Neither gradient nor decay moves it; moments and main parameters are those of the rest."""
+    dtype, changes = KINDS[kind]
+    critic = train_critic(
+        critic_folder, role(CriticConfig, {"learning_rate": 0.05}, frozen="attention", **changes), dtype
+    )
+    before = parameters(critic)
+    for _ in range(3):
+        critic.update(batch, weighted(batch))
+    after = parameters(critic)
+    assert [torch.equal(after[name], before[name]) for name in after] == ["self_attention" in name for name in after]
+    trained = sum(tensor.numel() for name, tensor in after.items() if "self_attention" not in name)
+    held = critic.model.offloader.resident()
+    assert held["optimizer"] == 8 * trained and held["gradients"] >= 4 * trained
+    assert held["gradients"] < 4 * trained * 1.1  # buffers of the distributed optimizer are padded
+    assert held["main_parameters"] == (4 * trained if dtype == torch.bfloat16 else 0)
+
+
 BAD_LOSSES = {
     "nan": lambda share: share * float("nan"),
     "inf": lambda share: share * float("inf"),
@@ -187,9 +233,11 @@ def test_bfloat16_updates_below_its_precision_add_up(train_critic, critic_folder
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_restores_everything(train_actor, folder, batch, kind, tmp_path):
+@pytest.mark.parametrize("frozen", ["none", "attention"])
+def test_a_checkpoint_restores_everything(train_critic, critic_folder, batch, kind, frozen, tmp_path):
     dtype, changes = KINDS[kind]
-    trained, restored = (train_actor(folder, role(**changes), dtype) for _ in range(2))
+    settings = role(CriticConfig, frozen=frozen, **changes)
+    trained, restored = (train_critic(critic_folder, settings, dtype) for _ in range(2))
     for _ in range(2):
         trained.update(batch, weighted(batch))
     save_trainer(trained, tmp_path)
@@ -198,6 +246,25 @@ def test_a_checkpoint_restores_everything(train_actor, folder, batch, kind, tmp_
     results = [trainer.update(batch, weighted(batch, seed=1)) for trainer in (restored, trained)]
     assert results[0] == results[1]
     assert_same(restored, trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_a_whole_critic_serves_a_frozen_one(train_critic, critic_folder, batch, kind, tmp_path):
+    """Its attention and the others' optimizer states are taken; the other way round states are missing."""
+    dtype, changes = KINDS[kind]
+    whole, frozen = (
+        train_critic(critic_folder, role(CriticConfig, frozen=part, **changes), dtype) for part in ("none", "attention")
+    )
+    whole.update(batch, weighted(batch))
+    for folder, trainer in (("whole", whole), ("frozen", frozen)):
+        (tmp_path / folder).mkdir()
+        save_trainer(trainer, tmp_path / folder)
+    load_trainer(frozen, tmp_path / "whole")
+    torch.testing.assert_close(parameters(frozen), parameters(whole), rtol=0, atol=0)
+    moments = [sum(float(tensor.double().square().sum()) for tensor in states(trainer)) for trainer in (frozen, whole)]
+    assert 0 < moments[0] < moments[1]
+    with pytest.raises(CheckpointError, match=r"not a checkpoint of this critic: .*self_attention"):
+        load_trainer(whole, tmp_path / "frozen")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -67,6 +67,10 @@ SEQUENCE_PARALLEL = {"tensor_parallel": 2, "sequence_parallel": True}
 CASES = {
     "DP2": Case(),
     "DP2 critic": Case(CriticConfig),
+    "DP2 ZeRO bf16 frozen critic": Case(
+        CriticConfig, {"distributed_optimizer": True, "frozen": "attention"}, dtype="bfloat16"
+    ),
+    "TP2 SP frozen critic": Case(CriticConfig, SEQUENCE_PARALLEL | {"frozen": "attention"}),
     "DP2 ZeRO bf16": Case(settings={"distributed_optimizer": True}, dtype="bfloat16"),
     "DP2 bf16": Case(dtype="bfloat16"),
     "DP2 full recompute": Case(settings={"recompute": "full"}),

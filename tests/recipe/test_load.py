@@ -271,7 +271,7 @@ def test_a_file_does_not_answer_for_what_an_override_did_to_it(recipe_file: Path
 
 # Algorithms.
 
-NAMES = ("dapo", "grpo", "ppo", "vapo", "vc_ppo")
+NAMES = ("dapo", "grpo", "ppo", "sao", "vapo", "vc_ppo")
 
 
 def differences(one: Recipe, other: Recipe) -> set[str]:
@@ -295,13 +295,17 @@ def test_an_algorithm_on_the_command_line_wins_over_the_recipes(recipe_file: Pat
 
 
 def test_algorithms_are_what_their_names_say(recipe_file: Path) -> None:
-    dapo, grpo, ppo, vapo, vc_ppo = (load_recipe(recipe_file, [f"algorithm={name}"]) for name in NAMES)
+    dapo, grpo, ppo, sao, vapo, vc_ppo = (load_recipe(recipe_file, [f"algorithm={name}"]) for name in NAMES)
     assert differences(vapo, Recipe()) <= {"name", "run_dir", "minibatch_size", "model.path", "data.train"} | {
         "critic.init",
         "rollout.prompts_per_step",
         "rollout.samples_per_prompt",
     }
     assert differences(grpo, dapo) == {"algorithm.clip_high", "algorithm.loss_reduction", "rollout.dynamic_sampling"}
+    assert differences(sao, vapo) == {"critic.frozen", "critic.epochs"} | {
+        f"algorithm.{key}"
+        for key in ("old_logprobs", "beyond_clip", "clip_low", "clip_high", "positive_lm_coefficient")
+    }
     assert differences(ppo, vc_ppo) == {"algorithm.decoupled_gae", "value_pretraining.enabled"}
     assert not grpo.uses_critic and not dapo.uses_critic and ppo.uses_critic
     assert grpo.algorithm.clip_high == grpo.algorithm.clip_low and grpo.algorithm.loss_reduction == "sample"
@@ -322,7 +326,7 @@ def test_single_settings_win_over_an_algorithm(tmp_path: Path, recipe_file: Path
 @pytest.mark.parametrize("override", ["algorithm=gpro", "algorithm.preset=x", "algorithm.preset=[grpo]"])
 def test_an_unknown_algorithm_is_refused_with_the_known_ones(recipe_file: Path, override: str) -> None:
     text = message(recipe_file, override)
-    assert text.startswith(f"{override}: no algorithm is called") and "dapo, grpo, ppo, vapo, vc_ppo" in text
+    assert text.startswith(f"{override}: no algorithm is called") and "dapo, grpo, ppo, sao, vapo, vc_ppo" in text
 
 
 # Values that cannot work.

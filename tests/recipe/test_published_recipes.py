@@ -96,6 +96,20 @@ def test_dapo_is_grpo_with_its_four_changes() -> None:
     }
 
 
+def test_sao_is_the_papers() -> None:
+    """The ratio to the rollout policy within [0.2, 4]; 10 steps with a fixed policy; one response a prompt."""
+    recipe = read("sao_32b")
+    algorithm = recipe.algorithm
+    assert (algorithm.old_logprobs, algorithm.beyond_clip) == ("rollout", "mask")
+    assert (1 - algorithm.clip_low, 1 + algorithm.clip_high) == pytest.approx((0.2, 4.0))
+    assert (algorithm.lambda_critic, algorithm.positive_lm_coefficient) == (1.0, 0.0)
+    assert algorithm.decoupled_gae and algorithm.length_adaptive_gae
+    assert (recipe.critic.frozen, recipe.critic.epochs, recipe.epochs) == ("attention", 2, 1)
+    assert (recipe.actor.optimizer.learning_rate, recipe.critic.optimizer.learning_rate) == (1e-6, 5e-6)
+    assert recipe.value_pretraining.enabled and recipe.value_pretraining.max_steps == 10
+    assert (recipe.rollout.samples_per_prompt, recipe.responses_per_step) == (1, 8192)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "name", "batch"),
     [
@@ -103,6 +117,7 @@ def test_dapo_is_grpo_with_its_four_changes() -> None:
         ("vapo", "tiny", []),
         ("ppo", "tiny_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
         ("vc_ppo", "tiny_vc_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
+        ("sao", "sao_tiny", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
         ("dapo", "tiny_dapo", ["rollout.dynamic_sampling_rounds=4", "reward.overlong.cache_tokens=40"]),
     ],
 )

@@ -73,6 +73,7 @@ OFFLOAD = tuple(
     for kind in ("parameters", "gradients", "main_parameters", "optimizer")
 )
 SHARDED = ("model.dtype=bfloat16", "actor.distributed_optimizer=true", "critic.distributed_optimizer=true")
+SHARDED += ("critic.frozen=attention",)
 
 
 class Crash(Exception):
@@ -219,7 +220,7 @@ def test_ratios_that_are_kept_are_those_of_the_last_epoch(start: Callable[..., b
 
 
 DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for setting in ("linear=fp8", "emulate=true")]
-DELAYED += [f"{role}.precision.recipe=delayed" for role in ("actor", "critic")]
+DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")), "critic.frozen=attention"]
 
 
 @pytest.mark.slow
