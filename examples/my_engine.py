@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
-from megatron_vapo.rollout import EngineIndex, Request, Response
+from megatron_vapo.rollout import EngineIndex, Follow, Request, Response, next_turn, nothing
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
 
@@ -64,13 +64,17 @@ class UniformEngine:
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
         """Yield each response with the number of its request. What was `written` before counts towards max_tokens."""
         self._aborted.clear()
         for number, request in enumerate(requests):
-            response = self._write(request, max_tokens - len(request.written))
-            on_tokens(len(response.token_ids))
-            yield number, response
+            turn = request
+            while turn is not None:
+                response = self._write(turn, max_tokens - len(turn.written))
+                on_tokens(len(response.token_ids))
+                yield number, response
+                turn = next_turn(follow(number))
 
     def _write(self, request: Request, limit: int) -> Response:
         """Draw from the request's own seed, so that a response does not depend on the requests around it."""

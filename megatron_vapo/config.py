@@ -69,6 +69,7 @@ PRETRAINED_HERE = Condition(
 )
 DYNAMIC = Condition("rollout.dynamic_sampling=true", lambda recipe: recipe.rollout.dynamic_sampling)
 PARTIAL = Condition("rollout.partial=true", lambda recipe: recipe.rollout.partial)
+ANSWERED = Condition("environment.name is set", lambda recipe: recipe.environment.name is not None)
 
 
 def setting(
@@ -523,7 +524,10 @@ class RolloutConfig:
         16, "Group sampling; 1 turns it off (then raise prompts_per_step to keep the batch).", AT_LEAST_1
     )
     max_response_tokens: int = setting(
-        20480, "A response that has not ended by then is truncated and counts as wrong.", AT_LEAST_1
+        20480,
+        "A response that has not ended by then is truncated and counts as wrong. All tokens after the prompt count, "
+        "those that an environment writes included.",
+        AT_LEAST_1,
     )
     quantization: Literal["none", "fp8"] = setting(
         "none",
@@ -685,6 +689,44 @@ class RewardConfig:
         resume=True,
     )
     overlong: OverlongConfig = group(OverlongConfig, "Penalty on responses close to the length limit.")
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """What answers the policy's turns: a tool, a user, a game (docs/add_an_environment.md). It runs beside the trainer,
+    as rewards do. Tokens that it writes are read and not trained on."""
+
+    name: str | None = setting(
+        None, "package.module:Class of the environment. null: a response is a single turn, which nothing answers."
+    )
+    options: dict[str, Any] = group(dict, "Arguments of the class, by name.", acts=(ANSWERED,))
+    max_turns: int = setting(
+        8,
+        "Turns of the policy; a response whose environment is not done after them is truncated.",
+        AT_LEAST_1,
+        acts=(ANSWERED,),
+    )
+    workers: int = setting(
+        1,
+        "Processes on each rank that steps run in, one at a time in each, where they are plain functions.",
+        AT_LEAST_1,
+        resume=True,
+        acts=(ANSWERED,),
+    )
+    concurrency: int = setting(
+        32,
+        "Steps under way at a time, from each rank, where they are coroutine functions.",
+        AT_LEAST_1,
+        resume=True,
+        acts=(ANSWERED,),
+    )
+    timeout_seconds: float = setting(
+        10.0,
+        "A response on which one step takes longer ends, and counts as wrong.",
+        ABOVE_0,
+        resume=True,
+        acts=(ANSWERED,),
+    )
 
 
 @dataclass(frozen=True)
@@ -862,6 +904,7 @@ class Recipe:
     rollout: RolloutConfig = group(RolloutConfig, "Responses that steps train on.")
     data: DataConfig = group(DataConfig, "Prompts that steps draw from.")
     reward: RewardConfig = group(RewardConfig, "The answer checker and other rewards.")
+    environment: EnvironmentConfig = group(EnvironmentConfig, "What answers the policy's turns.")
     evaluation: EvaluationConfig = group(EvaluationConfig, "Held-out accuracy.")
     checkpoint: CheckpointConfig = group(CheckpointConfig, "Checkpoints in the run's folder.", resume=True)
     limits: LimitsConfig = group(LimitsConfig, "When a run ends early.", resume=True)

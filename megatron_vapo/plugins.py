@@ -48,7 +48,8 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """
     if ":" not in name and name not in (names := list(known)):
         nearest = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"known are {few(names)}."
+        others = f"known are {few(names)}." if names else "none is built in."
+        hint = f"did you mean {nearest[0]}?" if nearest else others
         raise RecipeError(f"unknown {kind} {name!r}: {hint} Your own is written package.module:function")
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -204,30 +205,35 @@ def make_experience() -> Callable[..., object]:
     return make
 
 
+class InlinePool:
+    """Stands for `rewards.pool.Pool`, in this process: faster where processes are not what is tested, and with its
+    random generators."""
+
+    broken = ""
+
+    def __init__(self, callees: list, **_: object) -> None:
+        self._callees = callees
+
+    def submit(self, callee: int, sample: object) -> Future:
+        from megatron_vapo.rewards import worker
+
+        future: Future = Future()
+        future.set_result(worker._judged(self._callees[callee], sample))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
 def inline_rewards() -> Iterator[None]:
-    """Rewards of a module's tests run in this process: faster where processes are not what is tested, and with its
-    random generators."""
-    from concurrent.futures import Future
-
-    from megatron_vapo.rewards import RewardInput, scorer, worker
-
-    class Inline:
-        broken = ""
-
-        def __init__(self, rewards: list, **_: object) -> None:
-            self._rewards = rewards
-
-        def submit(self, reward: int, sample: RewardInput) -> Future:
-            future: Future = Future()
-            future.set_result(worker._judged(self._rewards[reward], sample))
-            return future
-
-        def close(self) -> None:
-            pass
+    """Rewards and environments of a module's tests run in this process."""
+    from megatron_vapo.rewards import scorer
+    from megatron_vapo.sampling import turns
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scorer, "Pool", Inline)
+        patch.setattr(scorer, "Pool", InlinePool)
+        patch.setattr(turns, "Pool", InlinePool)
         yield
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_vapo.data import chained_arithmetic, derivation
+from megatron_vapo.data import chained_arithmetic, derivation, products
 from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic as check_chained_arithmetic
 from megatron_vapo.rewards.derivation import derivation as check_derivation
 
@@ -35,12 +35,14 @@ class Task(NamedTuple):
     """A toy task: the module of its problems and demonstrations, and its checker, of a response and its answer."""
 
     problems: ModuleType
-    checker: Checker
+    checker: Checker | None
+    """None: what an environment answers is part of a response, and a run's evaluation judges it."""
 
 
 TASKS = {
     "derivation": Task(derivation, check_derivation),
     "chained_arithmetic": Task(chained_arithmetic, check_chained_arithmetic),
+    "products": Task(products, None),
 }
 
 Report = Callable[[int, str], None]

@@ -7,7 +7,7 @@ Writes, below --out:
     heldout.jsonl   other problems, for evaluation
 
 The base stands for a pretrained model: it imitates a mixture of careful and careless work (`Mixture` of
-`megatron_vapo.data.derivation` or `megatron_vapo.data.chained_arithmetic`), and is seldom right, but right when it
+`megatron_vapo.data.derivation`, `chained_arithmetic` or `products`), and is seldom right, but right when it
 works carefully. Errors of derivations are tokens of their own, those of chained arithmetic are wrong digits, which a
 critic of this size does not see.
 """
@@ -25,6 +25,7 @@ import torch
 from _tiny import (
     MAX_RESPONSE,
     TASKS,
+    Checker,
     Task,
     learning_rate_at,
     make_optimizer,
@@ -37,7 +38,7 @@ from _tiny import (
 )
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from megatron_vapo.data import chained_arithmetic, derivation
+from megatron_vapo.data import chained_arithmetic, derivation, products
 from megatron_vapo.runtime.durable import new_folder, write_text
 
 TRAIN_PROBLEMS = 20_000
@@ -50,8 +51,8 @@ Example = tuple[list[int], list[int]]
 """Token ids of prompt and response, and as many labels: the same ids, `IGNORED_LABEL` over the prompt."""
 
 
-Mixture = chained_arithmetic.Mixture | derivation.Mixture
-Problem = chained_arithmetic.Problem | derivation.Problem
+Mixture = chained_arithmetic.Mixture | derivation.Mixture | products.Mixture
+Problem = chained_arithmetic.Problem | derivation.Problem | products.Problem
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ def chained_curriculum(mixture: chained_arithmetic.Mixture) -> list[Stage]:
         Stage(dataclasses.replace(mixture, p_sloppy=0.25), steps=600, learning_rate=2e-3),
         Stage(mixture, steps=500, learning_rate=1.5e-3),
     ]
+
+
+def products_curriculum() -> list[Stage]:
+    """Calls first, long enough that nearly all numbers are copied rightly into them and out of results."""
+    careful = products.Mixture(p_guess=0.05)
+    return [Stage(careful, steps=700, learning_rate=5e-3), Stage(products.Mixture(), steps=150, learning_rate=3e-3)]
 
 
 BATCH_SIZE = 32
@@ -118,6 +125,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     """Return the stages of the task that the command line names."""
     if args.task == "derivation":
         return derivation_curriculum()
+    if args.task == "products":
+        return products_curriculum()
     given = {"p_short": args.short, "p_sloppy": args.sloppy}
     return chained_curriculum(
         chained_arithmetic.Mixture(**{name: share for name, share in given.items() if share is not None})
@@ -139,7 +148,8 @@ def make(task: Task, out: Path, base: Path, seed: int, stages: Sequence[Stage]) 
     tokenizer.save_pretrained(base)
     write_rows(out / "train.jsonl", problem_rows(train))
     write_rows(out / "heldout.jsonl", held_out_rows)
-    print(evaluate(model, tokenizer, task, held_out_rows[:EVALUATED_PROBLEMS]))
+    if task.checker is not None:
+        print(evaluate(model, tokenizer, task.checker, held_out_rows[:EVALUATED_PROBLEMS]))
 
 
 def problem_rows(problems: Sequence[Problem]) -> list[dict[str, str]]:
@@ -221,13 +231,21 @@ def demonstration_batches(
     for _ in range(stage.steps):
         chosen = rng.choices(problems, k=BATCH_SIZE)
         prompts = tokenizer([problem.prompt for problem in chosen])["input_ids"]
-        responses = tokenizer([task.problems.demonstrate(problem, stage.mixture, rng) for problem in chosen])[
-            "input_ids"
-        ]
+        texts = [task.problems.demonstrate(problem, stage.mixture, rng) for problem in chosen]
+        responses = tokenizer(texts)["input_ids"]
+        labels = [imitated(task, text, response) for text, response in zip(texts, responses)]
         yield [
-            (prompt + response, [IGNORED_LABEL] * len(prompt) + response)
-            for prompt, response in zip(prompts, responses)
+            (prompt + response, [IGNORED_LABEL] * len(prompt) + label)
+            for prompt, response, label in zip(prompts, responses, labels)
         ]
+
+
+def imitated(task: Task, text: str, tokens: list[int]) -> list[int]:
+    """The tokens of a demonstration, one a character, without those that an environment writes."""
+    labels = list(tokens)
+    for read in task.problems.READ.finditer(text) if hasattr(task.problems, "READ") else ():
+        labels[read.start() : read.end()] = [IGNORED_LABEL] * len(read[0])
+    return labels
 
 
 def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
@@ -246,9 +264,11 @@ def backward(model: Qwen2ForCausalLM, batch: Sequence[Example]) -> float:
     return total / response_tokens
 
 
-def evaluate(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, task: Task, rows: Sequence[dict[str, str]]) -> str:
+def evaluate(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, checker: Checker, rows: Sequence[dict[str, str]]
+) -> str:
     """A line on one response at temperature 1 to each row."""
-    samples = sample(model.eval(), tokenizer, rows, task.checker)
+    samples = sample(model.eval(), tokenizer, rows, checker)
     lengths = torch.tensor([len(sample.response) for sample in samples], dtype=torch.float32)
     right = torch.tensor([sample.right for sample in samples], dtype=torch.float32)
     quantiles = lengths.quantile(torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])).int().tolist()

@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="folder that make_tiny_base.py wrote as base/")
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="train.jsonl of the same tool")
-    parser.add_argument("--task", choices=TASKS, default="derivation", help="the one that the base was made for")
+    tasks = [name for name, task in TASKS.items() if task.checker]
+    parser.add_argument("--task", choices=tasks, default="derivation", help="the one that the base was made for")
     parser.add_argument("--samples", type=int, default=10_240, help="responses to train on; a fifth more for the AUC")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -88,25 +88,22 @@ def _evaluated(recipe: Recipe, inputs: Inputs, checkpoint: Path, is_hf: bool) ->
 
     cpu_backend.install()
     from megatron_vapo.models.layout import init_world
-    from megatron_vapo.rewards.scorer import RewardScorer
     from megatron_vapo.sampling.evaluation import evaluate
-    from megatron_vapo.sampling.sampler import Sampler
-    from megatron_vapo.training.build import build_engine
+    from megatron_vapo.training.build import build_engine, build_sampler
 
     init_world()
     check_same_data(inputs)
     if not is_hf:
         refuse_damaged(checkpoint)
-    settings, reward = recipe.evaluation, recipe.reward
+    settings = recipe.evaluation
     with (
         tempfile.TemporaryDirectory(prefix="megatron-vapo-") as logs,
-        RewardScorer(inputs.rewards, reward) as scorer,
         closing(build_engine(recipe, inputs, torch.device(torch.cuda.current_device()), Path(logs))) as engine,
     ):
         load_weights = (_folder_loader if is_hf else _checkpoint_loader)(recipe, inputs, engine, checkpoint)
         load_weights()
-        sampler = Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, load_weights)
-        return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
+        with closing(build_sampler(recipe, inputs, engine, load_weights)) as sampler:
+            return evaluate(sampler, inputs.held_out, settings.samples, settings.sampling).metrics
 
 
 def _folder_loader(recipe: Recipe, _: Inputs, engine: RolloutEngine, folder: Path) -> Callable[[], None]:

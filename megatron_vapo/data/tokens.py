@@ -173,7 +173,7 @@ def _chat_token_ids(
         raise RecipeError(f"the tokenizer {tokenizer.name_or_path} has no chat template: turn chat off")
     _check_chat_arguments(tokenizer, settings.chat_arguments)
     chats = [[*prompt.context, Message("user", prompt.text)] for prompt in prompts]
-    rows: list[list[int]] = _rendered(chats, tokenizer, settings.chat_arguments, return_dict=True)["input_ids"]
+    rows: list[list[int]] = rendered(chats, tokenizer, settings.chat_arguments, return_dict=True)["input_ids"]
     if settings.control_tokens == "allow":
         return rows
     found = {n: [hit for message in chat for hit in control.find(message.content)] for n, chat in enumerate(chats)}
@@ -181,16 +181,20 @@ def _chat_token_ids(
         _refuse_control_tokens(prompts, found, None)
     hit = list(_hit(found))
     marked = [[Message(m.role, control.marked(m.content)) for m in chats[number]] for number in hit]
-    texts = _rendered(marked, tokenizer, settings.chat_arguments, tokenize=False) if hit else []
+    texts = rendered(marked, tokenizer, settings.chat_arguments, tokenize=False) if hit else []
     for number, text in zip(hit, texts, strict=True):
         rows[number] = control.spelled_marks(text)
     return rows
 
 
-def _rendered(
+def rendered(
     chats: list[list[Message]], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], **how: Any
 ) -> Any:
-    """The chats as the tokenizer's template renders them: tokens, or text with `tokenize=False`."""
+    """Return the chats as the tokenizer's template renders them: tokens, or text with `tokenize=False`.
+
+    Raises:
+        DataError: the template refuses one.
+    """
     from jinja2 import TemplateError
 
     messages = [[message._asdict() for message in chat] for chat in chats]

@@ -21,12 +21,14 @@ from megatron_vapo.config import ActorConfig, CriticConfig, PromptFile, Recipe, 
 from megatron_vapo.data.fingerprint import fingerprint
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, refuse_two_answers
 from megatron_vapo.data.tokens import tokenize_prompts
+from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.errors import CheckpointError, DataError, LayoutError, MachineError, RecipeError, few, first_line
 from megatron_vapo.recipe.layout import check_model, check_world
 from megatron_vapo.recipe.plugins import check_plugins
 from megatron_vapo.recipe.precision import check_precision
 from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.rewards import Reward, get_rewards
+from megatron_vapo.rewards.environment import EnvironmentClass, get_environment
 from megatron_vapo.runtime.manifest import damage, read_manifest
 from megatron_vapo.runtime.versions import check_megatron
 from megatron_vapo.weights.architecture import Architecture, read_architecture, read_json
@@ -50,6 +52,7 @@ class Inputs:
     prompts: list[Prompt]
     held_out: list[Prompt]
     rewards: list[Reward]
+    environment: EnvironmentClass | None = None
     dropped: int = 0
     """Training prompts left out for their length (data.long_prompts)."""
 
@@ -115,6 +118,9 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
     tests = prompt_files("evaluation.data", recipe.evaluation.data)
     held_out = tokenize_prompts(_read(recipe, tests, recipe.evaluation.problems), tokenizer, recipe.data, end_ids=ends)
     _check_positions(recipe, "actor", architecture, _longest_sequence(recipe, held_out))
+    environment = get_environment(recipe.environment)
+    if environment is not None:
+        TurnTokens(tokenizer, recipe.data, ends)  # refuses templates that cannot serve
     return Inputs(
         architecture=architecture,
         critic_architecture=None,
@@ -123,6 +129,7 @@ def read_evaluation_inputs(recipe: Recipe) -> Inputs:
         prompts=[],
         held_out=held_out,
         rewards=get_rewards(recipe.reward),
+        environment=environment,
     )
 
 

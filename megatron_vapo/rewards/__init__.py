@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite  # `math` is a module of this package, too
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, ClassVar
 
 from megatron_vapo.config import RewardConfig
 from megatron_vapo.errors import RecipeError, first_line
 from megatron_vapo.plugins import load_object
+from megatron_vapo.rewards.worker import Outcome, outcome_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class RewardInput:
     """`stop`: it ended by itself. `length`: it was cut off."""
     source: str = ""
     """File and line or row of the data, for messages."""
+    turns: tuple[str, ...] = ()
+    """The texts of policy and environment in turns, the policy's first and last; `response` is the last. Empty where no
+    environment answers."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,19 @@ class Reward:
     takes_input: bool
     asynchronous: bool
 
+    kind: ClassVar[str] = "reward"
+
     def arguments(self, sample: RewardInput) -> tuple[Any, ...]:
         """Return what the function is called with."""
         return (sample,) if self.takes_input else (sample.response, sample.answer)
+
+    def call(self, sample: RewardInput) -> Any:
+        """Return what the function returns on a sample."""
+        return self.function(*self.arguments(sample))
+
+    def outcome(self, returned: Any) -> Outcome:
+        """See `worker.outcome_of`."""
+        return outcome_of(returned)
 
 
 REWARDS = {

@@ -1,10 +1,10 @@
-"""Processes that rewards run in, so that no single sample can stop or end the training.
+"""Processes that rewards and environments run in, so that no single sample can stop or end the training.
 
-A reward runs on text that a policy made up: it may raise, loop for ever (in C, holding the interpreter), or take its
+Both run on text that a policy made up: they may raise, loop for ever (in C, holding the interpreter), or take their
 process down. Here such a sample costs itself only. One thread does all:
 
-1. a worker with room gets (number, reward, sample) through its pipe;
-2. it sends back the outcome, or the error that the reward raised;
+1. a worker with room gets (number, callee, sample) through its pipe;
+2. it sends back the outcome, or the error that was raised;
 3. if nothing comes within the limit, or the worker dies, it is killed, what it was at fails, and a fresh process takes
    its place.
 
@@ -29,42 +29,42 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from time import monotonic
+from typing import Any
 
-from megatron_vapo.rewards import Reward, RewardInput
-from megatron_vapo.rewards.worker import OF_THE_TRAINER, Outcome, describe, failure, serve, too_slow
+from megatron_vapo.rewards.worker import OF_THE_TRAINER, Callee, Outcome, describe, failure, serve, too_slow
 
 START_UP_S = 300.0
-"""Limit for a new process to import the reward; generous, for many processes may read one file system at once."""
+"""Limit for a new process to import what it runs; generous, for many processes may read one file system at once."""
 
 LOOP_MARGIN_S = 5.0
-"""What an asynchronous reward may take beyond its limit before it counts as blocking its event loop."""
+"""What an asynchronous call may take beyond its limit before it counts as blocking its event loop."""
 
 
 @dataclass
 class _Job:
-    """A sample for one reward (by its index)."""
+    """A sample for one callee (by its index)."""
 
-    reward: int
-    sample: RewardInput
+    callee: int
+    sample: Any
     future: Future[Outcome] = field(default_factory=Future)
     deadline: float = 0.0
 
 
 class Pool:
-    """Runs rewards in processes of their own; `submit` may be called from any thread.
+    """Runs rewards, or an environment, in processes of their own; `submit` may be called from any thread.
 
     Args:
-        rewards: all coroutine functions, or none of them.
+        callees: all asynchronous, or none of them.
         processes: how many there are at most; they start when there is work for them.
-        room: samples that one process is at, at a time; more than 1 for coroutine functions only.
+        room: samples that one process is at, at a time; more than 1 for asynchronous ones only.
         timeout_s: limit for one sample.
 
-    Processes are spawned, never forked: the parent runs threads of torch and gloo. Rewards are therefore functions of
+    Processes are spawned, never forked: the parent runs threads of torch and gloo. Callees are therefore parts of
     modules, and scripts need the usual `if __name__ == "__main__"`.
     """
 
-    def __init__(self, rewards: Sequence[Reward], *, processes: int, room: int, timeout_s: float) -> None:
-        self._rewards, self._processes, self._room, self._timeout_s = rewards, processes, room, timeout_s
+    def __init__(self, callees: Sequence[Callee], *, processes: int, room: int, timeout_s: float) -> None:
+        self._callees, self._processes, self._room, self._timeout_s = callees, processes, room, timeout_s
         self._waiting: deque[_Job] = deque()
         self._workers: list[_Worker] = []
         self.broken = ""
@@ -75,9 +75,9 @@ class Pool:
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
 
-    def submit(self, reward: int, sample: RewardInput) -> Future[Outcome]:
-        """Score a sample by one of the rewards while the caller goes on."""
-        job = _Job(reward, sample)
+    def submit(self, callee: int, sample: Any) -> Future[Outcome]:
+        """Give a sample to one of the callees while the caller goes on."""
+        job = _Job(callee, sample)
         self._waiting.append(job)
         if self.broken:  # the thread may be gone; it looks at what waits after it has set this
             self._refuse_waiting()
@@ -135,7 +135,7 @@ class Pool:
         starting = sum(not worker.ready for worker in self._workers)
         while len(self._workers) < self._processes and starting * self._room < len(self._waiting):
             try:
-                self._workers.append(_Worker(self._rewards, self._room, self._timeout_s))
+                self._workers.append(_Worker(self._callees, self._room, self._timeout_s))
             except OSError as error:  # no memory, too many processes
                 self.broken = f"no process for rewards can be started: {error}"
                 self._rouse()
@@ -156,19 +156,19 @@ class Pool:
 class _Worker:
     """A process from its start to its end, and the samples that it is at."""
 
-    def __init__(self, rewards: Sequence[Reward], room: int, timeout_s: float) -> None:
+    def __init__(self, callees: Sequence[Callee], room: int, timeout_s: float) -> None:
         self.ready = False
         self.broken = ""
         self._room, self._timeout_s = room, timeout_s
-        asynchronous = rewards[0].asynchronous
+        self._first, asynchronous = callees[0], callees[0].asynchronous
         self._limit_s = timeout_s + (LOOP_MARGIN_S if asynchronous else 0.0)
         self._jobs: dict[int, _Job] = {}
         self._numbers = itertools.count()
         self._start_by = monotonic() + START_UP_S
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (rewards, theirs, timeout_s if asynchronous else None)
-        self.process = context.Process(target=serve, args=arguments, name="reward", daemon=True)
+        arguments = (callees, theirs, timeout_s if asynchronous else None)
+        self.process = context.Process(target=serve, args=arguments, name=callees[0].kind, daemon=True)
         self.process.start()
         theirs.close()  # with a copy of its end open here, a dead worker would look like a slow one
 
@@ -188,9 +188,9 @@ class _Worker:
         """Let it score a sample; the limit begins now."""
         number, job.deadline = next(self._numbers), monotonic() + self._limit_s
         try:
-            message = ForkingPickler.dumps((number, job.reward, job.sample))
+            message = ForkingPickler.dumps((number, job.callee, job.sample))
         except Exception as error:  # noqa: BLE001  # of what the row holds, whatever it is
-            job.future.set_result(failure(f"the row cannot be sent to the reward's process: {error}"))
+            job.future.set_result(failure(f"the row cannot be sent to the {self._first.kind}'s process: {error}"))
             return
         self._jobs[number] = job
         limit = min(one.deadline for one in self._jobs.values())
@@ -238,13 +238,13 @@ class _Worker:
     def _end(self) -> None:
         self.process.join(timeout=1.0)  # for its exit code
         if not self.ready:
-            self.broken = "a reward worker ended while starting; its own message is above"
-        self.fail(failure(f"the reward ended its process (exit code {self.process.exitcode})"))
+            self.broken = f"a worker of the {self._first.kind} ended while starting; its own message is above"
+        self.fail(failure(f"the {self._first.kind} ended its process (exit code {self.process.exitcode})"))
 
     def _overdue(self) -> None:
         if not self.ready:
-            self.broken = f"a reward worker did not start within {START_UP_S:g} s"
-        self.fail(failure(too_slow(self._timeout_s), timed_out=True))
+            self.broken = f"a worker of the {self._first.kind} did not start within {START_UP_S:g} s"
+        self.fail(failure(too_slow(self._first, self._timeout_s), timed_out=True))
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""The loop of a reward's own process: a sample in, an outcome out, until the other end closes."""
+"""The loop of a process that rewards or an environment run in: a sample in, an outcome out, until the other end
+closes."""
 
 from __future__ import annotations
 
@@ -12,9 +13,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from megatron_vapo.rewards import Reward, RewardInput
+from typing import Any, NamedTuple, Protocol
 
 FAILURE_SCORE = -1.0
 """Score of a sample whose reward raised, hung or died: wrong, as for any answer that cannot be confirmed."""
@@ -26,12 +25,36 @@ goes on until its checkpoint and then closes its workers."""
 
 
 class Outcome(NamedTuple):
-    """The result of one reward on one sample; where it failed, why."""
+    """The result of one call: a reward's on one sample, an environment's on one turn; where it failed, why."""
 
     score: float
     metrics: dict[str, float]
     error: str = ""
     timed_out: bool = False
+    answer: Any = None
+    """What an environment returned, beside the turn's reward, which is the score."""
+
+
+class Callee(Protocol):
+    """The interface of what runs in such a process: a reward, or an environment. It pickles."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of it, for messages."""
+        ...
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether `call` returns something to await."""
+        ...
+
+    def call(self, sample: Any) -> Any:
+        """Return the result on one sample."""
+        ...
+
+    def outcome(self, returned: Any) -> Outcome:
+        """Return the outcome of what `call` returned. Raises ValueError where that is none."""
+        ...
 
 
 def failure(error: str, timed_out: bool = False) -> Outcome:
@@ -71,11 +94,11 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500] + where
 
 
-def serve(rewards: Sequence[Reward], connection: Connection, timeout_s: float | None) -> None:
-    """Live as a worker: (number, index of the reward, sample) in, (number, outcome) out.
+def serve(callees: Sequence[Callee], connection: Connection, timeout_s: float | None) -> None:
+    """Live as a worker: (number, index of the callee, sample) in, (number, outcome) out.
 
     Args:
-        timeout_s: of one sample, where all rewards are coroutine functions and run side by side. None: one sample after
+        timeout_s: of one sample, where all callees are asynchronous and run side by side. None: one sample after
             another, and the other end watches the time.
     """
     for number in OF_THE_TRAINER:
@@ -84,40 +107,40 @@ def serve(rewards: Sequence[Reward], connection: Connection, timeout_s: float | 
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     connection.send("ready")
     if timeout_s is None:
-        _one_by_one(rewards, connection)
+        _one_by_one(callees, connection)
     else:
-        asyncio.run(_side_by_side(rewards, connection, timeout_s))
+        asyncio.run(_side_by_side(callees, connection, timeout_s))
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent is gone: killed, it cannot kill a worker whose reward hangs."""
+    """Exit when the parent is gone: killed, it cannot kill a worker that hangs."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()
     os._exit(1)
 
 
-def _one_by_one(rewards: Sequence[Reward], connection: Connection) -> None:
+def _one_by_one(callees: Sequence[Callee], connection: Connection) -> None:
     while (job := _received(connection)) is not None:
         number, index, sample = job
-        connection.send((number, _judged(rewards[index], sample)))
+        connection.send((number, _judged(callees[index], sample)))
 
 
-def _received(connection: Connection) -> tuple[int, int, RewardInput] | None:
+def _received(connection: Connection) -> tuple[int, int, Any] | None:
     try:
         return connection.recv()
     except (EOFError, ConnectionResetError):
         return None
 
 
-def _judged(reward: Reward, sample: RewardInput) -> Outcome:
+def _judged(callee: Callee, sample: Any) -> Outcome:
     try:
-        return outcome_of(reward.function(*reward.arguments(sample)))
+        return callee.outcome(callee.call(sample))
     except Exception as error:  # noqa: BLE001  # the sample's loss, whatever it is; counted and logged
         return failure(describe(error))
 
 
-async def _side_by_side(rewards: Sequence[Reward], connection: Connection, timeout_s: float) -> None:
+async def _side_by_side(callees: Sequence[Callee], connection: Connection, timeout_s: float) -> None:
     loop, jobs = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def read() -> None:
@@ -125,8 +148,8 @@ async def _side_by_side(rewards: Sequence[Reward], connection: Connection, timeo
             loop.call_soon_threadsafe(jobs.put_nowait, job)
         os._exit(0)
 
-    async def answer(number: int, index: int, sample: RewardInput) -> None:
-        connection.send((number, await _judged_in_time(rewards[index], sample, timeout_s)))
+    async def answer(number: int, index: int, sample: Any) -> None:
+        connection.send((number, await _judged_in_time(callees[index], sample, timeout_s)))
 
     threading.Thread(target=read, daemon=True).start()
     async with asyncio.TaskGroup() as calls:
@@ -134,17 +157,17 @@ async def _side_by_side(rewards: Sequence[Reward], connection: Connection, timeo
             calls.create_task(answer(*await jobs.get()))
 
 
-async def _judged_in_time(reward: Reward, sample: RewardInput, timeout_s: float) -> Outcome:
+async def _judged_in_time(callee: Callee, sample: Any, timeout_s: float) -> Outcome:
     limit = asyncio.timeout(timeout_s)
     try:
         async with limit:
-            returned = await reward.function(*reward.arguments(sample))
-        return outcome_of(returned)
+            returned = await callee.call(sample)
+        return callee.outcome(returned)
     # As in `_judged`. What it waits for may be cancelled, which is no `Exception`: nobody would answer for the sample.
     except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
-        return failure(too_slow(timeout_s), timed_out=True) if limit.expired() else failure(describe(error))
+        return failure(too_slow(callee, timeout_s), timed_out=True) if limit.expired() else failure(describe(error))
 
 
-def too_slow(timeout_s: float) -> str:
-    """Return why a sample has no score."""
-    return f"the reward took more than {timeout_s:g} s"
+def too_slow(callee: Callee, timeout_s: float) -> str:
+    """Return why a sample has no outcome."""
+    return f"the {callee.kind} took more than {timeout_s:g} s"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Request:
     seed: int
     """Draws the tokens, whatever other requests share the batch (engines that can; SGLang on CPU cannot)."""
     written: tuple[int, ...] = ()
-    """Tokens of the response that an earlier step wrote; the engine goes on after them."""
+    """Tokens of the response that are there already, from an earlier step or earlier turns; the engine goes on after
+    them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,33 @@ class EngineIndex(NamedTuple):
 
     engine: int
     engines: int
+
+
+class Pause(NamedTuple):
+    """What stands between two turns of a response."""
+
+    until: Future[Any]
+    """Done once something has answered the turn."""
+    then: Callable[[], Request | None]
+    """Called after that, in the thread that iterates over `generate`. Returns the request for the next turn, None where
+    the response has ended."""
+
+
+Follow = Callable[[int], Pause | None]
+"""Called with the number of a response that was just yielded: what follows it."""
+
+
+def nothing(number: int) -> Pause | None:
+    """Return None: each response is a single turn."""
+    return None
+
+
+def next_turn(pause: Pause | None) -> Request | None:
+    """Return the request that follows a response, None where none does, for engines that may wait for it."""
+    if pause is None:
+        return None
+    wait([pause.until])
+    return pause.then()
 
 
 class RolloutEngine(Protocol):
@@ -101,10 +130,12 @@ class RolloutEngine(Protocol):
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
         """Yield responses with the numbers of their requests, as they finish.
 
-        `max_tokens` counts what was `written` too; `on_tokens` is called with the number of tokens just written.
+        `max_tokens` counts what was `written` too; `on_tokens` is called with the number of tokens just written. A
+        response that `follow` has something to say to is a turn: the next one is yielded under the same number.
         """
         ...
 

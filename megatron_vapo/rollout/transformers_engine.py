@@ -7,6 +7,7 @@ depends on its request and the weights alone, not on the batch that it happens t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,15 @@ from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import EngineIndex, FinishReason, Request, Response
+from megatron_vapo.rollout import EngineIndex, FinishReason, Follow, Pause, Request, Response, nothing
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.checksum import digest
 from megatron_vapo.weights.engine_layout import RolloutShard, whole_model
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+_POLL_S = 0.5
 
 _COMPACT_AT = 0.75
 """Finished responses leave the batch once no more than this share goes on: each time copies all keys and values, which
@@ -105,12 +108,37 @@ class TransformersEngine:
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`: the first turns of all, then the second ones.
+
+        Which turns are decoded together depends on no clock, so that rounding is the same each time. Each turn reads
+        its context anew.
+        """
         self._aborted = False
-        for first in range(0, len(requests), self._batch_size):
-            batch = requests[first : first + self._batch_size]
-            yield from enumerate(self._decode(batch, sampling, max_tokens, on_tokens), first)
+        asked = list(enumerate(requests))
+        while asked:
+            pauses: list[tuple[int, Pause]] = []
+            for first in range(0, len(asked), self._batch_size):
+                numbers, batch = zip(*asked[first : first + self._batch_size])
+                for number, response in zip(numbers, self._decode(batch, sampling, max_tokens, on_tokens)):
+                    yield number, response
+                    if (pause := follow(number)) is not None:
+                        pauses.append((number, pause))
+            asked = self._next_turns(pauses)
+
+    def _next_turns(self, pauses: Sequence[tuple[int, Pause]]) -> list[tuple[int, Request]]:
+        """Return the requests that follow pauses; none after an abort."""
+        asked = []
+        for number, pause in pauses:
+            while not self._aborted and wait([pause.until], timeout=_POLL_S).not_done:
+                pass
+            if self._aborted:
+                return []
+            request = pause.then()
+            if request is not None:
+                asked.append((number, request))
+        return [] if self._aborted else asked
 
     def abort(self) -> None:
         """See `RolloutEngine.abort`."""

@@ -7,6 +7,9 @@ from collections import deque
 from megatron_vapo.errors import RewardError
 from megatron_vapo.rewards.scorer import Failures
 
+ENVIRONMENT = "the environment"
+"""What counts here beside rewards, under this name."""
+
 STEPS = 5
 """Steps over which `reward.failing_share` counts."""
 
@@ -37,7 +40,8 @@ class FailureLimit:
 
 
 def _refuse(name: str, failures: Failures, which: str) -> None:
+    what = name if name == ENVIRONMENT else f"reward {name}"
     raise RewardError(
-        f"reward {name} failed on {failures.failed} of {which} {failures.calls} responses (reward.failing_share). "
+        f"{what} failed on {failures.failed} of {which} {failures.calls} responses (reward.failing_share). "
         f"Nothing of this step is trained on. The first: {failures.first}"
     )

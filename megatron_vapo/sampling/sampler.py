@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,16 +23,21 @@ from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards import RewardInput
 from megatron_vapo.rewards.scorer import Failures, RewardScorer
 from megatron_vapo.rewards.worker import FAILURE_SCORE
-from megatron_vapo.rollout import RolloutEngine
+from megatron_vapo.rollout import Pause, Request, RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
 from megatron_vapo.runtime.work import working
-from megatron_vapo.sampling.failing import FailureLimit
+from megatron_vapo.sampling.failing import ENVIRONMENT, FailureLimit
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored, Tokens, trained_marks
+from megatron_vapo.sampling.turns import Episode, Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Settle = Callable[[Group, Sample], None]
+"""Scores a response if it is finished, and ends the round once enough groups are complete."""
 
 
 class Sampler:
@@ -41,6 +47,9 @@ class Sampler:
     Args:
         refresh: gives all engines the present weights again, after one of them failed.
         overdue: whether responses under way should be abandoned; then all processes raise StopRequested.
+        turns: answers the turns of responses, where there is an environment.
+
+    Close it.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class Sampler:
         reward: RewardConfig,
         refresh: Callable[[], None],
         overdue: Callable[[], bool] = lambda: False,
+        turns: Turns | None = None,
     ) -> None:
         self.engine, self.scorer, self.seed, self.refresh, self._overdue = engine, scorer, seed, refresh, overdue
         self.unfinished: list[Group] = []
@@ -61,6 +71,13 @@ class Sampler:
         self._tokenizer, self._rollout, self._reward = tokenizer, rollout, reward
         self._failures, self._limit = (0, 0), FailureLimit(reward.failing_share)
         self._counts: Counter[str] = Counter()
+        self._turns = turns
+
+    def close(self) -> None:
+        """End the processes of rewards and environment."""
+        self.scorer.close()
+        if self._turns is not None:
+            self._turns.close()
 
     def sample(
         self,
@@ -128,7 +145,8 @@ class Sampler:
     def _judge_failures(self) -> None:
         """Count the failures of all processes; raise RewardError on all where there are too many."""
         total: dict[str, Failures] = {}
-        for failures in gather_objects(self.scorer.take_failures()):
+        environment = {} if self._turns is None else {ENVIRONMENT: self._turns.take_failures()}
+        for failures in gather_objects(self.scorer.take_failures() | environment):
             for name, one in failures.items():
                 total[name] = total.get(name, Failures()) + one
         self._failures = (
@@ -181,7 +199,9 @@ class Sampler:
         self.scorer.wait(begun, self._overdue)
         stop_together(self._overdue())
         for sample, score in zip(samples, self.scorer.finish(begun), strict=True):
-            sample.scored, sample.score = replace(sample.result, **score._asdict()), None
+            known = sample.result
+            score = score._replace(added=score.added + known.added, parts=score.parts | known.parts)
+            sample.scored, sample.score = replace(known, **score._asdict()), None
 
     def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
         """Ask the engine for what is missing, until so many groups are complete, the time is over or it fails."""
@@ -191,18 +211,48 @@ class Sampler:
             return
         requests = [sample.request(group.prompt) for group, sample in open_]
         longest = self._rollout.max_response_tokens
+
+        def settle(group: Group, sample: Sample) -> None:
+            nonlocal complete
+            if sample.finished:
+                self._score(group.prompt, sample)
+                complete += group.complete
+                if complete >= enough:
+                    self.engine.abort()
+
+        follow = partial(self._follow, open_, settle)
         with self._time_limit() as over, working():
-            for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens):
+            for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens, follow):
                 group, sample = open_[number]
                 sample.take(response)
-                if sample.finished:
-                    self._score(group.prompt, sample)
-                    complete += group.complete
-                    if complete >= enough:
-                        self.engine.abort()
+                if self._turns is not None and response.finish_reason == "stop":
+                    self._turns.begin(group.prompt, sample)
+                settle(group, sample)
+        self._finish_turns(open_, settle)
         if over.is_set() and self.engine.failure is None:
             incomplete = [group for group in groups if not group.complete]
             self._cut_short(incomplete[: max(0, enough - len(groups) + len(incomplete))], sampling)
+
+    def _follow(self, open_: list[tuple[Group, Sample]], settle: Settle, number: int) -> Pause | None:
+        """Return what follows a response of the engine: the next turn, once the environment has answered."""
+        group, sample = open_[number]
+        step = sample.episode.step
+        return None if step is None else Pause(step, partial(self._next_turn, group, sample, settle))
+
+    def _next_turn(self, group: Group, sample: Sample, settle: Settle) -> Request | None:
+        assert self._turns is not None, "only an environment answers"
+        self._turns.finish(group.prompt, sample)
+        settle(group, sample)
+        return None if sample.finished else sample.request(group.prompt)
+
+    def _finish_turns(self, open_: list[tuple[Group, Sample]], settle: Settle) -> None:
+        """Take in what the environment answers to turns that the engine was not asked to go on after."""
+        if self._turns is None:
+            return
+        self._turns.wait((sample for _, sample in open_), self._overdue)
+        for group, sample in open_:
+            if sample.episode.step is not None and sample.episode.step.done():
+                self._next_turn(group, sample, settle)
 
     @contextmanager
     def _time_limit(self) -> Iterator[threading.Event]:
@@ -230,7 +280,10 @@ class Sampler:
         requests = [sample.request(group.prompt) for group, sample in unbegun]
         with working():
             for number, response in self.engine.generate(requests, sampling, 1, self.on_tokens):
-                unbegun[number][1].take(response)
+                sample = unbegun[number][1]
+                sample.take(response)
+                if self._turns is not None and response.finish_reason == "stop":
+                    sample.end("length")  # a turn that nothing answers any more
         for group, sample in unfinished:
             sample.truncate()
             if sample.finished:  # all, unless the engine failed
@@ -246,16 +299,22 @@ class Sampler:
         written = response.token_ids[:-1] if ended else response.token_ids
         text = str(self._tokenizer.decode(written, skip_special_tokens=True))
         sample.scored = Scored(response, text, FAILURE_SCORE)  # until the rewards are there
+        if self._turns is not None:
+            sample.scored = replace(sample.scored, added=sample.episode.reward, parts=sample.episode.parts)
+        if sample.episode.failed:
+            return
+        turns = () if self._turns is None else self._turns.texts(sample)
         sample.score = self.scorer.begin(
             RewardInput(
                 prompt=prompt.text,
-                response=text,
+                response=turns[-1] if turns else text,
                 answer=prompt.answer,
                 row=prompt.row,
                 prompt_tokens=len(prompt.token_ids),
                 response_tokens=len(response.token_ids),
                 finish_reason=response.finish_reason,
                 source=prompt.source,
+                turns=turns,
             )
         )
 
@@ -284,8 +343,13 @@ class Sampler:
         wanted = Placement.by_rank(torch.tensor([by_engine[number % len(by_engine)] for number, _ in begun]))
         moved = _moved([sample for _, sample in begun], wanted)
         arrived = dict(zip(wanted.mine.tolist(), moved, strict=True))
+        episodes = {place: sample.episode.packed() for place, (_, sample) in enumerate(begun) if sample.held}
+        everyones = {} if self._turns is None else dict(ChainMap(*gather_objects(episodes)))
         for place, rank in zip(wanted.responses.tolist(), wanted.ranks.tolist(), strict=True):
-            begun[place][1].move(rank, arrived.get(place))
+            sample = begun[place][1]
+            sample.move(rank, arrived.get(place))
+            if place in arrived and place in everyones:
+                sample.episode = Episode.unpacked(everyones[place])
 
     def _pack(self, rows: list[tuple[Prompt, Sample]], samples: int) -> Experience:
         scored = [sample.result for _, sample in rows]
@@ -308,7 +372,7 @@ class Sampler:
             weight_versions=torch.tensor([r.weight_version for r in responses]),
         )
         home = homes(whole.sequence_lengths)
-        written = _moved([sample for _, sample in rows], home)
+        written = _moved([sample for _, sample in rows], home, rewards=self._turns is not None)
         tokens = [torch.empty(0, dtype=torch.int64)]
         for i, one in zip(home.mine.tolist(), written, strict=True):
             tokens += torch.tensor(rows[i][0].token_ids), one.token_ids
@@ -319,11 +383,18 @@ class Sampler:
         if whole.trained_lengths is not None:
             trained = [one.trained for one in written if one.trained is not None]  # each has them
             ragged["trained"] = torch.cat([torch.empty(0, dtype=torch.bool), *trained])
+        if self._turns is not None:
+            token_rewards = [one.token_rewards for one in written if one.token_rewards is not None]  # each has them
+            ragged["token_rewards"] = torch.cat([torch.empty(0), *token_rewards])
         return share_of(whole, home, ragged)
 
 
-def _moved(samples: list[Sample], wanted: Placement) -> list[Tokens]:
-    """Return what is written of the responses that this process is to get, from their holders."""
+def _moved(samples: list[Sample], wanted: Placement, rewards: bool = False) -> list[Tokens]:
+    """Return what is written of the responses that this process is to get, from their holders.
+
+    Args:
+        rewards: with the environment's rewards.
+    """
     lengths = torch.tensor([len(sample.written.token_ids) for sample in samples])
     held = Placement.by_rank(torch.tensor([sample.holder for sample in samples]))
     exchange = Exchange(held, wanted)
@@ -335,4 +406,8 @@ def _moved(samples: list[Sample], wanted: Placement) -> list[Tokens]:
     if any(sample.observed for sample in samples):
         marks = torch.cat([torch.empty(0, dtype=torch.bool), *map(trained_marks, mine)])
         trained = exchange(marks, lengths).split(sizes)
-    return list(map(Tokens, tokens.split(sizes), logprobs.split(sizes), trained))
+    token_rewards: Sequence[Tensor | None] = [None] * len(sizes)
+    if rewards:
+        of_turns = [samples[i].episode.token_rewards(len(r.token_ids)) for i, r in zip(held.mine.tolist(), mine)]
+        token_rewards = exchange(torch.cat([torch.empty(0), *of_turns]), lengths).split(sizes)
+    return list(map(Tokens, tokens.split(sizes), logprobs.split(sizes), trained, token_rewards))

@@ -18,6 +18,7 @@ from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.rewards.scorer import Begun
 from megatron_vapo.rollout import FinishReason, Request, Response
 from megatron_vapo.runtime import collectives
+from megatron_vapo.sampling.turns import Episode
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Sample:
     """The rank that has tokens and text of what has been written."""
     observed: int = 0
     """Tokens of what has been written that no engine wrote (`observe`)."""
+    episode: Episode = field(default_factory=Episode)
+    """What the environment made of it, where there is one; only in the process that has what has been written."""
 
     @property
     def held(self) -> bool:
@@ -109,6 +112,7 @@ class Sample:
         tokens = torch.empty(known.tokens, dtype=torch.int64, device="meta")
         self.begun = Response(tokens, tokens.float(), known.finish_reason, known.weight_version)
         self.scored = known.scores and Scored(self.begun, "", *known.scores)
+        self.episode = Episode()
 
     @property
     def finished(self) -> bool:
@@ -144,28 +148,38 @@ class Sample:
         said = replace(begun, token_ids=token_ids, logprobs=torch.zeros(count), trained=torch.zeros(count).bool())
         self.begun, self.observed = joined(begun, said), self.observed + count
 
+    def reopen(self) -> None:
+        """Let a response go on whose turn has ended."""
+        self.begun = replace(self.written, finish_reason="abort")
+
+    def end(self, reason: FinishReason) -> None:
+        """End it where it is."""
+        self.begun = replace(self.written, finish_reason=reason)
+
     def truncate(self) -> None:
         """End it where it is, if it has begun."""
         if self.begun is not None and not self.finished:
-            self.begun = replace(self.begun, finish_reason="length")
+            self.end("length")
 
     def start_over(self) -> None:
         """Forget what was written."""
         self.begun = self.scored = self.score = None
-        self.observed = 0
+        self.observed, self.episode = 0, Episode()
 
     def state(self) -> dict[str, Any]:
         """Return what `of` takes: tensors, numbers and text."""
         scored = self.scored and (self.scored.text, self.scored.outcome, self.scored.added, self.scored.parts)
         begun = self.begun and vars(self.begun)
-        return {"seed": self.seed, "begun": begun, "observed": self.observed, "scored": scored}
+        episode = self.episode.packed()
+        return {"seed": self.seed, "begun": begun, "observed": self.observed, "scored": scored, "episode": episode}
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Self:
         """Return the sample that `state` was taken of."""
         begun = state["begun"] and Response(**state["begun"])
         scored = state["scored"] and Scored(begun, *state["scored"])
-        return cls(state["seed"], begun, scored, observed=state["observed"])
+        episode = Episode.unpacked(state["episode"])
+        return cls(state["seed"], begun, scored, observed=state["observed"], episode=episode)
 
 
 @dataclass
@@ -210,6 +224,8 @@ class Tokens(NamedTuple):
     token_ids: Tensor
     logprobs: Tensor
     trained: Tensor | None
+    token_rewards: Tensor | None = None
+    """The environment's, where they are asked for."""
 
 
 def joined(first: Response, then: Response) -> Response:

@@ -11,6 +11,7 @@ import torch
 
 from megatron_vapo.checkpoint.checkpoints import Checkpoints
 from megatron_vapo.config import Recipe
+from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.models.layout import ParallelLayout, layout_sizes
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic
@@ -22,6 +23,7 @@ from megatron_vapo.rollout import RolloutEngine
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.runtime.kernels import linear_layers, machine_backend
 from megatron_vapo.sampling.sampler import Sampler
+from megatron_vapo.sampling.turns import Turns
 from megatron_vapo.training.weight_sync import Proofs, WeightSync
 from megatron_vapo.weights.fp8 import READ_AS, Form, in_blocks, in_full, rounded_in_blocks
 from megatron_vapo.weights.hf_folder import torch_dtype
@@ -77,12 +79,20 @@ def build_weight_sync(recipe: Recipe, actor: Actor, engine: RolloutEngine) -> We
 
 
 def build_sampler(
-    recipe: Recipe, inputs: Inputs, engine: RolloutEngine, refresh: Callable[[], None], overdue: Callable[[], bool]
+    recipe: Recipe,
+    inputs: Inputs,
+    engine: RolloutEngine,
+    refresh: Callable[[], None],
+    overdue: Callable[[], bool] = lambda: False,
 ) -> Sampler:
-    """Join engine and reward; `refresh` and `overdue` as in `Sampler`."""
-    reward = recipe.reward
+    """Join engine, reward and environment; `refresh` and `overdue` as in `Sampler`."""
+    reward, turns = recipe.reward, None
     scorer = RewardScorer(inputs.rewards, reward)
-    return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue)
+    if inputs.environment is not None:
+        tokens = TurnTokens(inputs.tokenizer, recipe.data, inputs.end_ids)
+        longest = recipe.rollout.max_response_tokens
+        turns = Turns(inputs.environment, recipe.environment, inputs.tokenizer, tokens, longest)
+    return Sampler(inputs.tokenizer, engine, scorer, recipe.seed, recipe.rollout, reward, refresh, overdue, turns)
 
 
 def build_checkpoints(

@@ -68,7 +68,7 @@ class Run:
         opened.callback(self.engine.close)
         self._sync = build.build_weight_sync(recipe, self.actor, self.engine)
         self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, self.interrupt.overdue)
-        opened.callback(self.sampler.scorer.close)
+        opened.callback(self.sampler.close)
         self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
         self.interrupt.on_overdue = self.engine.abort
         self._rollouts = Rollouts(recipe, inputs, self.sampler, self._layouts, self._sleep)

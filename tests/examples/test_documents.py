@@ -31,6 +31,7 @@ def bodies(source: str) -> dict[str, str]:
     [
         ("add_a_reward.md", ["my_reward.py"]),
         ("add_an_engine.md", ["my_engine.py"]),
+        ("add_an_environment.md", ["calculator.py"]),
         ("extend.md", ["gspo.py", "dr_grpo.py"]),
     ],
 )

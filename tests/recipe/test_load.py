@@ -352,13 +352,14 @@ OUT_OF_BOUNDS = {
         *("critic.micro_batch_tokens", "rollout.sglang.tensor_parallel", "rollout.sglang.servers", "critic.epochs"),
         *("rollout.sglang.max_cache_tokens", "rollout.over_sampling", "rollout.bucket_mib", "limits.sampled_tokens"),
         *("algorithm.importance.high", "rollout.sglang.concurrency", "reward.workers", "reward.concurrency"),
-        "alarms.steps",
+        *("alarms.steps", "environment.max_turns", "environment.workers", "environment.concurrency"),
     ),
     "above 0": (
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.top_p", "evaluation.sampling.top_p"),
         *("rollout.step_seconds", "alarms.value_scale", "alarms.logprob_drift"),
         *("rollout.sglang.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
         *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
+        "environment.timeout_seconds",
     ),
     "at least 0": (
         *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.overlong.cache_tokens"),

@@ -8,16 +8,19 @@ import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from aiohttp import web
 
 from megatron_vapo.config import RolloutConfig, SamplingConfig, SGLangConfig
-from megatron_vapo.rollout import Request, Response
+from megatron_vapo.rollout import Pause, Request, Response
 from megatron_vapo.rollout.sglang import requests
-from megatron_vapo.rollout.sglang.client import Connection, ServerFailure, _checked, connect
+from megatron_vapo.rollout.sglang.client import Connection, EventLoop, ServerFailure, _checked, connect
+from megatron_vapo.rollout.sglang.engine import SGLangEngine
 from megatron_vapo.rollout.sglang.requests import RequestPool
 from megatron_vapo.rollout.sglang.server import Address
 
@@ -253,7 +256,11 @@ def ask(
             def deliver(item: tuple[int, Response]) -> None:
                 assert item[0] not in outcome.delivered
                 outcome.delivered[item[0]] = item[1]
+                if len(outcome.delivered) == len(listed):
+                    pool.end()
 
+            if not listed:
+                pool.end()
             async with asyncio.timeout(LIMIT_S):
                 outcome.failure = await pool.generate(listed, SamplingConfig(0.7, 0.9), MAX_TOKENS, deliver)
                 if other:
@@ -292,6 +299,57 @@ def test_what_is_asked_and_what_comes() -> None:
 def test_no_requests() -> None:
     outcome = ask(at_once, 0)
     assert outcome.failure is None and not outcome.server.asked
+
+
+def engine_at(url: str) -> SGLangEngine:
+    """An engine whose server is there."""
+    engine = object.__new__(SGLangEngine)
+    engine._server, engine._settings, engine._end_ids = FakeProcess(url, True), SETTINGS, (END,)
+    engine.version, engine._counts, engine._loop = VERSION, Counter(), EventLoop()
+    return engine
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_turns_go_on_while_others_are_answered(stops: bool) -> None:
+    """What answers the first response waits until all others have had three turns. Where all is aborted then, nobody
+    waits for it."""
+    server, loop, up, down = FakeServer(at_once), EventLoop(), Future[str](), asyncio.Event()
+
+    async def serve() -> None:
+        async with server.up() as url:
+            up.set_result(url)
+            await down.wait()
+
+    serving = loop.start(serve())
+    engine, turns, held = engine_at(up.result()), Counter[int](), Future[None]()
+    written: dict[int, tuple[int, ...]] = dict.fromkeys(range(6), ())
+
+    def go_on(number: int) -> Request:
+        written[number] += (50,)
+        return Request((100 + number,), number, written[number])
+
+    def follow(number: int) -> Pause | None:
+        if turns[number] == 3:
+            if turns.total() == 5 * 3 + 1:
+                engine.abort() if stops else held.set_result(None)
+            return None
+        over: Future[None] = held if number == 0 else Future()
+        if number:
+            over.set_result(None)
+        return Pause(over, partial(go_on, number))
+
+    begun = [Request((100 + i,), i) for i in range(6)]
+    for number, response in engine.generate(begun, SamplingConfig(), MAX_TOKENS, follow=follow):
+        assert response.finish_reason == "stop"
+        written[number] += tuple(response.token_ids.tolist())
+        turns[number] += 1
+    assert engine.failure is None
+    assert turns == {number: 1 if stops and number == 0 else 3 for number in range(6)}
+    bodies = sorted(body["input_ids"] for body in server.asked if body["input_ids"][0] == 105)
+    assert bodies == [[105], [105, 105, END, 50], [105, 105, END, 50, 105, END, 50]]
+    assert engine.metrics()["rollout/prompt_tokens"] == 5 * 12 + (1 if stops else 12)
+    loop.call(down.set)
+    serving.result()
 
 
 FAILURES = {

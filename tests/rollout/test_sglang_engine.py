@@ -22,18 +22,23 @@ from transformers import AutoModelForCausalLM
 from benchmarks.records import records
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.commands.train import _until_stopped
-from megatron_vapo.config import SamplingConfig
+from megatron_vapo.config import EnvironmentConfig, SamplingConfig
+from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.errors import RolloutError, TrainingError
 from megatron_vapo.models.parameters import held_tensors
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.rewards.environment import EnvironmentClass, Step
 from megatron_vapo.rollout import Request, in_order
 from megatron_vapo.rollout.sglang import server, weight_update
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.sampling import turns as turns_module
 from megatron_vapo.sampling.rollout_store import Rollout
+from megatron_vapo.sampling.turns import Turns
 from megatron_vapo.training.run import Run
+from tests.conftest import InlinePool
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -139,6 +144,34 @@ def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
             logits = model(ids).logits[0, len(before) - 1 : -1] / (sampling.temperature or 1.0)
             expected = torch.log_softmax(logits, -1).gather(-1, response.token_ids[:, None]).squeeze(-1)
             torch.testing.assert_close(response.logprobs, expected.detach(), rtol=0, atol=2e-5)
+
+
+class Repeats:
+    """An environment that answers every other turn."""
+
+    def reset(self, row: dict[str, str]) -> None:
+        self.row = row
+
+    def step(self, response: str) -> Step:
+        return Step("12+34", done=len(response) % 2 == 0)
+
+
+def test_turns_are_written_by_the_actor_and_find_those_before_in_the_cache(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns_module, "Pool", InlinePool)
+    tokenizer, longest = run.inputs.tokenizer, run.recipe.rollout.max_response_tokens
+    tokens = TurnTokens(tokenizer, run.recipe.data, run.inputs.end_ids)
+    environment = EnvironmentClass("Repeats", Repeats)
+    answers = Turns(environment, EnvironmentConfig(max_turns=4), tokenizer, tokens, longest)
+    monkeypatch.setattr(run.sampler, "_turns", answers)
+    run.sync_weights()
+    run.sampler.metrics()
+    rollout = rolled_out(run, 1)
+    assert_written_by_the_actor(run, rollout)
+    trained = rollout.batch.trained
+    assert trained is not None and (~trained).sum() >= 5 * 3
+    assert rollout.metrics["rollout/cached_prompt_share"] > 0.5
 
 
 def test_a_server_loads_from_disk_what_a_run_exports(run: Run, tmp_path: Path) -> None:

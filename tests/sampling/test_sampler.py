@@ -26,7 +26,7 @@ from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import RewardError
 from megatron_vapo.rewards import RewardInput, get_rewards
 from megatron_vapo.rewards.scorer import Begun, RewardScorer
-from megatron_vapo.rollout import EngineIndex, Request, Response
+from megatron_vapo.rollout import EngineIndex, Follow, Request, Response, nothing
 from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
 from megatron_vapo.runtime.work import working
@@ -99,6 +99,7 @@ class FakeEngine:
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
         assert self.failure is None, "asked without having been revived"
         self.aborted.clear()

@@ -24,6 +24,7 @@ from megatron_vapo.config import LimitsConfig
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
+from megatron_vapo.rewards.environment import Step
 from megatron_vapo.rollout.transformers_engine import TransformersEngine
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt, StopRequested
@@ -65,6 +66,20 @@ def raises_sometimes(response: str, answer: str) -> float:
 def has_even_length(response: str, answer: str) -> float:
     """A reward that random models get right half of the time."""
     return 1.0 if len(response) % 2 == 0 else -1.0
+
+
+class Talks:
+    """An environment that answers most turns, and remembers them."""
+
+    def __init__(self, start: int) -> None:
+        self.heard = start
+
+    def reset(self, row: dict[str, str]) -> None:
+        self.heard += len(row["prompt"])
+
+    def step(self, response: str) -> Step:
+        self.heard += len(response)
+        return Step(f"{self.heard}+", reward=self.heard / 64, done=len(response) % 3 == 0)
 
 
 OFFLOAD = tuple(
@@ -240,6 +255,14 @@ DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")
             "rollout.over_sampling=1.7",
             "rollout.max_version_lag=2",
             "rollout.transformers.batch_size=4",
+        ),
+        (
+            f"environment.name={__name__}:Talks",
+            "environment.options.start=7",
+            "rollout.max_response_tokens=40",
+            "rollout.partial=true",
+            "rollout.over_sampling=1.7",
+            "rollout.max_version_lag=2",
         ),
     ],
     ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",

@@ -14,10 +14,10 @@ AFTER = {
     "build_engine": [],
     "build_weight_sync": ["engine"],
     "build_sampler": ["engine"],
-    "build_checkpoints": ["scorer", "engine"],
-    "Records": ["scorer", "engine"],
-    "sync_weights": ["records", "scorer", "engine"],
-    "": ["records", "scorer", "engine"],
+    "build_checkpoints": ["sampler", "engine"],
+    "Records": ["sampler", "engine"],
+    "sync_weights": ["records", "sampler", "engine"],
+    "": ["records", "sampler", "engine"],
 }
 """What is closed, in this order, where each part cannot be built; the last is a run that is closed by its owner."""
 
@@ -29,7 +29,7 @@ def test_what_is_open_is_closed(world: None, monkeypatch: pytest.MonkeyPatch, fa
     def closes(name: str, **more: object) -> SimpleNamespace:
         return SimpleNamespace(close=lambda: closed.append(name), abort=None, asleep=False, **more)
 
-    sampler = SimpleNamespace(scorer=closes("scorer"))
+    sampler = closes("sampler")
     parts = {"build_engine": closes("engine"), "build_sampler": sampler, "Records": closes("records")}
     for name in ("build_trainers", "build_engine", "build_weight_sync", "build_sampler", "build_checkpoints"):
         monkeypatch.setattr(build, name, MagicMock(return_value=parts.get(name, MagicMock())))

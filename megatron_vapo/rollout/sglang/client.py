@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -38,6 +38,10 @@ class EventLoop:
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Return at once; the future has the result."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function that does not wait, some time soon."""
+        self._loop.call_soon_threadsafe(function, *arguments)
 
 
 @asynccontextmanager

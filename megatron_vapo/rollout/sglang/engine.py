@@ -17,6 +17,7 @@ import logging
 import queue
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from megatron_vapo.config import RolloutConfig, SamplingConfig
 from megatron_vapo.errors import RolloutError
-from megatron_vapo.rollout import EngineIndex, Request, Response
+from megatron_vapo.rollout import EngineIndex, Follow, Pause, Request, Response, nothing
 from megatron_vapo.rollout.sglang.client import EventLoop, ServerFailure, connect
 from megatron_vapo.rollout.sglang.launch import server_settings
 from megatron_vapo.rollout.sglang.payload import buckets
@@ -98,6 +99,7 @@ class SGLangEngine:
         self._loop = EventLoop()
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._pool: RequestPool | None = None
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """See `RolloutEngine.takes`."""
@@ -171,23 +173,45 @@ class SGLangEngine:
         sampling: SamplingConfig,
         max_tokens: int,
         on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
         """See `RolloutEngine.generate`."""
-        self._pool = RequestPool(_started(self._server), self._settings, self._end_ids, self.version, self._counts)
-        finished: queue.SimpleQueue[tuple[int, Response] | None] = queue.SimpleQueue()
-        work = self._loop.start(self._pool.generate(requests, sampling, max_tokens, finished.put))
-        work.add_done_callback(lambda _: finished.put(None))
-        while (item := finished.get()) is not None:
-            on_tokens(len(item[1].token_ids))
-            self._counts["rollout/cached_prompt_tokens"] += item[1].cached_tokens
-            self._counts["rollout/prompt_tokens"] += len(requests[item[0]].prompt_ids)
-            yield item
+        pool = RequestPool(_started(self._server), self._settings, self._end_ids, self.version, self._counts)
+        events: queue.SimpleQueue[tuple[int, Response | Pause | None] | None] = queue.SimpleQueue()
+        self._pool, self._events = pool, events
+        asked, in_flight, paused = dict(enumerate(requests)), len(requests), set[int]()
+        work = self._loop.start(pool.generate(requests, sampling, max_tokens, events.put))
+        work.add_done_callback(lambda _: events.put(None))
+        while True:
+            if in_flight == 0 and (pool.stopping or not paused):
+                self._loop.call(pool.end)
+            if (event := events.get()) is None:
+                break
+            number, what = event
+            if isinstance(what, Response):
+                in_flight -= 1
+                self._count(asked[number], what, on_tokens)
+                yield number, what
+                if (pause := follow(number)) is not None:
+                    paused.add(number)
+                    pause.until.add_done_callback(partial(_over, events, number, pause))
+            elif isinstance(what, Pause) and not pool.stopping:
+                paused.remove(number)
+                if (request := what.then()) is not None:
+                    asked[number], in_flight = request, in_flight + 1
+                    self._loop.call(pool.add, number, request)
         self.failure = work.result()
+
+    def _count(self, request: Request, response: Response, on_tokens: Callable[[int], None]) -> None:
+        on_tokens(len(response.token_ids))
+        self._counts["rollout/cached_prompt_tokens"] += response.cached_tokens
+        self._counts["rollout/prompt_tokens"] += len(request.prompt_ids) + len(request.written)
 
     def abort(self) -> None:
         """See `RolloutEngine.abort`."""
         if self._pool is not None:
             self._pool.stopping = True
+            self._events.put((-1, None))  # who iterates may wait for pauses alone
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; on a device that cannot release, the same calls are made and nothing is freed."""
@@ -309,6 +333,11 @@ class SGLangEngine:
             free, total = torch.cuda.mem_get_info(self._device)
             return total - free
         return _started(self._server).resident_bytes()
+
+
+def _over(events: queue.SimpleQueue[Any], number: int, pause: Pause, _: object) -> None:
+    """Put a pause that is over among the events."""
+    events.put((number, pause))
 
 
 def _started(part: T | None) -> T:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ class RequestPool:
     ) -> None:
         self._server, self._settings, self._end_ids = server, settings, end_ids
         self._version, self._counts = version, counts
+        self._more: asyncio.Queue[tuple[int, Request] | None] = asyncio.Queue()
         self.stopping = False
         """Set from any thread: what is unfinished comes back as it is."""
 
@@ -50,14 +52,15 @@ class RequestPool:
         max_tokens: int,
         deliver: Callable[[tuple[int, Response]], None],
     ) -> str | None:
-        """Deliver all responses; returns what happened to a server that did not give them."""
+        """Deliver all responses, to what is added too, until `end`; returns what happened to a server that did not give
+        them."""
         places = asyncio.Semaphore(self._settings.sglang.concurrency)
         loop = asyncio.get_running_loop()
         progress = [loop.time()]
 
-        async def one(server: Connection, number: int) -> None:
+        async def one(server: Connection, number: int, request: Request) -> None:
             async with places:
-                response = await self._send(server, requests[number], sampling, max_tokens)
+                response = await self._send(server, request, sampling, max_tokens)
             progress[0] = loop.time()
             self._server.has_generated |= len(response.token_ids) > 0  # an abort may come before any
             deliver((number, response))
@@ -65,7 +68,7 @@ class RequestPool:
         async with connect(self._server.address) as server:
             watch = asyncio.create_task(self._watch(server, lambda: progress[0]))
             stopper = asyncio.create_task(self._abort_when_stopping(server))
-            answers = asyncio.gather(*(one(server, number) for number in range(len(requests))))
+            answers = asyncio.create_task(self._answer_all(partial(one, server), requests))
             either: set[asyncio.Future[Any]] = {answers, watch}
             try:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -73,12 +76,32 @@ class RequestPool:
                     return watch.result()
                 answers.result()
                 return None
-            except ServerFailure as failure:
-                return str(failure)
+            except ExceptionGroup as failures:
+                failed, others = failures.split(ServerFailure)
+                if failed is None or others is not None:
+                    raise
+                return str(failed.exceptions[0])
             finally:
                 for task in (watch, stopper, answers):
                     task.cancel()
                 await asyncio.gather(watch, stopper, answers, return_exceptions=True)
+
+    def add(self, number: int, request: Request) -> None:
+        """Send one request more, the next turn of a response; called in the event loop."""
+        self._more.put_nowait((number, request))
+
+    def end(self) -> None:
+        """Add nothing any more; called in the event loop."""
+        self._more.put_nowait(None)
+
+    async def _answer_all(
+        self, answer: Callable[[int, Request], Coroutine[Any, Any, None]], requests: Sequence[Request]
+    ) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for number, request in enumerate(requests):
+                tasks.create_task(answer(number, request))
+            while (more := await self._more.get()) is not None:
+                tasks.create_task(answer(*more))
 
     async def _send(self, server: Connection, request: Request, sampling: SamplingConfig, max_tokens: int) -> Response:
         """Return one response, requested again after a failure.
