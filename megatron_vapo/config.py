@@ -60,7 +60,7 @@ FIXED_LAMBDA = Condition("algorithm.length_adaptive_gae=false", lambda recipe: n
 ADAPTIVE_LAMBDA = Condition("algorithm.length_adaptive_gae=true", lambda recipe: recipe.algorithm.length_adaptive_gae)
 DECOUPLED = Condition("algorithm.decoupled_gae=true", lambda recipe: recipe.algorithm.decoupled_gae)
 CORRECTED = Condition(
-    "algorithm.importance.mode=truncate or mask, or auto beside an engine in FP8",
+    "algorithm.importance.mode=truncate or mask, or auto beside an engine in FP8 or ahead (rollout.lag)",
     lambda recipe: recipe.resolved_algorithm.importance.mode != "none",
 )
 PRETRAINED = Condition("value_pretraining.enabled=true", lambda recipe: recipe.value_pretraining.enabled)
@@ -296,7 +296,8 @@ class ImportanceConfig:
     mode: Literal["auto", "none", "truncate", "mask"] = setting(
         "auto",
         "truncate: by min(w, high) (TIS). mask: by w, and by 0 where w is above high (MIS) or below low (IcePop). "
-        "auto: truncate where the engine's numbers are FP8 (rollout.quantization, rollout.sglang.kv_cache), else none.",
+        "auto: truncate where the engine's numbers are FP8 (rollout.quantization, rollout.sglang.kv_cache) or its "
+        "weights older (rollout.lag), else none.",
     )
     level: Literal["token", "sequence", "geometric"] = setting(
         "token",
@@ -573,9 +574,18 @@ class RolloutConfig:
     partial: bool = setting(
         False, "Keep the groups that over_sampling leaves unfinished, and go on with them in the next step."
     )
+    lag: int = setting(
+        0,
+        "Training steps that rollouts run ahead: step k trains on responses that the weights after step k - 1 - lag "
+        "began. 0: each step waits for its own (docs/ahead.md). Value pretraining, whose policy stands still, never "
+        "runs ahead.",
+        AT_LEAST_0,
+        resume=True,
+    )
     max_version_lag: int = setting(
         0,
-        "Steps by which the weights that began a response may be older than the actor; older ones are begun anew.",
+        "Steps by which the weights that began a response may be older than the actor that is trained on it, where "
+        "rollout.partial carries responses over; older ones are begun anew. rollout.lag counts.",
         AT_LEAST_0,
         acts=(PARTIAL,),
     )
@@ -924,12 +934,12 @@ class Recipe:
 
     @property
     def resolved_algorithm(self) -> AlgorithmConfig:
-        """The algorithm's settings, with the meaning of importance.mode=auto beside this rollout engine."""
+        """The algorithm's settings, with the meaning of importance.mode=auto beside these rollouts."""
         importance = self.algorithm.importance
         if importance.mode != "auto":
             return self.algorithm
-        fp8 = self.rollout.quantization == "fp8" or self.rollout.caches_in_fp8
-        corrected = fp8 and self.algorithm.old_logprobs == "actor"
+        differs = self.rollout.quantization == "fp8" or self.rollout.caches_in_fp8 or self.rollout.lag > 0
+        corrected = differs and self.algorithm.old_logprobs == "actor"
         return replace(self.algorithm, importance=replace(importance, mode="truncate" if corrected else "none"))
 
     @property

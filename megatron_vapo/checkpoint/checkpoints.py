@@ -3,7 +3,10 @@
     RUN/checkpoints/
         step_000020/
             actor/  critic/     Megatron's distributed checkpoints: parameters, optimizer, schedule
-            sampling.pt         partial rollouts; global random generators of every rank (models.generators)
+            sampling.pt         partial rollouts; global random generators of every rank (models.generators); metrics
+                                of the rollouts that are ahead
+            ahead/000/          the batch of the next step, where rollouts run ahead (rollout.lag), and so on
+                                (data.batch_files)
             recipe.yaml         the settings it was made with
             data.json           the fingerprint of the prompts it was made with
             state.json          progress of the run, the order of prompts included
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,10 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.run_folder import DATA, checkpoints
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot
 from megatron_vapo.config import CheckpointConfig
+from megatron_vapo.data.batch_files import read_batch, share_name
+from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.position import SamplingPosition
+from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import CheckpointError, MachineError, first_line
 from megatron_vapo.models.checkpointing import Save, load_trainer
 from megatron_vapo.models.trainer import Trainer
@@ -90,7 +96,9 @@ class Checkpoints:
             self._failed(final, first_line(error))
             return
         saves = [Save(trainer, part / role) for role, trainer in self._trainers.items()]
-        self._pending = _Pending(part, final, state, saves)
+        mine = share_name(dist.get_rank())
+        batches = {part / _ahead(n) / mine: rollout.batch for n, rollout in enumerate(snapshot.ahead)}
+        self._pending = _Pending(part, final, state, saves, batches)
         if self._settings.async_save:
             self._pending.thread.start()
         else:
@@ -166,7 +174,11 @@ class Checkpoints:
         (part / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         (part / _RECIPE).write_text(self._recipe, encoding="utf-8")
         (part / DATA).write_text(self._data, encoding="utf-8")
-        torch.save({"unfinished": snapshot.position.unfinished, "generators": generators}, part / _SAMPLING)
+        for number in range(len(snapshot.ahead)):
+            (part / _ahead(number)).mkdir(parents=True)
+        ahead = [{"metrics": rollout.metrics, "failures": rollout.failures} for rollout in snapshot.ahead]
+        sampling = {"unfinished": snapshot.position.unfinished, "generators": generators, "ahead": ahead}
+        torch.save(sampling, part / _SAMPLING)
         return part
 
     def _publish(self, pending: _Pending, entries: dict[str, Entry]) -> None:
@@ -190,29 +202,42 @@ class Checkpoints:
     def _load(self, checkpoint: Path) -> Snapshot:
         for role, trainer in self._trainers.items():
             load_trainer(trainer, checkpoint / role)
-        unfinished, generators = torch.load(checkpoint / _SAMPLING, weights_only=True).values()
+        saved = torch.load(checkpoint / _SAMPLING, weights_only=True)
+        generators = saved["generators"]
+        ahead = [
+            Rollout(read_batch(checkpoint / _ahead(number)), **facts)
+            for number, facts in enumerate(saved.get("ahead", []))  # older checkpoints have none
+        ]
         on_first_rank(lambda: _point_latest(checkpoint))
         self._note(f"resumed from {checkpoint}")
         mine = generators[dist.get_rank()] if len(generators) == dist.get_world_size() else None
         if mine is None:
             self._note(f"{len(generators)} processes before, {dist.get_world_size()} now: global generators start anew")
         state, prompt_order = _read_state(checkpoint)
-        return Snapshot(state, SamplingPosition(prompt_order, unfinished), mine)
+        return Snapshot(state, SamplingPosition(prompt_order, saved["unfinished"]), mine, tuple(ahead))
 
 
 class _Pending:
-    """The checkpoint under way, and the thread that writes this rank's part of it."""
+    """The checkpoint under way, and the thread that writes this rank's part of it.
 
-    def __init__(self, part: Path, final: Path, state: RunState, saves: list[Save]) -> None:
-        self.part, self.final, self.state, self.saves = part, final, state, saves
+    Args:
+        batches: to write, by their files.
+    """
+
+    def __init__(
+        self, part: Path, final: Path, state: RunState, saves: list[Save], batches: Mapping[Path, Experience]
+    ) -> None:
+        self.part, self.final, self.state, self.saves, self._batches = part, final, state, saves, batches
         self.described: dict[str, Entry] = {}
         self.error: str | None = None
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.write, name="checkpoint", daemon=True)
 
     def write(self) -> None:
-        files = [path for save in self.saves for path in save.files]
+        files = [path for save in self.saves for path in save.files] + list(self._batches)
         try:
+            for path, batch in self._batches.items():
+                batch.save(path)
             for save in self.saves:
                 save.write()
                 if save.error is not None:
@@ -221,6 +246,11 @@ class _Pending:
         except Exception as error:  # noqa: BLE001  # whatever it is, the training thread reports it, with the rank
             self.error = first_line(error)
         self.done.set()
+
+
+def _ahead(number: int) -> str:
+    """Return the folder of a rollout that is ahead."""
+    return f"ahead/{number:03d}"
 
 
 def kept_checkpoints(folder: Path, settings: CheckpointConfig) -> set[Path]:

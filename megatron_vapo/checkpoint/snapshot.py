@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_vapo.data.position import SamplingPosition
+from megatron_vapo.data.rollout import Rollout
 
 StepKind = Literal["pretrain", "train"]
 """A step of value pretraining, or of training."""
@@ -72,3 +73,5 @@ class Snapshot:
     position: SamplingPosition
     generators: dict[str, Any] | None
     """This rank's (`models.generators`); None where another number of processes wrote the checkpoint."""
+    ahead: tuple[Rollout, ...] = ()
+    """The rollouts of the next steps that are there already (rollout.lag), in their order; shares at home."""

@@ -109,9 +109,10 @@ def _validate_rollout(recipe: Recipe) -> None:
         )
     if rollout.partial and rollout.over_sampling == 1:
         raise RecipeError("rollout.partial keeps what rollout.over_sampling leaves unfinished: set that above 1")
-    if rollout.partial and rollout.max_version_lag == 0:
+    if rollout.partial and rollout.max_version_lag <= rollout.lag:
         raise RecipeError(
-            "rollout.partial goes on with responses that older weights began: set rollout.max_version_lag to 1 or more"
+            "rollout.partial goes on with responses that older weights began: set rollout.max_version_lag to "
+            f"{rollout.lag + 1} or more"
         )
     if rollout.quantization == "fp8" and rollout.engine == "sglang" and recipe.model.dtype != "bfloat16":
         raise RecipeError(

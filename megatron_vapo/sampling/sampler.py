@@ -104,7 +104,8 @@ class Sampler:
         kept: list[Group] = []
         passed_over: list[Group] = []
         rounds = settings.dynamic_sampling_rounds if settings.dynamic_sampling else 1
-        carried, self.unfinished = self._young_enough(self.unfinished), []
+        trained_at = step - 1 if purpose == "train" else self.engine.version
+        carried, self.unfinished = self._young_enough(self.unfinished, trained_at), []
         sampled = -sum(group.tokens for group in carried)
         for number in range(rounds):
             missing = count - len(kept)
@@ -161,9 +162,13 @@ class Sampler:
         drawn = iter(seeds(self.seed, purpose, step, len(indices) * samples))
         return [Group(i, prompts[i], [Sample(next(drawn)) for _ in range(samples)]) for i in indices]
 
-    def _young_enough(self, groups: list[Group]) -> list[Group]:
-        """Return carried groups; responses in them that too old weights began are begun anew."""
-        oldest = self.engine.version - self._rollout.max_version_lag
+    def _young_enough(self, groups: list[Group], trained_at: int) -> list[Group]:
+        """Return carried groups; responses in them that too old weights began are begun anew.
+
+        Args:
+            trained_at: the version of the actor that will be trained on them.
+        """
+        oldest = trained_at - self._rollout.max_version_lag
         for group in groups:
             for sample in group.samples:
                 if sample.begun is not None and sample.begun.weight_version < oldest:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vapo.checkpoint.snapshot import RunState, StepKind
+from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
+from megatron_vapo.data.batch_files import read_batch, write_batch
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import DataError
 from megatron_vapo.models.generators import read_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
-from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout, read_batch, write_batch
+from megatron_vapo.sampling.rollout_store import RolloutStore, StoredRollout
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.trajectory import Group, Scored, gathered, reward_metrics, spread
 
@@ -51,15 +53,33 @@ class Rollouts:
             list(self._sizes.values()), recipe.seed, [file.weight for file in files], inputs.digest
         )
         self._store = RolloutStore(self._folder / "kept_rollouts")
+        self.ahead: deque[Rollout] = deque()
+        """The rollouts that are sampled and not trained on, of the present step and those after it."""
 
     @property
     def position(self) -> SamplingPosition:
         """The position of sampling."""
         return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
 
+    def missing(self, purpose: StepKind, step: int) -> range:
+        """Return the steps whose rollouts are to be sampled now: those until `rollout.lag` steps after `step`."""
+        lag = self._recipe.rollout.lag if purpose == "train" else 0
+        return range(step + len(self.ahead), max(step, min(step + lag, self._recipe.steps)) + 1)
+
+    def finish(self) -> None:
+        """Drop the rollout of the step that is finished."""
+        if self.ahead:  # a replayed one never was there
+            self.ahead.popleft()
+
     def whole(self, position: SamplingPosition) -> SamplingPosition:
         """Return a position with what all processes hold of responses that are begun, on the first rank."""
         return replace(position, unfinished=gathered(position.unfinished))
+
+    def resume(self, snapshot: Snapshot) -> None:
+        """Go on where a checkpoint was taken."""
+        self.ahead.extend(snapshot.ahead)
+        self.go_to(snapshot.position)
+        self.forget(snapshot.state)
 
     def go_to(self, position: SamplingPosition) -> None:
         """Go on sampling from there; where the prompts are others, and the recipe goes on with them, in new epochs.
@@ -71,16 +91,21 @@ class Rollouts:
         if changed and self._recipe.checkpoint.changed_data == "continue":
             self._order.begin_epoch_after(position.order)
             self._sampler.unfinished = []
+            self.ahead.clear()
             return
         self._order.load_state_dict(position.order)
         self._sampler.unfinished = spread([Group.of(state, self._prompts) for state in position.unfinished])
 
     def metrics(self) -> dict[str, float]:
-        """Return the epochs of each training file so far, where there are several, and the prompts that were dropped,
-        where they may be."""
+        """Return the epochs of each training file so far, where there are several, the prompts that were dropped, where
+        they may be, and the rollouts that wait for their steps, where they run ahead."""
         epochs = {f"data/{n}/epochs": drawn / size for (n, size), drawn in zip(self._sizes.items(), self._order.drawn)}
-        dropped = {"data/dropped_prompts": float(self._inputs.dropped)}
-        return (epochs if len(epochs) > 1 else {}) | (dropped if self._recipe.data.long_prompts == "drop" else {})
+        shown = epochs if len(epochs) > 1 else {}
+        if self._recipe.data.long_prompts == "drop":
+            shown |= {"data/dropped_prompts": float(self._inputs.dropped)}
+        if self._recipe.rollout.lag:
+            shown |= {"rollout/ahead": float(len(self.ahead))}
+        return shown
 
     def replayed(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what another run saved for the step, in `rollout.replay`; None where the recipe samples.

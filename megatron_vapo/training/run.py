@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.models import generators
 from megatron_vapo.models.layout import init_world
@@ -25,7 +26,6 @@ from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.evaluation import evaluate
-from megatron_vapo.sampling.rollout_store import Rollout
 from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
 from megatron_vapo.training.records import Records
@@ -106,19 +106,22 @@ class Run:
         return self.recipe.ends_at(self.state.steps, self.state.sampled_tokens)
 
     def rollout(self, purpose: StepKind, step: int) -> Rollout:
-        """Group-sample the next prompts with the present policy and score the responses."""
+        """Return the rollout of a step. Group-sample with the present policy what is missing until that of the step
+        `rollout.lag` steps later, and score the responses."""
         replayed = self._rollouts.replayed(purpose, step)
         if replayed is not None:
             return replayed
-        with self._phase(Phase.ROLLOUT):
-            rollout = self._rollouts.stored(purpose, step)
-            if rollout is not None:
-                self.display.note(f"{purpose} step {step}: the rollout stored by the run before")
-            else:
-                rollout = self._sampled(purpose, step)
-        self._rollouts.save(purpose, step, rollout.batch)
+        for missing in self._rollouts.missing(purpose, step):
+            with self._phase(Phase.ROLLOUT):
+                rollout = self._rollouts.stored(purpose, missing)
+                if rollout is not None:
+                    self.display.note(f"{purpose} step {missing}: the rollout stored by the run before")
+                else:
+                    rollout = self._sampled(purpose, missing)
+            self._rollouts.ahead.append(rollout)
+            self._rollouts.save(purpose, missing, rollout.batch)
         self._sleep()
-        return rollout
+        return self._rollouts.ahead[0]
 
     def values(self, batch: Experience) -> Experience:
         """Add the critic's values."""
@@ -182,11 +185,13 @@ class Run:
             metrics: of the updates.
         """
         seconds = self.timer.end_step()
-        state = self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
+        version, state = self.state.steps, self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
         everything = step_metrics.of_step(batch, metrics, seconds, state, self.recipe.algorithm.gamma)
+        everything |= step_metrics.ages(batch.whole, version)
         if kind == "pretrain":
             explained = [*state.explained_variances, everything["critic/explained_variance"]]
             state = replace(state, explained_variances=explained)
+        self._rollouts.finish()
         self._advance(state)
         everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
         kept = Kept.of(batch, self.recipe.observe.tokens_mib * 2**20)
@@ -259,13 +264,13 @@ class Run:
             return Snapshot(RunState(), self._rollouts.position, generators.read_generators(self._layouts))
         if found.generators is not None:
             generators.write_generators(found.generators, self._layouts)
-        self._rollouts.go_to(found.position)
-        self._rollouts.forget(found.state)
+        self._rollouts.resume(found)
         return found
 
     def _advance(self, state: RunState) -> None:
         """Take the snapshot that belongs to a new state."""
-        self.snapshot = Snapshot(state, self._rollouts.position, generators.read_generators(self._layouts))
+        generators_now = generators.read_generators(self._layouts)
+        self.snapshot = Snapshot(state, self._rollouts.position, generators_now, tuple(self._rollouts.ahead))
 
     def _warn(self, warnings: dict[str, str]) -> None:
         """Show the alarms of a step; ask the run to stop where one of them is to. They are known on the first rank."""

@@ -99,6 +99,15 @@ def observation_metrics(batch: Responses) -> dict[str, float]:
     return {"response/observed_mean": float((batch.response_lengths - batch.trained_lengths).double().mean())}
 
 
+def ages(batch: Responses, version: int) -> dict[str, float]:
+    """Return how many versions older than the actor, now of this `version`, the weights are that began the responses;
+    nothing where they are not known, as of a replayed rollout."""
+    if batch.weight_versions is None:
+        return {}
+    ages = version - batch.weight_versions.double()
+    return {"rollout/age_mean": float(ages.mean()), "rollout/age_max": float(ages.max())}
+
+
 def check_logprobs(batch: Experience, limit: float | None) -> None:
     """Refuse to train on a batch that the engine drew from other probabilities than the actor's.
 

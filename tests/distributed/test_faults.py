@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,7 +131,8 @@ def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
     launch: Callable[..., Launched], forked: Callable[..., str], tmp_path: Path
 ) -> None:
     layout = ["steps=4", "critic.distributed_optimizer=true", "actor.tensor_parallel=2"]  # all ranks write
-    layout += ["rollout.over_sampling=2.0", "rollout.partial=true", "rollout.max_version_lag=1"]  # and carry over
+    layout += ["rollout.over_sampling=2.0", "rollout.partial=true", "rollout.max_version_lag=2"]  # and carry over
+    layout += ["rollout.lag=1"]  # and keep rollouts for later
     forked(2, tmp_path / "whole", *layout)
     run = launch(2, tmp_path / "run", *layout)
     run.wait_for_step(2)
@@ -138,11 +140,25 @@ def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
     output = run.end()
     assert run.process.returncode != 0 and "exitcode  : 75" in output
     assert len(records(tmp_path / "run", "train")) < 4
+    shutil.copytree(tmp_path / "run", tmp_path / "alone", symlinks=True)
     assert forked(2, tmp_path / "run", *layout).count("resumed from") == 1
     for ours, theirs in zip(timeless(tmp_path / "run"), timeless(tmp_path / "whole"), strict=True):
         assert ours == theirs
     ours, theirs = last_checkpoint(tmp_path / "run"), last_checkpoint(tmp_path / "whole")
     assert {name for name in ours if "/__1_" in name} and ours == theirs
+
+    newest = tmp_path / "alone" / "checkpoints" / "latest"
+    assert len(list(newest.glob("ahead/000/*"))) == 2
+    forked(1, tmp_path / "alone", *layout, "actor.tensor_parallel=1")
+    for ours, theirs in zip(records(tmp_path / "alone", "train"), records(tmp_path / "whole", "train"), strict=True):
+        for key in (
+            "rollout/age_mean",
+            "actor/policy_loss",
+            "critic/loss",
+            "response/length_mean",
+            "critic/explained_variance",
+        ):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), (ours["step"], key)
 
 
 def test_a_run_goes_on_in_another_layout(forked: Callable[..., str], tmp_path: Path) -> None:

@@ -368,7 +368,8 @@ OUT_OF_BOUNDS = {
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
         *("actor.optimizer.decay_steps", "actor.optimizer.final_learning_rate"),
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),
-        *("critic.optimizer.beta2", "rollout.max_version_lag", "rollout.sglang.retries", "rollout.sglang.max_restarts"),
+        *("critic.optimizer.beta2", "rollout.lag", "rollout.max_version_lag"),
+        *("rollout.sglang.retries", "rollout.sglang.max_restarts"),
         *("rollout.check_weights_every", "actor.precision.first_layers", "actor.precision.last_layers"),
         *("checkpoint.keep_every", "limits.grace_seconds", "rollout.sampling.temperature"),
         *("evaluation.sampling.temperature", "observe.tokens_mib", "alarms.flat_values", "alarms.entropy_collapse"),
@@ -444,6 +445,10 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
         (
             ["rollout.partial=true", "rollout.over_sampling=1.5"],
             ["rollout.partial", "rollout.max_version_lag to 1 or more"],
+        ),
+        (
+            ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.lag=2", "rollout.max_version_lag=2"],
+            ["rollout.partial", "rollout.max_version_lag to 3 or more"],
         ),
         (
             ["algorithm.importance.mode=mask", "algorithm.old_logprobs=rollout"],

@@ -23,6 +23,7 @@ from benchmarks.records import records
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.commands.train import _until_stopped
 from megatron_vapo.config import EnvironmentConfig, SamplingConfig
+from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.errors import RolloutError, TrainingError
 from megatron_vapo.models.parameters import held_tensors
@@ -35,7 +36,6 @@ from megatron_vapo.rollout.sglang import server, weight_update
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling import turns as turns_module
-from megatron_vapo.sampling.rollout_store import Rollout
 from megatron_vapo.sampling.turns import Turns
 from megatron_vapo.training.run import Run
 from tests.conftest import InlinePool

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.position import SamplingPosition
+from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import CheckpointError, MachineError
 from megatron_vapo.runtime import durable
 from megatron_vapo.runtime.durable import (
@@ -28,7 +29,7 @@ from megatron_vapo.runtime.durable import (
     write_text,
 )
 from megatron_vapo.runtime.manifest import damage, read_manifest
-from megatron_vapo.sampling.rollout_store import Rollout, RolloutStore, StoredRollout
+from megatron_vapo.sampling.rollout_store import RolloutStore, StoredRollout
 from megatron_vapo.weights.hf_writer import TensorSpec, write_hf_folder
 
 pytestmark = pytest.mark.usefixtures("world")  # kept rollouts are written by all processes together

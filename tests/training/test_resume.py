@@ -350,6 +350,48 @@ def test_a_stop_in_any_phase(start: Callable[..., bool], whole: Path, tmp_path: 
     assert_same_run(tmp_path / "run", whole)
 
 
+AHEAD = (LUCKY, "rollout.lag=2", "rollout.partial=true", "rollout.over_sampling=1.7", "rollout.max_version_lag=3")
+
+
+@pytest.mark.slow
+def test_a_run_ahead_repeats_itself_whatever_happens_to_it(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The weights that wrote what is in the queue are gone by then."""
+    whole, pieces = uninterrupted(*AHEAD), tmp_path / "pieces"
+    for crash in (("rollout", 4), ("values", 3), ("checkpoint", 3), ("actor_update", 2), ("weight_sync", 3)):
+        with pytest.raises(Crash):
+            start(pieces, *AHEAD, crash=crash)
+    assert not start(pieces, *AHEAD, stop=("critic_update", 1))
+    assert start(pieces, *AHEAD)
+    assert_same_run(pieces, whole)
+
+
+@pytest.mark.slow
+def test_a_batch_is_written_by_the_weights_of_lag_steps_before(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its prompts are the same at any lag, and where the policy stands still so is everything."""
+    assert start(tmp_path / "ahead", "rollout.lag=2", "steps=5")
+    trained = timeless(tmp_path / "ahead", "train")
+    for key in ("rollout/age_mean", "rollout/age_max"):
+        assert [r[key] for r in trained] == [0, 1, 2, 2, 2]
+    assert [r["rollout/ahead"] for r in trained] == [2, 2, 2, 1, 0]
+    assert all(r["rollout/age_max"] == 0 for r in timeless(uninterrupted(), "train"))
+    ours, theirs = samples(tmp_path / "ahead"), samples(uninterrupted())
+    first, last = (f"samples/step_00000{step}.jsonl" for step in (1, 4))
+    assert ours[first] == theirs[first] and ours[last] != theirs[last]
+    prompts = [[json.loads(row)["prompt"] for row in run[last].splitlines()] for run in (ours, theirs)]
+    assert prompts[0] == prompts[1]
+
+    still = ("actor.optimizer.learning_rate=1e-30", "actor.optimizer.weight_decay=0", "algorithm.importance.mode=none")
+    for lag in (0, 2):
+        assert start(tmp_path / f"still{lag}", f"rollout.lag={lag}", *still, "steps=3")
+    for one, other in zip(*(timeless(tmp_path / f"still{lag}", "train") for lag in (0, 2)), strict=True):
+        assert set(one.keys() ^ other.keys()) == {"rollout/ahead"}
+        assert {k for k in one if one[k] != other[k]} <= {"rollout/age_mean", "rollout/age_max"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False])
 def test_rollouts_outlive_a_death_before_training_on_them(

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vapo.data.batch_files import read_batch
 from megatron_vapo.data.experience import Experience, whole_batch
-from megatron_vapo.sampling.rollout_store import read_batch
 from tests.ranks import run_ranks
 
 WORLD = 3
@@ -53,7 +53,7 @@ def test_what_some_processes_wrote_others_read(world: None, tmp_path: Path) -> N
         (tmp_path / f"split_{number}").mkdir()
         for file, indices in enumerate(torch.arange(9).split(sizes)):
             whole.select(indices).save(tmp_path / f"split_{number}" / f"experience_{file:05d}.safetensors")
-    run_ranks(WORLD, ["-m", "tests.sampling.store_ranks", tmp_path], tmp_path / "log", fork=True)
+    run_ranks(WORLD, ["-m", "tests.data.store_ranks", tmp_path], tmp_path / "log", fork=True)
     assert len(list((tmp_path / "three").glob("*.safetensors"))) == WORLD
     assert_same(read_batch(tmp_path / "three"), a_batch(7))
     assert_same(read_batch(tmp_path / "two_of_three"), a_batch(2))

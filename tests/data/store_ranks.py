@@ -1,4 +1,4 @@
-"""A rank of tests/sampling/test_rollout_store.py."""
+"""A rank of tests/data/test_batch_files.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_vapo.data import batch_files
+from megatron_vapo.data.batch_files import read_batch, write_batch
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import MachineError
 from megatron_vapo.runtime import collectives
-from megatron_vapo.sampling import rollout_store
-from megatron_vapo.sampling.rollout_store import read_batch, write_batch
-from tests.sampling.test_rollout_store import WORLD, a_batch, assert_same
+from tests.data.test_batch_files import WORLD, a_batch, assert_same
 
 
 def each_process_reads_what_is_at_home_with_it(folder: Path) -> None:
@@ -44,7 +44,7 @@ def one_that_cannot_write_ends_all(folder: Path) -> None:
     refused = refusal(folder / "none")
     Experience.save = save
     if dist.get_rank() == 0:
-        rollout_store.finish_folder = lambda *_: full(a_batch(1), folder)
+        batch_files.finish_folder = lambda *_: full(a_batch(1), folder)
     refused += refusal(folder / "none")
     assert "rank 1 cannot write" in refused and "rank 0 cannot write" in refused and "No space left" in refused
     assert collectives.gather_objects(refused) == [refused] * WORLD
