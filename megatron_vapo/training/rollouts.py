@@ -54,7 +54,7 @@ class Rollouts:
         )
         self._store = RolloutStore(self._folder / "kept_rollouts")
         self.ahead: deque[Rollout] = deque()
-        """The rollouts that are sampled and not trained on, of the present step and those after it."""
+        """The rollouts of later steps that are sampled already, in their order."""
 
     @property
     def position(self) -> SamplingPosition:
@@ -65,11 +65,6 @@ class Rollouts:
         """Return the steps whose rollouts are to be sampled now: those until `rollout.lag` steps after `step`."""
         lag = self._recipe.rollout.lag if purpose == "train" else 0
         return range(step + len(self.ahead), max(step, min(step + lag, self._recipe.steps)) + 1)
-
-    def finish(self) -> None:
-        """Drop the rollout of the step that is finished."""
-        if self.ahead:  # a replayed one never was there
-            self.ahead.popleft()
 
     def whole(self, position: SamplingPosition) -> SamplingPosition:
         """Return a position with what all processes hold of responses that are begun, on the first rank."""

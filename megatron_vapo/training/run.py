@@ -121,7 +121,7 @@ class Run:
             self._rollouts.ahead.append(rollout)
             self._rollouts.save(purpose, missing, rollout.batch)
         self._sleep()
-        return self._rollouts.ahead[0]
+        return self._rollouts.ahead.popleft()
 
     def values(self, batch: Experience) -> Experience:
         """Add the critic's values."""
@@ -191,7 +191,6 @@ class Run:
         if kind == "pretrain":
             explained = [*state.explained_variances, everything["critic/explained_variance"]]
             state = replace(state, explained_variances=explained)
-        self._rollouts.finish()
         self._advance(state)
         everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
         kept = Kept.of(batch, self.recipe.observe.tokens_mib * 2**20)
