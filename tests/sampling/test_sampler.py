@@ -4,11 +4,10 @@ whatever was cut, carried over, refused or lost on the way."""
 from __future__ import annotations
 
 import itertools
-import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,13 +34,12 @@ from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored, joined, reward_metrics
+from tests.sampling.conftest import INDICES, WAIT_S, Meeting
 
 pytestmark = pytest.mark.usefixtures("world", "inline_rewards")
 
 SEED = 11
 LONGEST = 12
-WAIT_S = 60.0
-"""For something that has to happen; a test fails instead of hanging."""
 PROMPTS = [Prompt(f"p{i}", "1", i, f"row {i}", token_ids=(100 + i, 7)) for i in range(30)]
 UPCOMING = PromptOrder([len(PROMPTS)], 0).take(len(PROMPTS))
 """Prompts of the first epoch, in the order in which training visits them."""
@@ -591,65 +589,6 @@ def test_a_failure_while_responses_are_cut() -> None:
 
 
 # Several engines.
-
-
-class Meeting:
-    """Stands for torch.distributed between threads; what they exchange is pickled, as between processes."""
-
-    def __init__(self, size: int) -> None:
-        self._values: list[bytes] = [b""] * size
-        self._barrier = threading.Barrier(size, timeout=WAIT_S)
-        self.rank = threading.local()
-
-    def gather_objects(self, value: object) -> list[object]:
-        self._values[self.rank.number] = pickle.dumps(value)
-        self._barrier.wait()
-        values = [pickle.loads(dumped) for dumped in self._values]
-        self._barrier.wait()
-        return values
-
-    def any_rank(self, mine: bool) -> bool:
-        return any(self.gather_objects(mine))
-
-    def all_to_all(self, rows: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        pieces = [theirs[self.rank.number] for theirs in self.gather_objects(rows.split(list(sent)))]
-        assert [len(piece) for piece in pieces] == list(received)
-        return torch.cat(pieces)
-
-    def run(self, work: Sequence[Callable[[], object]]) -> list[object]:
-        def enter(number: int) -> object:
-            self.rank.number = number
-            try:
-                return work[number]()
-            except BaseException:
-                self._barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(len(work)) as threads:
-            return list(threads.map(enter, range(len(work))))
-
-
-@pytest.fixture
-def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Meeting]:
-    def meet(size: int) -> Meeting:
-        meeting = Meeting(size)
-        for module, name in (
-            (together, "gather_objects"),
-            (together, "all_to_all"),
-            (sampling_module, "gather_objects"),
-            (sampling_module, "any_rank"),
-            (interrupt_module, "any_rank"),
-        ):
-            monkeypatch.setattr(module, name, getattr(meeting, name))
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda: meeting.rank.number)
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: size)
-        return meeting
-
-    return meet
-
-
-INDICES = [EngineIndex(0, 3), None, EngineIndex(1, 3), EngineIndex(2, 3)]
-"""Four processes, the second of which hosts an engine that the first asks."""
 
 
 @pytest.mark.parametrize("fails", [None, 0, 2, 3])

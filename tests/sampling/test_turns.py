@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Scored
 from megatron_vapo.sampling.turns import Turns
+from tests.sampling.conftest import INDICES, Meeting
 
 pytestmark = pytest.mark.usefixtures("world", "inline_rewards")
 
@@ -268,3 +270,38 @@ def test_enough_groups_are_complete_once_the_environment_has_ended_them(
     assert len(engine.asked) < len(whole.asked) and 0 < mine.new_failures()[0] <= sum(loop.failed for loop in loops)
     if not waves:
         assert len({request.seed for request in engine.asked}) == 16
+
+
+def test_episodes_go_on_with_other_engines_in_later_steps(
+    meet: Callable[[int], Meeting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four processes, three engines; what one of them leaves unfinished, others finish in the next step."""
+
+    def work(engine: TurnEngine) -> Callable[[], object]:
+        mine = sampler(engine, monkeypatch, prompts_per_step=4, over_sampling=2.5, partial=True, max_version_lag=2)
+
+        def run() -> object:
+            order, steps = PromptOrder([len(PROMPTS)], 0), []
+            for step in (1, 2, 3):
+                batch, rows = mine.experience(PROMPTS, order, "train", step)
+                everywhere = Placement.everywhere(len(rows))
+                steps.append((batch.moved(everywhere, dict.fromkeys(batch.ragged, everywhere)), rows))
+            return steps, engine.asked
+
+        return run
+
+    done = meet(4).run([work(TurnEngine(True, index)) for index in INDICES])
+    written = {request.seed for _, asked in done for request in asked}
+    for steps, _ in done:
+        for batch, rows in steps:
+            sequences, lengths = batch.tokens.split(batch.sequence_lengths.tolist()), batch.response_lengths.tolist()
+            for i, (prompt, scored) in enumerate(rows):
+                loops = [expected(prompt, seed) for seed in written]
+                (loop,) = [loop for loop in loops if [*prompt.token_ids, *loop.tokens] == sequences[i].tolist()]
+                assert batch.trained.split(lengths)[i].tolist() == loop.trained
+                rewards = [loop.rewards.get(at, 0.0) for at in range(lengths[i])]
+                assert batch.token_rewards.split(lengths)[i].tolist() == rewards
+                assert scored.response.finish_reason == loop.reason
+                assert float(batch.rewards[i]) == pytest.approx(scored.outcome + sum(rewards))
+    by_engine = [{r.seed for r in asked if r.written} for _, asked in done]
+    assert any(a & b for a, b in itertools.combinations(by_engine, 2)), "no response changed its engine"

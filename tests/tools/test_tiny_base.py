@@ -116,10 +116,14 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
 
 
-def test_the_base_of_chained_arithmetic(tmp_path):
-    run(*MAKE_BASE, "--task", "chained_arithmetic", "--sloppy", 0.2, "--out", tmp_path / "tiny", "--steps", 1)
+@pytest.mark.parametrize(
+    ("task", "more", "prompt", "answer"),
+    [("chained_arithmetic", ("--sloppy", 0.2), r"\^.*\|", r"\d\d"), ("products", (), r"\^\d+(\*\d+)+=", r"\d+")],
+)
+def test_the_bases_of_other_tasks(tmp_path, task, more, prompt, answer):
+    run(*MAKE_BASE, "--task", task, *more, "--out", tmp_path / "tiny", "--steps", 1)
     row = json.loads((tmp_path / "tiny" / "heldout.jsonl").read_text().partition("\n")[0])
-    assert re.fullmatch(r"\d\d", row["answer"])
+    assert re.fullmatch(prompt, row["prompt"]) and re.fullmatch(answer, row["answer"])
 
 
 def test_a_share_of_the_other_task_is_refused(tmp_path):
