@@ -22,7 +22,7 @@ SMALLER = {"num_hidden_layers": 2, "vocab_size": 4096}
 
 @pytest.mark.sglang
 @pytest.mark.slow
-def test_a_step_of_the_first_gpu_recipe(tmp_path: Path, sglang_python: str) -> None:
+def test_a_step_of_the_first_gpu_recipe(tmp_path: Path, forking_sglang_python: str) -> None:
     published = json.loads((REPOSITORY / "recipes" / "shapes" / "Qwen2.5-0.5B" / "config.json").read_text())
     shape = Qwen2Config(**published | SMALLER)
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_a_step_of_the_first_gpu_recipe(tmp_path: Path, sglang_python: str) -> N
         rows = [{"question": f"How much is {n} + {n}?", "answer": f"Twice.\n#### {2 * n}"} for n in range(1, 9)]
         (tmp_path / "data" / "gsm8k" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     changes = {
-        "rollout.sglang.python": sglang_python,
+        "rollout.sglang.python": forking_sglang_python,
         # Sizes alone.
         "steps": 1,
         "minibatch_size": 4,
