@@ -304,11 +304,12 @@ class Sampler:
         written = response.token_ids[:-1] if ended else response.token_ids
         text = str(self._tokenizer.decode(written, skip_special_tokens=True))
         sample.scored = Scored(response, text, FAILURE_SCORE)  # until the rewards are there
+        turns: tuple[str, ...] = ()
         if self._turns is not None:
-            sample.scored = replace(sample.scored, added=sample.episode.reward, parts=sample.episode.parts)
+            turns, episode = self._turns.texts(sample), sample.episode
+            sample.scored = Scored(response, "\n".join(turns), FAILURE_SCORE, episode.reward, episode.parts)
         if sample.episode.failed:
             return
-        turns = () if self._turns is None else self._turns.texts(sample)
         sample.score = self.scorer.begin(
             RewardInput(
                 prompt=prompt.text,

@@ -27,6 +27,7 @@ class Scored:
 
     response: Response
     text: str
+    """Without special tokens; where an environment answers, a line each for what policy and environment wrote."""
     outcome: float
     """By `reward.name`: +1 or -1 in the paper's setting; right where it is above 0."""
     added: float = 0.0

@@ -211,6 +211,7 @@ def check(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> list[Expected
         logprobs = batch.rollout_logprobs.split(lengths)[i].tolist()
         assert logprobs == [-(1.0 + at) if mine else 0.0 for at, mine in enumerate(loop.trained)]
         assert scored.response.finish_reason == loop.reason and bool(batch.truncated[i]) == (loop.reason == "length")
+        assert scored.text.split() == [str(token) for token in loop.tokens if token != END]
         last = [token for token in loop.tokens if token != END][-1]
         right = not loop.failed and last % 2 == 0
         assert scored.outcome == (1.0 if right else -1.0)
