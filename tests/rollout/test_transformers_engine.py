@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.rollout import Request, Response, in_order
+from megatron_vapo.rollout import Pause, Request, Response, in_order
 from megatron_vapo.rollout.transformers_engine import TransformersEngine, draw
 from megatron_vapo.weights.hf_folder import HFFolder
 
@@ -217,3 +218,30 @@ def test_tokens_without_probability_are_never_drawn():
     uniform = torch.tensor([0.0, 0.4999, 0.5, 1 - 2**-53], dtype=torch.float64)
     drawn, _ = draw(logits.expand(4, 5), uniform, SamplingConfig())
     assert drawn.tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_turns_go_on_after_what_others_wrote(folder: Path, make_model, batch_size: int) -> None:
+    """Each turn is what its request alone makes of the tokens before it, with the log-probs of the whole sequence."""
+    engine, model = make_engine(folder, end_ids=range(1, 15), batch_size=batch_size), make_model("qwen2")
+    asked = dict(enumerate(requests(2)))
+    turns: dict[int, list[tuple[Request, Response]]] = {number: [] for number in asked}
+    over: Future[None] = Future()
+    over.set_result(None)
+
+    def follow(number: int) -> Pause | None:
+        request, response = turns[number][-1]
+        written = request.written + tuple(response.token_ids.tolist()) + (30, 31)
+        asked[number] = Request(request.prompt_ids, request.seed, written)
+        goes_on = response.finish_reason == "stop" and len(written) < MAX_TOKENS
+        return Pause(over, lambda: asked[number]) if goes_on else None
+
+    for number, response in engine.generate(requests(2), SamplingConfig(), MAX_TOKENS, follow=follow):
+        turns[number].append((asked[number], response))
+    assert max(map(len, turns.values())) > 2
+    for request, response in (turn for of_response in turns.values() for turn in of_response):
+        before = request.prompt_ids + request.written
+        expected = teacher_forced(model, before, response.token_ids, 1.0)
+        torch.testing.assert_close(response.logprobs, expected, rtol=0, atol=1e-5)
+        (alone,) = in_order(engine.generate([request], SamplingConfig(), MAX_TOKENS))
+        assert torch.equal(alone.token_ids, response.token_ids) and alone.finish_reason == response.finish_reason
