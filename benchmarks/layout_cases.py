@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import ActorConfig, AlgorithmConfig, CriticConfig, OptimizerConfig, PrecisionConfig
+from megatron_vapo.config import (
+    ActorConfig,
+    AlgorithmConfig,
+    CriticConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ValueHeadConfig,
+)
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.runtime import cpu_backend
 
@@ -56,8 +63,13 @@ class Case:
     @property
     def alone(self) -> Case:
         """The same in one process."""
-        frozen = {key: value for key, value in (self.critic or {}).items() if key in FROZEN}
-        return replace(self, name="alone", world=1, role={}, critic=frozen or None, logprobs="whole")
+        kept = {key: value for key, value in (self.critic or {}).items() if key in FROZEN | BINS}
+        return replace(self, name="alone", world=1, role={}, critic=kept or None, logprobs="whole")
+
+    @property
+    def critic_folder(self) -> str:
+        bins = self.critic_config().head.outputs
+        return f"{self.family} critic" + (f" with {bins} bins" if bins > 1 else "")
 
     def critic_config(self) -> CriticConfig:
         return CriticConfig(**_DEFAULTS | (self.critic or self.role), optimizer=replace(OPTIMIZER))
@@ -77,6 +89,7 @@ CP2 = {"context_parallel": 2}
 EP2 = {"expert_parallel": 2}
 ETP2 = {"expert_tensor_parallel": 2}
 FROZEN = {"frozen": "attention"}
+BINS = {"head": ValueHeadConfig("hl_gauss", low=-1.5, high=2.0, bins=7, sigma=0.9)}
 
 CASES = [
     Case("one process", losses=True),
@@ -121,6 +134,7 @@ CASES = [
     Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
     Case("actor CP2, critic DP2 x ZeRO-1", 2, role=CP2, critic=ZERO),
     Case("TP2 + SP, Qwen3, critic's attention frozen", 2, "qwen3", role=tp(2, sp=True), critic=tp(2, sp=True) | FROZEN),
+    Case("TP2 + SP, critic with bins", 2, role=tp(2, sp=True), critic=tp(2, sp=True) | BINS),
     Case("PP2, critic's attention frozen: DP2 x ZeRO-1, overlapped", 2, role=pp(2), critic=ZERO | OVERLAPPED | FROZEN),
     Case("bf16, TP2 + SP", 2, role=tp(2, sp=True), dtype="bfloat16"),
     Case("bf16, PP2", 2, role=pp(2), dtype="bfloat16"),
@@ -140,6 +154,7 @@ CASES = [
     Case("PP2 x VPP2 x DP2", 4, role=pp(2, virtual_pipeline=2)),
     Case("EP2 x DP2 x ZeRO-1", 4, "qwen3_moe", role=EP2 | ZERO),
     Case("TP2 x EP2 + SP", 4, "qwen3_moe", role=tp(2, sp=True) | EP2),
+    Case("CP2 x PP2, critic with bins", 4, role=CP2 | pp(2), critic=CP2 | pp(2) | BINS),
     Case("EP2 x PP2, critic's attention frozen", 4, "qwen3_moe", role=EP2 | pp(2), critic=EP2 | pp(2) | FROZEN),
     Case("EP2 x PP2", 4, "qwen3_moe", role=EP2 | pp(2)),
     Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO, losses=True),
@@ -183,7 +198,7 @@ def take_updates(case: Case, folder: Path) -> dict:
     from megatron_vapo.weights.hf_folder import torch_dtype
 
     batch = Experience(**torch.load(folder / f"batch {case.batch}.pt", weights_only=True))
-    actor_path, critic_path = folder / case.family, folder / f"{case.family} critic"
+    actor_path, critic_path = folder / case.family, folder / case.critic_folder
     role = case.actor_config()
     dtype = torch_dtype(case.dtype)
     actor = Trainer(Actor(role, read_architecture(actor_path), dtype, ParallelLayout(role, 0)))
@@ -205,7 +220,7 @@ def take_updates(case: Case, folder: Path) -> dict:
     def actor_updates(algorithm: AlgorithmConfig, count: int) -> list[dict[str, float]]:
         return updates(actor, objectives.actor_objective(algorithm, actor.model.sum_over_sequence_ranks), count)
 
-    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM), UPDATES)
+    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM, case.critic_config().head), UPDATES)
     actor_steps = actor_updates(ALGORITHM, UPDATES)
     for algorithm in own_algorithms().values() if case.losses else ():
         actor_steps += actor_updates(algorithm, 1)

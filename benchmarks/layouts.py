@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.layout_cases import ALGORITHM, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
+from benchmarks.layout_cases import ALGORITHM, BINS, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
 from megatron_vapo.runtime import cpu_backend
 
 LOSS_TOLERANCE = 1e-5
@@ -101,7 +101,9 @@ def prepare(folder: Path) -> None:
     """Random checkpoints of every family and fixed batches."""
     for i, family in enumerate(FAMILIES):
         _model(family, seed=i).save_pretrained(folder / family)
-        _model(family, seed=10 + i, classifier=True).save_pretrained(folder / f"{family} critic")
+        _model(family, seed=10 + i, labels=1).save_pretrained(folder / f"{family} critic")
+    with_bins = Case("", critic=BINS)
+    _model(with_bins.family, 20, with_bins.critic_config().head.bins).save_pretrained(folder / with_bins.critic_folder)
     for name in BATCHES:
         torch.save(_batch(name), folder / f"batch {name}.pt")
 
@@ -141,19 +143,20 @@ def plain_updates(case: Case, folder: Path) -> dict:
     batch = torch.load(folder / f"batch {case.batch}.pt", weights_only=True)
     actor = AutoModelForCausalLM.from_pretrained(folder / case.family, attn_implementation="eager")
     critic = AutoModelForSequenceClassification.from_pretrained(
-        folder / f"{case.family} critic", attn_implementation="eager"
+        folder / case.critic_folder, attn_implementation="eager"
     )
+    head = case.critic_config().head
     if case.critic_config().frozen == "attention":
         for name, parameter in critic.named_parameters():
             parameter.requires_grad_("self_attn" not in name)
     with torch.no_grad():
         logprobs, entropy = reference.actor_outputs(actor, batch)
-        values = reference.critic_outputs(critic, batch)
+        values = reference.critic_outputs(critic, batch, head)
     steps: dict[str, list] = {"actor": [], "critic": []}
     algorithms = [ALGORITHM] * UPDATES + (list(own_algorithms().values()) if case.losses else [])
     optimizer = reference.make_optimizer(critic, OPTIMIZER)
     for step in range(1, UPDATES + 1):
-        losses = reference.critic_loss(critic, batch)
+        losses = reference.critic_loss(critic, batch, head)
         steps["critic"].append(reference.update(critic, optimizer, losses, OPTIMIZER, step))
     optimizer = reference.make_optimizer(actor, OPTIMIZER)
     for step, algorithm in enumerate(algorithms, 1):
@@ -196,7 +199,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3))
 
 
-def _model(family: str, seed: int, classifier: bool = False) -> torch.nn.Module:
+def _model(family: str, seed: int, labels: int = 0) -> torch.nn.Module:
     import transformers
 
     config_class, extra = {
@@ -226,8 +229,8 @@ def _model(family: str, seed: int, classifier: bool = False) -> torch.nn.Module:
             | {"norm_topk_prob": True, "mlp_only_layers": [], "decoder_sparse_step": 1},
         ),
     }[family]
-    settings = {"tie_word_embeddings": False} | _SHAPE | extra | ({"num_labels": 1} if classifier else {})
-    auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
+    settings = {"tie_word_embeddings": False} | _SHAPE | extra | ({"num_labels": labels} if labels else {})
+    auto = transformers.AutoModelForSequenceClassification if labels else transformers.AutoModelForCausalLM
     model = auto.from_config(config_class(**settings), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

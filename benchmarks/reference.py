@@ -29,18 +29,37 @@ def actor_outputs(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[lis
     return logprobs, entropies
 
 
-def critic_outputs(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
-    """Value of every state in which a response token is drawn; `model` is a sequence classifier."""
+def critic_outputs(model: torch.nn.Module, batch: dict[str, Tensor], head: Any) -> list[Tensor]:
+    """Value of every state in which a response token is drawn; `model` is a sequence classifier, with a label for each
+    bin where `head` has bins."""
+    logits = critic_logits(model, batch)
+    if head.kind == "scalar":
+        return [numbers[:, 0] for numbers in logits]
+    width = (head.high - head.low) / head.bins
+    middles = torch.tensor([head.low + (k + 0.5) * width for k in range(head.bins)])
+    return [(numbers.softmax(-1) * middles).sum(-1) for numbers in logits]
+
+
+def critic_logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The classifier's numbers, [T, labels] of each response."""
     values = []
     for tokens, prompt in zip(sequences(batch), batch["prompt_lengths"].tolist()):
         hidden = model.model(tokens[None]).last_hidden_state[0, prompt - 1 : -1]
-        values.append(model.score(hidden)[:, 0])
+        values.append(model.score(hidden))
     return values
 
 
-def critic_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Half the squared error, mean over all response tokens."""
-    errors = [(v - r) ** 2 / 2 for v, r in zip(critic_outputs(model, batch), split(batch, "returns"))]
+def critic_loss(model: torch.nn.Module, batch: dict[str, Tensor], head: Any) -> dict[str, Tensor]:
+    """Half the squared error, mean over all response tokens; or, with bins, the cross-entropy towards the share of each
+    bin of a normal distribution around the target, cut off at the ends of the range."""
+    if head.kind == "hl_gauss":
+        width = (head.high - head.low) / head.bins
+        edges = torch.tensor([head.low + k * width for k in range(head.bins + 1)])
+        targets = batch["returns"].clamp(head.low, head.high)
+        cdf = torch.distributions.Normal(targets[:, None], head.sigma * width).cdf(edges)
+        wanted = cdf.diff(dim=-1) / cdf.diff(dim=-1).sum(-1, keepdim=True)
+        return {"loss": torch.nn.functional.cross_entropy(torch.cat(critic_logits(model, batch)), wanted)}
+    errors = [(v - r) ** 2 / 2 for v, r in zip(critic_outputs(model, batch, head), split(batch, "returns"))]
     return {"loss": torch.cat(errors).mean()}
 
 

@@ -29,6 +29,7 @@ class Bounds(NamedTuple):
 
 AT_LEAST_0 = Bounds("at least 0", lambda value: value >= 0)
 AT_LEAST_1 = Bounds("at least 1", lambda value: value >= 1)
+AT_LEAST_2 = Bounds("at least 2", lambda value: value >= 2)
 ABOVE_0 = Bounds("above 0", lambda value: value > 0)
 ABOVE_1 = Bounds("above 1, or null", lambda value: value > 1)
 BELOW_1 = Bounds("at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -67,6 +68,7 @@ PRETRAINED = Condition("value_pretraining.enabled=true", lambda recipe: recipe.v
 PRETRAINED_HERE = Condition(
     "value_pretraining.checkpoint=null", lambda recipe: recipe.value_pretraining.checkpoint is None
 )
+CATEGORICAL = Condition("critic.head.kind=hl_gauss", lambda recipe: recipe.critic.head.kind == "hl_gauss")
 DYNAMIC = Condition("rollout.dynamic_sampling=true", lambda recipe: recipe.rollout.dynamic_sampling)
 PARTIAL = Condition("rollout.partial=true", lambda recipe: recipe.rollout.partial)
 ANSWERED = Condition("environment.name is set", lambda recipe: recipe.environment.name is not None)
@@ -264,8 +266,38 @@ class ActorConfig(RoleConfig):
 
 
 @dataclass(frozen=True)
+class ValueHeadConfig:
+    """What the critic says of a state: a number, or how likely each part of a range of returns is."""
+
+    kind: Literal["scalar", "hl_gauss"] = setting(
+        "scalar",
+        "scalar: the value itself, trained by squared error. hl_gauss: a distribution over bins, trained by "
+        "cross-entropy towards a normal distribution around the target; the value is its mean.",
+    )
+    low: float = setting(-1.2, "Lower end of the bins; targets below count as it.", acts=(CATEGORICAL,))
+    high: float = setting(
+        1.2,
+        "Upper end. The range should be wider than that of returns by a few standard deviations: at its ends the "
+        "distribution is cut off, and its mean lies inward of the target.",
+        acts=(CATEGORICAL,),
+    )
+    bins: int = setting(61, "Bins of equal width.", AT_LEAST_2, acts=(CATEGORICAL,))
+    sigma: float = setting(
+        0.75,
+        "Standard deviation of the distribution around a target, in widths of a bin.",
+        ABOVE_0,
+        acts=(CATEGORICAL,),
+    )
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that the head computes for a token."""
+        return self.bins if self.kind == "hl_gauss" else 1
+
+
+@dataclass(frozen=True)
 class CriticConfig(RoleConfig):
-    """The critic: a copy of the actor's body with a scalar head."""
+    """The critic: a copy of the actor's body with a head of its own."""
 
     init: Literal["actor", "reward_model", "fresh_head"] = setting(
         "reward_model",
@@ -284,6 +316,7 @@ class CriticConfig(RoleConfig):
         "layer's attention (projections, their biases, norms of queries and keys), so that embeddings, feed-forward "
         "parts or experts, the other norms and the head train (SAO).",
     )
+    head: ValueHeadConfig = group(ValueHeadConfig, "The critic's head.")
 
 
 @dataclass(frozen=True)

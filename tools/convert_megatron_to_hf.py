@@ -3,7 +3,8 @@
     python tools/convert_megatron_to_hf.py CKPT OUT --base HF_DIR [--dtype bfloat16] [--fp8-blocks] [--check]
 
 CKPT is what tools/convert_hf_to_megatron.py wrote, or one model of a run: RUN/checkpoints/step_000020/actor. A critic
-becomes a reward model (AutoModelForSequenceClassification with one label). No GPU is needed.
+becomes a reward model (AutoModelForSequenceClassification with one label), one with bins a classifier whose labels are
+the middles of its bins. No GPU is needed.
 """
 
 import argparse
@@ -24,6 +25,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: as in CKPT")
     parser.add_argument("--fp8-blocks", action="store_true", help="linear layers in FP8 (e4m3, blocks of 128 x 128)")
     parser.add_argument("--check", action="store_true", help="then run both models and print the largest difference")
+    parser.add_argument(
+        "--value-range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="of a critic with bins: its critic.head.low and critic.head.high",
+    )
     options = parser.parse_args()
     with byte_progress("converting") as report:
         megatron_to_hf(
@@ -33,6 +41,7 @@ def main() -> None:
             report,
             dtype=torch_dtype(options.dtype) if options.dtype else None,
             fp8_blocks=options.fp8_blocks,
+            value_range=tuple(options.value_range) if options.value_range else None,
         )
     print(f"written: {options.out}")
     if options.check:

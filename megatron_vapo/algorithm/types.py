@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
-"""The tensors [t] that a model returns for response tokens: an actor (log-prob, entropy), a critic (value,)."""
+"""The tensors [t] that a model returns for response tokens: an actor (log-prob, entropy), a critic (value,), and
+with bins for its head their logits [t, K] after the value."""
 
 Share = tuple[Tensor, dict[str, Tensor]]
 """A part's share of the minibatch's loss, scalar, and shares of named statistics. Shares add up over micro-batches and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def megatron_logits(checkpoint: str | Path, architecture: Architecture, tokens: 
     device = torch.device(torch.cuda.current_device())
     config = transformer_config(architecture, RoleConfig(), torch.float32, Backend(on_gpu=device.type == "cuda"))
     with ParallelLayout(RoleConfig(), seed=0).active():
-        kind = ValueModel if architecture.classifier else GPTModel
+        kind = partial(ValueModel, outputs=architecture.labels) if architecture.classifier else GPTModel
         (model,) = build_chunks(config, architecture, kind, device, PrecisionConfig())
         wanted = {"model": readable(model.sharded_state_dict(), present=set())}
         load_module(model, load_checkpoint(wanted, Path(checkpoint))["model"])

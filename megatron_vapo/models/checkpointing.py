@@ -39,7 +39,7 @@ class Save:
         model = trainer.model
         self.error: Exception | None = None
         with model.offloader.borrowed(*SAVED), model.layout.active():
-            content = {"role": model.name} | sharded_parameters(model) | _optimizer(trainer, loading=False)
+            content = {"role": model.content} | sharded_parameters(model) | _optimizer(trainer, loading=False)
             self._staged = StagedSave(written_here(content), folder)
             self._buckets = [_copied(bucket) for bucket in self._staged.buckets()]
 
@@ -124,8 +124,8 @@ def _load(model: ParallelModel, folder: Path, others: Callable[[], dict[str, Any
     except (dist_checkpointing.core.CheckpointingException, CheckpointError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint of this {model.name}: {first_line(error)}") from error
     role = state.get("role", model.name)  # converted checkpoints have no role
-    if role != model.name:
-        raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.name}")
+    if role != model.content:
+        raise CheckpointError(f"{folder}: a checkpoint of the {role}, not of the {model.content}")
     for i, module in enumerate(model.modules):
         load_module(module, state[f"model{i}"])
     return state

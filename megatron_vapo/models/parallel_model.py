@@ -52,7 +52,7 @@ class ParallelModel(ABC):
     name: ClassVar[str]
     """The role's name, in checkpoints and messages."""
     output_count: ClassVar[int]
-    """Numbers that it computes for a response token."""
+    """Numbers that it computes for a response token; what only losses read is not among them."""
     _planned: tuple[Tensor, list[list[list[int]]], PackingRule] | None = None
     """The lengths that were planned last, and their plan."""
 
@@ -76,6 +76,11 @@ class ParallelModel(ABC):
         self.offloader = Offloader(role.offload)
         self.offloader.add("parameters", lambda: parameter_memory(self.modules))
 
+    @property
+    def content(self) -> str:
+        """Return what a checkpoint of it says that it holds."""
+        return self.name
+
     @abstractmethod
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
         """Build one pipeline stage."""
@@ -93,7 +98,7 @@ class ParallelModel(ABC):
         self.offloader.ready("parameters")
         for module in self.modules:
             module.eval()
-        parts = self.run_schedule(self.modules, micros, _keep_outputs, forward_only=True)
+        parts = self.run_schedule(self.modules, micros, partial(_keep_outputs, self.output_count), forward_only=True)
         back = Exchange(self.owners(part.placement), batch.placement)
         lengths = batch.whole.only_trained.response_lengths
         return tuple(batch.over_all(back(output, lengths)) for output in self.assemble(parts, part))
@@ -247,5 +252,5 @@ def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
-def _keep_outputs(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    return outputs[0].sum(), {"outputs": outputs, "token_index": token_index}
+def _keep_outputs(count: int, outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    return outputs[0].sum(), {"outputs": outputs[:count], "token_index": token_index}

@@ -15,8 +15,9 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_vapo.algorithm.categorical import bin_edges, expected_value
 from megatron_vapo.algorithm.types import Outputs
-from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig, ValueHeadConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parallel_model import ParallelModel
@@ -92,7 +93,7 @@ def is_trained(role: RoleConfig, name: str) -> bool:
 
 class Critic(ParallelModel):
     """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
-    sampling temperature."""
+    sampling temperature; with a head of bins (critic.head) losses get its logits [t, K] too."""
 
     name = "critic"
     output_count = 1
@@ -106,49 +107,63 @@ class Critic(ParallelModel):
         device: torch.device | None = None,
         config: TransformerConfig | None = None,
     ) -> None:
+        head = role.head if isinstance(role, CriticConfig) else ValueHeadConfig()
+        assert architecture.labels == head.outputs, (architecture.labels, head)
+        self._head, self._edges = head, bin_edges(head.low, head.high, head.bins)
         super().__init__(role, architecture, dtype, layout, device, config)
         # Megatron makes gradient buffers and optimizer states only for what has a gradient, so before a trainer does.
         for name, parameter in (item for module in self.modules for item in module.named_parameters()):
             parameter.requires_grad_(is_trained(role, table_name(name)))
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
-        return ValueModel(config=config, **stage)
+        return ValueModel(config=config, outputs=self.architecture.labels, **stage)
+
+    @property
+    def content(self) -> str:
+        """Return what a checkpoint of it holds: the bins too, which its numbers stand for."""
+        head = self._head
+        if head.kind == "scalar":
+            return self.name
+        return f"{self.name} with {head.bins} bins from {head.low:g} to {head.high:g} (critic.head)"
 
     def set_head(self, random: bool, seed: int) -> None:
-        """Fill the head before a checkpoint is loaded over it: zeros, so that values start at 0, or random numbers with
-        the standard deviation that Hugging Face draws heads with."""
+        """Fill the head before a checkpoint is loaded over it: zeros, so that values start at 0 (with bins at the
+        middle of their range), or random numbers with the standard deviation that Hugging Face draws heads with."""
         generator = torch.Generator().manual_seed(seed)
-        weight = torch.zeros(1, self.architecture.hidden)
+        weight = torch.zeros(self.architecture.labels, self.architecture.hidden)
         if random:
             weight.normal_(0.0, 0.02, generator=generator)
         if self.modules[-1].post_process:
             self.modules[-1].output_layer.weight.data.copy_(weight)
 
     def _outputs(self, output: Tensor, micro: MicroBatch) -> Outputs:
-        return (output[0, :, 0].index_select(0, micro.predictors.to(self.device)).float(),)
+        rows = output[0].index_select(0, micro.predictors.to(self.device)).float()
+        if self._head.kind == "scalar":
+            return (rows[:, 0],)
+        return expected_value(rows, self._edges.to(self.device)), rows
 
 
 class ValueModel(GPTModel):
-    """Makes GPTModel's output one number per token. The final norm stays, as in a sequence classifier."""
+    """Makes GPTModel's output a few numbers per token. The final norm stays, as in a sequence classifier."""
 
-    def __init__(self, config: TransformerConfig, **stage: object) -> None:
+    def __init__(self, config: TransformerConfig, outputs: int, **stage: object) -> None:
         super().__init__(config=config, **stage)
         if self.post_process:
-            self.output_layer = ValueHead(config)
+            self.output_layer = ValueHead(config, outputs)
 
 
 class ValueHead(torch.nn.Linear):
-    """Maps hidden -> 1 with the signature of Megatron's output layer, whole on every tensor-parallel rank."""
+    """Maps hidden -> outputs with the signature of Megatron's output layer, whole on every tensor-parallel rank."""
 
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config.hidden_size, 1, bias=False, dtype=config.params_dtype)
+    def __init__(self, config: TransformerConfig, outputs: int) -> None:
+        super().__init__(config.hidden_size, outputs, bias=False, dtype=config.params_dtype)
         self._sequence_parallel = config.sequence_parallel
 
     def forward(
         self, hidden: Tensor, weight: None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
-        """Map hidden [S, 1, H] (a part of S under sequence parallelism) to values [S, 1, 1]."""
+        """Map hidden [S, 1, H] (a part of S under sequence parallelism) to outputs [S, 1, K]."""
         if self._sequence_parallel:
-            # Each rank computes all values, so the gradient that flows back is whole already and only split.
+            # Each rank computes all outputs, so the gradient that flows back is whole already and only split.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return super().forward(hidden), None

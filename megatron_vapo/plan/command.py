@@ -77,7 +77,7 @@ def read_architectures(recipe: Recipe, console: Console) -> tuple[Architecture, 
         console.print(
             f"critic.reward_model={folder} is not there: a critic as large as the actor is planned\n", markup=False
         )
-    return actor, actor.as_critic()
+    return actor, actor.as_critic(recipe.critic.head.outputs)
 
 
 def assumptions_of(changes: list[str]) -> Assumptions:

@@ -53,7 +53,7 @@ def forward_flops(a: Architecture, sequence: float) -> float:
     q, attention = a.heads * a.head_dim, _attention_weights(a)
     ffn = 3 * a.hidden * (a.expert_ffn * a.experts_per_token if a.experts else a.ffn)
     router = a.hidden * a.experts if a.experts else 0
-    head = a.hidden * (1 if a.classifier else a.vocab)
+    head = a.hidden * (a.labels if a.classifier else a.vocab)
     return 2 * (a.layers * (attention + ffn + router) + head) + a.layers * 4 * q * sequence / 2
 
 
@@ -66,7 +66,7 @@ def training_flops(model: Model, sequence: float) -> float:
     """Return operations of one token's forward and backward pass, and of what is computed again in between."""
     a = model.architecture
     forward = forward_flops(a, sequence)
-    head = 2 * a.hidden * (1 if a.classifier else a.vocab)
+    head = 2 * a.hidden * (a.labels if a.classifier else a.vocab)
     again = {"none": 0.0, "selective": a.layers * 2 * a.heads * a.head_dim * sequence, "full": forward - head}
     logits = 0.0 if getattr(model.role, "logprobs", "whole") == "whole" else head
     frozen = isinstance(model.role, CriticConfig) and model.role.frozen == "attention"

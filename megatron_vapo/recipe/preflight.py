@@ -323,7 +323,10 @@ def _check_fp8_rollout(architecture: Architecture, shards: list[RolloutShard]) -
 def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architecture:
     """The critic is as large as its reward model, or as the actor."""
     if critic.init != "reward_model" or critic.reward_model is None:
-        return actor.as_critic()
+        return actor.as_critic(critic.head.outputs)
+    labels = read_architecture(critic.reward_model).labels
+    if labels != 1:
+        raise CheckpointError(f"{critic.reward_model}/config.json: a reward model has one label, this one {labels}")
     architecture = checked_architecture(critic.reward_model)
     if not architecture.classifier:
         raise CheckpointError(

@@ -94,10 +94,28 @@ def _validate_algorithm(recipe: Recipe) -> None:
             "critic.init=reward_model needs critic.reward_model, a Hugging Face sequence-classification folder "
             "(or set critic.init to actor or fresh_head)"
         )
+    if recipe.uses_critic and critic.head.kind == "hl_gauss":
+        _validate_bins(recipe)
     if critic.init != "reward_model" and critic.reward_model:
         raise RecipeError(f"critic.reward_model is set but critic.init={critic.init}: set critic.init=reward_model")
     if recipe.uses_critic and recipe.value_pretraining.checkpoint and not recipe.value_pretraining.enabled:
         raise RecipeError("value_pretraining.checkpoint is set but value_pretraining.enabled=false: choose one")
+
+
+def _validate_bins(recipe: Recipe) -> None:
+    head = recipe.critic.head
+    if head.low >= head.high:
+        raise RecipeError(f"critic.head.low={head.low}: must be below critic.head.high={head.high}")
+    if recipe.critic.init == "reward_model":
+        raise RecipeError(
+            "critic.head.kind=hl_gauss has bins in the place of a reward model's one number: set critic.init to actor "
+            "or fresh_head, or critic.head.kind=scalar"
+        )
+    if recipe.algorithm.value_clip is not None:
+        raise RecipeError(
+            f"algorithm.value_clip={recipe.algorithm.value_clip} bounds a squared error, and critic.head.kind=hl_gauss "
+            "has none: set it to null"
+        )
 
 
 def _validate_rollout(recipe: Recipe) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vapo.algorithm import advantages, losses
+from megatron_vapo.algorithm.categorical import bin_edges, categorical_value_loss
 from megatron_vapo.algorithm.statistics import moments
 from megatron_vapo.algorithm.types import (
     ADVANTAGE_READS,
@@ -27,7 +28,7 @@ from megatron_vapo.algorithm.types import (
     SumOverRanks,
     of_one_rank,
 )
-from megatron_vapo.config import AlgorithmConfig
+from megatron_vapo.config import AlgorithmConfig, ValueHeadConfig
 from megatron_vapo.data.experience import Estimate, Experience, Responses
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.plugins import LOSSES, Plugin
@@ -52,8 +53,10 @@ class Objective(NamedTuple):
     (`Experience.only_trained`)."""
 
 
-def critic_objective(algorithm: AlgorithmConfig) -> Objective:
-    """Return what the critic is updated with."""
+def critic_objective(algorithm: AlgorithmConfig, head: ValueHeadConfig) -> Objective:
+    """Return what a critic with such a head is updated with."""
+    if head.kind == "hl_gauss":
+        return Objective(("returns",), partial(categorical_value_objective, algorithm=algorithm, head=head))
     return Objective(("returns", "values"), partial(value_objective, algorithm=algorithm))
 
 
@@ -149,6 +152,22 @@ def value_objective(minibatch: Experience, algorithm: AlgorithmConfig) -> Loss:
         part = _part(token_index, values.device)
         share = losses.value_loss(values, part(returns), part(weights), part(old_values), algorithm.value_clip)
         return share, {"loss": share}
+
+    return loss
+
+
+def categorical_value_objective(minibatch: Experience, algorithm: AlgorithmConfig, head: ValueHeadConfig) -> Loss:
+    """Return the loss of a critic with bins: cross-entropy, mean over response tokens; `target_beyond` is the share of
+    targets beyond the bins."""
+    weights = _weights(minibatch, "token", algorithm)
+    returns, edges = minibatch.require("returns"), bin_edges(head.low, head.high, head.bins)
+
+    def loss(outputs: Outputs, token_index: Tensor) -> Share:
+        _, logits = outputs
+        part = _part(token_index, logits.device)
+        targets, of_tokens = part(returns), part(weights)
+        share, beyond = categorical_value_loss(logits, targets, of_tokens, edges.to(logits.device), head.sigma)
+        return share, {"loss": share, "target_beyond": beyond}
 
     return loss
 

@@ -140,7 +140,7 @@ class Run:
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Train the critic towards the value targets; return means of its metrics over minibatches."""
         with self._phase(Phase.CRITIC_UPDATE):
-            objective = objectives.critic_objective(self.recipe.resolved_algorithm)
+            objective = objectives.critic_objective(self.recipe.resolved_algorithm, self.recipe.critic.head)
             return self._updates(self.trainers["critic"], objective, batch, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> tuple[Experience, dict[str, float]]:

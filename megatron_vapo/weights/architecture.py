@@ -47,16 +47,18 @@ class Architecture:
     expert_ffn: int = 0
     normalize_expert_weights: bool = True
     classifier: bool = False
-    """A sequence-classification checkpoint: the head is `score.weight [1, hidden]`."""
+    """A sequence-classification checkpoint: the head is `score.weight [labels, hidden]`."""
+    labels: int = 1
+    """Rows of a classifier's head."""
 
     @property
     def heads_per_group(self) -> int:
         """The query heads that share one key-value head."""
         return self.heads // self.kv_heads
 
-    def as_critic(self) -> Architecture:
-        """The same body under a scalar head."""
-        return replace(self, classifier=True, tied_embeddings=False)
+    def as_critic(self, labels: int = 1) -> Architecture:
+        """The same body under a critic's head, of so many numbers (`ValueHeadConfig.outputs`)."""
+        return replace(self, classifier=True, labels=labels, tied_embeddings=False)
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -81,8 +83,6 @@ def read_architecture(folder: str | Path) -> Architecture:
         )
     config = _library_config(path, raw)
     classifier = name.endswith("SequenceClassification")
-    if classifier and config.num_labels != 1:
-        raise CheckpointError(f"{path}: a reward model has one label, this one {config.num_labels}")
     architecture = _from_config(families[name], config, classifier)
     _refuse_unsupported(path, architecture, config)
     return architecture
@@ -151,6 +151,7 @@ def _from_config(family: str, config: Any, classifier: bool) -> Architecture:
         rope_base=rope["rope_theta"],
         rope_factor=rope.get("factor") if rope.get("rope_type") == "llama3" else None,
         classifier=classifier,
+        labels=config.num_labels if classifier else 1,
         **FAMILIES[family].fields(config),
     )
 

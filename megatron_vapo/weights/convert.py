@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,8 @@ def hf_to_megatron(
         MachineError: not enough disk space.
     """
     architecture = read_architecture(source)
+    if architecture.labels != 1:
+        raise CheckpointError(f"{source}/config.json: a reward model has one label, this one {architecture.labels}")
     check_is_free(Path(out))
     folder = open_folder(source, allow_pickle)
     _check_source(folder, architecture)
@@ -81,8 +82,12 @@ def megatron_to_hf(
     report: Report,
     dtype: torch.dtype | None = None,
     fp8_blocks: bool = False,
+    value_range: tuple[float, float] | None = None,
 ) -> None:
     """Convert an actor, or a critic (which becomes a sequence classifier with one label, a reward model).
+
+    A critic with bins (critic.head) has a label for each; the label is the middle of its bin, so that a state's value
+    is `sum_k softmax(logits)_k float(config.id2label[k])`.
 
     Peak memory is two of the largest Megatron parameters.
 
@@ -90,6 +95,7 @@ def megatron_to_hf(
         base: Hugging Face folder of the model it was trained from: configuration, tokenizer and chat template.
         dtype: of what is written; None keeps what the checkpoint holds.
         fp8_blocks: write the weights of linear layers in FP8 with blocks of 128 x 128.
+        value_range: `critic.head.low` and `high` of a critic with bins; None: the checkpoint is none.
 
     Raises:
         CheckpointError: bad input, or an output folder that is not empty; nothing is left behind.
@@ -97,7 +103,7 @@ def megatron_to_hf(
     """
     check_is_free(Path(out))
     reader = TorchDistReader(checkpoint)
-    architecture = _architecture_of(reader, read_architecture(base), base)
+    architecture = _architecture_of(reader, read_architecture(base), base, bins=value_range is not None)
     _check_checkpoint(reader, architecture, base)
     specs = list(_specs(reader, architecture, dtype, fp8_blocks))
     total = sum(spec.nbytes for spec in specs)
@@ -106,7 +112,7 @@ def megatron_to_hf(
         keep_files(base, part)
         # The type of what is not in FP8; the scales of what is are float32 whatever that is.
         describe_types(part, [spec for spec in specs if not spec.name.endswith(fp8.SCALE_SUFFIX)])
-        _write_config(part, architecture, fp8_blocks)
+        _write_config(part, architecture, fp8_blocks, value_range)
         with ShardWriter(part, specs) as writer:
             for entry in entries(architecture):
                 for name, tensor in _read_entry(reader, entry, architecture):
@@ -183,15 +189,17 @@ def _check_source(folder: HFFolder, architecture: Architecture) -> None:
         folder.check_tied_head()
 
 
-def _architecture_of(reader: TorchDistReader, base: Architecture, folder: str | Path) -> Architecture:
+def _architecture_of(reader: TorchDistReader, base: Architecture, folder: str | Path, bins: bool) -> Architecture:
     """Return the base model's architecture, with the head that the checkpoint has."""
     head = reader.shapes.get(VALUE_HEAD.megatron)
-    is_critic = head is not None and head[0] == 1
+    is_critic = head is not None and (head[0] == 1 or bins)
     if base.classifier and not is_critic:
         raise CheckpointError(
             f"{reader.folder}: an actor, but {folder} is a reward model; give the language model that it started from"
         )
-    return replace(base, classifier=is_critic, tied_embeddings=base.tied_embeddings and not is_critic)
+    if head is None or not is_critic:
+        return base
+    return base.as_critic(head[0])
 
 
 def _check_checkpoint(reader: TorchDistReader, architecture: Architecture, base: str | Path) -> None:
@@ -216,23 +224,32 @@ def _check_checkpoint(reader: TorchDistReader, architecture: Architecture, base:
         raise CheckpointError(f"{reader.folder}: not a checkpoint of {base}: {'; '.join(found)}")
 
 
-def _write_config(folder: Path, architecture: Architecture, fp8_blocks: bool) -> None:
+def _write_config(
+    folder: Path, architecture: Architecture, fp8_blocks: bool, value_range: tuple[float, float] | None
+) -> None:
     """Let config.json say which head the model has, and what its FP8 blocks are."""
     path = folder / "config.json"
     config = read_json(path)
-    changed = config | _head_setting(config, architecture)
+    changed = config | _head_setting(config, architecture, value_range)
     if fp8_blocks:
         changed["quantization_config"] = fp8.quantization_config(architecture)
     if changed != config:
         path.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
 
 
-def _head_setting(config: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _head_setting(
+    config: dict[str, Any], architecture: Architecture, value_range: tuple[float, float] | None
+) -> dict[str, Any]:
     name = config["architectures"][0]
-    if not architecture.classifier or name.endswith("ForSequenceClassification"):
+    if not architecture.classifier or (value_range is None and name.endswith("ForSequenceClassification")):
         return {}
+    labels = ["LABEL_0"]
+    if value_range is not None:
+        low, high = value_range
+        width = (high - low) / architecture.labels
+        labels = [f"{low + (number + 0.5) * width:.6g}" for number in range(architecture.labels)]
     return {
         "architectures": [name.replace("ForCausalLM", "ForSequenceClassification")],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
     }

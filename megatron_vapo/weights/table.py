@@ -59,7 +59,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     by_suffix: dict[str, tuple[int, ...]] = {
         "embed_tokens.weight": (a.vocab, a.hidden),
         "lm_head.weight": (a.vocab, a.hidden),
-        "score.weight": (1, a.hidden),
+        "score.weight": (a.labels, a.hidden),
         "q_proj.weight": (q, a.hidden),
         "k_proj.weight": (kv, a.hidden),
         "v_proj.weight": (kv, a.hidden),

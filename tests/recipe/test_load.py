@@ -358,6 +358,7 @@ OUT_OF_BOUNDS = {
         *("algorithm.alpha", "reward.timeout_seconds", "rollout.sampling.top_p", "evaluation.sampling.top_p"),
         *("rollout.step_seconds", "alarms.value_scale", "alarms.logprob_drift"),
         *("rollout.sglang.request_seconds", "rollout.max_logprob_difference", "rollout.sglang.start_seconds"),
+        "critic.head.sigma",
         *("rollout.sglang.stall_seconds", "rollout.sglang.memory_fraction", "limits.wall_clock_minutes"),
         "environment.timeout_seconds",
     ),
@@ -384,7 +385,7 @@ OUT_OF_BOUNDS = {
 def test_every_bound_of_a_setting_is_tested() -> None:
     """Those that both roles have, with one of them."""
     tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys}
-    tested |= {"limits.silent_seconds", "algorithm.dual_clip", "alarms.critic_gradient"}
+    tested |= {"limits.silent_seconds", "algorithm.dual_clip", "alarms.critic_gradient", "critic.head.bins"}
     tested |= {k.replace("critic.", "actor.") for k in tested} | {key.replace("actor.", "critic.") for key in tested}
     assert {key for key, setting in SCHEMA.items() if setting.bounds is not None} <= tested
 
@@ -413,6 +414,7 @@ def test_lower_bounds(recipe_file: Path, bound: str, key: str) -> None:
         ("alarms.critic_collapse=1.1", "between 0 and 1"),
         ("alarms.truncation=1.1", "between 0 and 1"),
         ("limits.silent_seconds=1.5", "at least 2, or 0"),
+        ("critic.head.bins=1", "at least 2"),
         (f"seed={2**63}", "below 2**63"),
     ],
 )
@@ -459,6 +461,18 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["algorithm.importance.low=0.5", "algorithm.importance.mode=truncate", "mode=mask"],
         ),
         (["algorithm.importance.low=0.5"], ["algorithm.importance.low=0.5", "algorithm.importance.mode=auto"]),
+        (
+            ["critic.head.kind=hl_gauss", "critic.head.low=1.2"],
+            ["critic.head.low=1.2", "below critic.head.high=1.2"],
+        ),
+        (
+            ["critic.head.kind=hl_gauss", "critic.init=reward_model", "critic.reward_model=x"],
+            ["critic.head.kind=hl_gauss", "critic.init to actor or fresh_head"],
+        ),
+        (
+            ["critic.head.kind=hl_gauss", "algorithm.value_clip=0.2"],
+            ["algorithm.value_clip=0.2", "critic.head.kind=hl_gauss", "null"],
+        ),
         (
             ["algorithm.beyond_clip=mask", "algorithm.dual_clip=3"],
             ["algorithm.dual_clip=3", "algorithm.beyond_clip=mask", "null"],

@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Loss
-from megatron_vapo.config import AlgorithmConfig, ImportanceConfig
+from megatron_vapo.config import AlgorithmConfig, ImportanceConfig, ValueHeadConfig
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.training.objectives import monte_carlo_returns, policy_objective, value_objective, with_advantages
+from megatron_vapo.training.objectives import (
+    critic_objective,
+    monte_carlo_returns,
+    policy_objective,
+    value_objective,
+    with_advantages,
+)
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -62,6 +68,27 @@ def token_losses(batch: Experience, objective: Callable[..., Loss], model: tuple
     """[T] each token's share of the loss."""
     loss = objective(batch, replace(VAPO, **changes))
     return torch.stack([loss(tuple(x[i, None] for x in model), torch.tensor([i]))[0] for i in range(len(model[0]))])
+
+
+HEAD = ValueHeadConfig("hl_gauss", low=-0.4, high=1.2, bins=9)
+
+
+def with_bins(batch: Experience, algorithm: AlgorithmConfig) -> Loss:
+    """The loss of a critic with bins, as a function of its logits alone."""
+    loss = critic_objective(algorithm, HEAD).loss(batch)
+    return lambda model, token_index: loss((token_index, *model), token_index)
+
+
+def logits(batch: Experience) -> tuple[Tensor]:
+    return (torch.randn(int(batch.cu_seqlens[-1]), HEAD.bins, generator=torch.Generator().manual_seed(2)),)
+
+
+def test_bins_read_targets_alone_and_count_those_beyond_them(batch):
+    loss, statistics = with_bins(batch, VAPO)(logits(batch), whole(batch))
+    assert float(statistics["target_beyond"]) == pytest.approx(float((batch.returns < -0.4).float().mean()), rel=1e-5)
+    assert torch.equal(loss, with_bins(replace(batch, values=None), VAPO)(logits(batch), whole(batch))[0])
+    ends = replace(batch, returns=batch.returns.clamp(-0.4, 1.2))
+    assert torch.equal(loss, with_bins(ends, VAPO)(logits(batch), whole(batch))[0])
 
 
 def by_response(batch: Experience, per_token: Tensor) -> list[Tensor]:
@@ -262,6 +289,7 @@ def test_shares_of_any_split_add_up(batch, changes, data):
     for loss, model in (
         (policy_objective(batch, algorithm), outputs(batch)),
         (value_objective(batch, algorithm), values(batch)),
+        (with_bins(batch, algorithm), logits(batch)),
     ):
         model = tuple(x.clone().requires_grad_() for x in model)
         expected, statistics = loss(model, whole(batch))
@@ -408,6 +436,7 @@ CASES = [
     (policy_objective, outputs, {"old_logprobs": "rollout", "beyond_clip": "mask"}),
     (value_objective, values, {}),
     (value_objective, values, {"value_clip": 0.2}),
+    (with_bins, logits, {}),
 ]
 
 

@@ -234,6 +234,7 @@ def test_ratios_that_are_kept_are_those_of_the_last_epoch(start: Callable[..., b
         assert 0 < high == pytest.approx(2 * metrics["actor/clip_fraction_high"], rel=1e-6)
 
 
+BINS = ("critic.head.kind=hl_gauss", "critic.init=fresh_head", "critic.reward_model=null")
 DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for setting in ("linear=fp8", "emulate=true")]
 DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")), "critic.frozen=attention"]
 
@@ -246,7 +247,7 @@ DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")
         (*DELAYED, "rollout.quantization=fp8"),
         ("value_pretraining.enabled=false",),
         ("value_pretraining.target_explained_variance=-100", "value_pretraining.judged_rollouts=1"),  # the first step's
-        ("value_pretraining.reset_optimizer=true", "rollout.dynamic_sampling=true"),
+        ("value_pretraining.reset_optimizer=true", "rollout.dynamic_sampling=true", *BINS),
         SHARDED,
         ("algorithm.advantage=group", "model.dtype=bfloat16"),
         ("rollout.dynamic_sampling=true", "limits.sampled_tokens=500"),

@@ -117,6 +117,38 @@ def test_megatron_loads_it_and_what_megatron_saves_converts_back(folder, tmp_pat
     same_tensors(folder, tmp_path / "back")
 
 
+def test_a_critic_with_bins_becomes_a_classifier_whose_labels_are_their_middles(make_checkpoint, tmp_path, world):
+    """A folder with such labels is no reward model, and a checkpoint with other bins is refused."""
+    from transformers import AutoModelForSequenceClassification
+
+    from megatron_vapo.config import CriticConfig, ValueHeadConfig
+    from megatron_vapo.models.checkpointing import load_parameters, save_trainer
+    from megatron_vapo.models.layout import ParallelLayout
+    from megatron_vapo.models.roles import Critic
+    from megatron_vapo.models.trainer import Trainer
+
+    base, layout = make_checkpoint("qwen2"), ParallelLayout(CriticConfig(), seed=0)
+
+    def critic(low: float) -> Trainer:
+        role = CriticConfig(init="fresh_head", head=ValueHeadConfig("hl_gauss", low=low, high=2.0, bins=5))
+        return Trainer(Critic(role, read_architecture(base).as_critic(5), torch.float32, layout))
+
+    trainer = critic(-1.0)
+    trainer.model.set_head(random=True, seed=0)
+    trainer.load_hf(base)
+    (tmp_path / "saved").mkdir()
+    save_trainer(trainer, tmp_path / "saved")
+    megatron_to_hf(tmp_path / "saved", tmp_path / "hf", base, quiet, value_range=(-1.0, 2.0))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    middles = [float(model.config.id2label[number]) for number in range(5)]
+    assert middles == pytest.approx([-0.7, -0.1, 0.5, 1.1, 1.7])
+    assert torch.equal(model.score.weight, trainer.model.modules[0].output_layer.weight)
+    with pytest.raises(CheckpointError, match="has one label, this one 5"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "again", quiet)
+    with pytest.raises(CheckpointError, match=r"5 bins from -1 to 2 .*, not of the critic with 5 bins from -3 to 2"):
+        load_parameters(critic(-3.0).model, tmp_path / "saved")
+
+
 def test_dtype_is_changed_where_asked_and_config_says_so(base, tmp_path):
     hf_to_megatron(base, tmp_path / "megatron", quiet, dtype=torch.bfloat16)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "half", base, quiet)
