@@ -12,10 +12,9 @@ from torch import Tensor
 
 from megatron_vapo.algorithm.types import Loss, Outputs
 from megatron_vapo.config import ActorConfig, CriticConfig, OptimizerConfig, PrecisionConfig, RoleConfig
+from megatron_vapo.data import packing
 from megatron_vapo.data.experience import Experience
-from megatron_vapo.data.packing import pack
 from megatron_vapo.errors import CheckpointError
-from megatron_vapo.models import parallel_model
 from megatron_vapo.models.checkpointing import load_parameters, load_trainer, save_trainer
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.runtime.work import working
@@ -358,6 +357,8 @@ def test_padding_to_what_fp8_needs_changes_nothing(
     plain, padded = train_actor(folder, role()), train_actor(folder, role())
     lengths = []
 
+    pack = packing.pack
+
     def pack_to_multiple(*arguments: object) -> object:
         micro = pack(*arguments)
         lengths.append(len(micro.tokens))
@@ -365,7 +366,7 @@ def test_padding_to_what_fp8_needs_changes_nothing(
 
     expected = plain.model.forward(batch)
     monkeypatch.setattr(RoleConfig, "packing_multiples", property(lambda _: (1, multiple)))
-    monkeypatch.setattr(parallel_model, "pack", pack_to_multiple)
+    monkeypatch.setattr(packing, "pack", pack_to_multiple)
     for mine, other in zip(expected, padded.model.forward(batch), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
     theirs = padded.update(batch, weighted(batch))
