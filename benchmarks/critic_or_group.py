@@ -4,7 +4,7 @@
 
 Each seed has a base model and problems of its own, which its runs share. Held-out accuracy every two steps; tokens
 of value pretraining are not in the budget. Runs that --out holds are not repeated. Learning rates are those of
-`recipes/tiny.yaml` for all, not tuned for each.
+`recipes/tiny.yaml`, not tuned for each; SAO's actor has a quarter (`recipes/sao_tiny.yaml` says why).
 """
 
 from __future__ import annotations

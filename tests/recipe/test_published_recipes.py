@@ -110,14 +110,17 @@ def test_sao_is_the_papers() -> None:
     assert (recipe.rollout.samples_per_prompt, recipe.responses_per_step) == (1, 8192)
 
 
+ONE_EACH = ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]
+
+
 @pytest.mark.parametrize(
     ("algorithm", "name", "batch"),
     [
         ("grpo", "tiny_grpo", []),
         ("vapo", "tiny", []),
-        ("ppo", "tiny_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
-        ("vc_ppo", "tiny_vc_ppo", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
-        ("sao", "sao_tiny", ["rollout.prompts_per_step=256", "rollout.samples_per_prompt=1"]),
+        ("ppo", "tiny_ppo", ONE_EACH),
+        ("vc_ppo", "tiny_vc_ppo", ONE_EACH),
+        ("sao", "sao_tiny", [*ONE_EACH, "actor.optimizer.learning_rate=5e-5"]),
         ("dapo", "tiny_dapo", ["rollout.dynamic_sampling_rounds=4", "reward.overlong.cache_tokens=40"]),
     ],
 )
