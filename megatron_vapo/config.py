@@ -613,7 +613,6 @@ class RolloutConfig:
         "began. 0: each step waits for its own (docs/ahead.md). Value pretraining, whose policy stands still, never "
         "runs ahead.",
         AT_LEAST_0,
-        resume=True,
     )
     max_version_lag: int = setting(
         0,

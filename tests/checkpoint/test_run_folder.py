@@ -150,6 +150,7 @@ HARMLESS = {
     *("rollout.sglang.retries", "rollout.sglang.start_seconds", "rollout.sglang.stall_seconds"),
     "rollout.sglang.max_restarts",
     *("reward.workers", "reward.concurrency", "reward.timeout_seconds", "reward.failing_share", "deterministic"),
+    *("environment.workers", "environment.concurrency", "environment.timeout_seconds"),
     *(f"{role}.{key}" for role in ("actor", "critic") for key in LAYOUT),
 }
 """Settings, and groups, that change neither what is learned nor what is measured."""

@@ -128,7 +128,8 @@ def test_a_setting_that_is_named_in_vain_is_told(command: Callable[..., Answer])
     answer = command("train", "recipe.yaml", "algorithm=grpo", "algorithm.gamma=0.9", "--dry-run")
     assert answer.code == 0 and "ready to run" in answer.output
     assert answer.errors.strip() == (
-        "megatron-vapo: algorithm.gamma=0.9: algorithm.gamma has no effect: it acts where algorithm.advantage=gae"
+        "megatron-vapo: algorithm.gamma=0.9: algorithm.gamma has no effect: it acts where there is a critic "
+        "(algorithm.advantage=gae)"
     )
 
 

@@ -157,7 +157,7 @@ def test_the_whole_input_is_sent_and_metrics_come_back(judge: Judge, scorer: Rew
     scorer.wait(begun)
     (score,) = scorer.finish(begun)
     assert score.outcome == 0.75 and score.parts == {"score": 0.75, "score/helpful": 3.0}
-    assert judge.asked[-1] == vars(sample("good"))
+    assert judge.asked[-1] == json.loads(json.dumps(vars(sample("good"))))
     assert judge.headers[-1]["Authorization"] == f"Bearer {SECRET}"
     assert judge.headers[-1]["path"] == f"/v1/score?key={SECRET}"
     assert scores(scorer, "plain") == [-1.0]
