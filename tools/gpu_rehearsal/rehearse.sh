@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # docs/install.md's commands for a GPU node, and what of the GPU path runs without a driver:
-# bash tools/gpu_rehearsal/rehearse.sh FOLDER PYTHON3.12. 11 GB, 20 to 40 minutes; an environment that is there is used again.
+# bash tools/gpu_rehearsal/rehearse.sh FOLDER PYTHON3.12. 11 GB, about half an hour; an environment that is there is used again.
 # Prints one JSON object a check, and writes them into docs/gpu_rehearsal.md; exit code 1 where one failed.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/../.." && pwd)"
