@@ -57,5 +57,11 @@ class Assumptions:
     """A decoding step's launches, reductions between GPUs, sampling and scheduling."""
     network_efficiency: float = 0.7
     host_efficiency: float = 0.8
+    home_seconds: float = 0.5
+    """A core's, for a million response tokens at home: scores, advantages, metrics, kept rollouts."""
+    pass_seconds: float = 0.1
+    """A core's, for a million tokens that a pass reads: planned, put in order, packed. Both of docs/data_plane.md."""
+    gloo_gigabytes: float = 1.0
+    """What a node's ranks send, and receive meanwhile, in a second over gloo."""
     power_share: float = 0.8
     """Share of the GPUs' rated power; the rest of the node and cooling are not counted."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_vapo.config import Recipe
+from megatron_vapo.plan.data_path import DataPath, data_path
 from megatron_vapo.plan.hardware import GIB
 from megatron_vapo.plan.memory import Cache, Cluster, PhaseMemoryUse, cache_of, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, smallest_change
@@ -54,6 +55,7 @@ class CapacityPlan:
     batch: Batch
     traffic: Traffic
     checkpoint: CheckpointBytes
+    data_path: DataPath
     flops: float
     """The operations of one step on all devices, decoding left out."""
     seconds: dict[str, float]
@@ -122,6 +124,7 @@ def make_plan_of(
         batch=batch,
         traffic=moved,
         checkpoint=checkpoint_bytes(models, cluster),
+        data_path=data_path(recipe, models, cluster, cache.engines),
         flops=flops,
         seconds=seconds(recipe, models, cluster, cache, moved),
         bubbles={name: bubble(recipe, model, cluster) for name, model in models.items()},
@@ -203,7 +206,7 @@ def _time_table(plan: CapacityPlan) -> Table:
 
 
 def _summary(plan: CapacityPlan, watts: float) -> str:
-    moved, saved, derived = plan.traffic, plan.checkpoint, _derived(plan)
+    moved, saved, data, derived = plan.traffic, plan.checkpoint, plan.data_path, _derived(plan)
     energy = derived["gpu_hours"] * watts * plan.assumptions["power_share"] / 1e6
     inside, updates = _gib(moved.inside_layers), _gib(moved.gradients + moved.parameters)
     return (
@@ -216,6 +219,10 @@ def _summary(plan: CapacityPlan, watts: float) -> str:
         f"A checkpoint, GiB: {_gib(saved.total)}; a rank writes {_gib(saved.written)}, which takes as much host memory "
         f"until it is on disk ({_gib(saved.host)} a node), and reads as much to resume, twice, and gets "
         f"{_gib(saved.received)} from other ranks\n"
+        f"Responses in host memory, GiB of the busiest rank: {_gib(data.holder, 3)} of its engine, "
+        f"{_gib(data.home, 3)} at home, {_gib(data.reader, 3)} that its models read, and as much while they arrive "
+        f"({_gib(data.node)} a node); sent in a step {_gib(data.sent)}, received {_gib(data.received)}; "
+        f"{data.seconds:.1f} s of the host, {data.seconds / plan.step_seconds:.1%} of the step\n"
         f"{derived['tokens_per_gpu_second']:.0f} tokens per GPU-second; {plan.steps} steps"
         f"{f' and {plan.pretraining_steps} of value pretraining' if plan.pretraining_steps else ''}: "
         f"{plan.hours:.0f} hours, {derived['gpu_hours']:,.0f} GPU-hours, {energy:.1f} MWh of the GPUs\n"
@@ -246,5 +253,5 @@ def draw(plan: CapacityPlan, path: Path) -> None:
     plt.close(figure)
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}"
+def _gib(size: float, digits: int = 1) -> str:
+    return f"{size / GIB:.{digits}f}"
