@@ -29,18 +29,18 @@ class DataPath:
     holder: int
     """Host memory of what its engine wrote, until that has gone to its homes; text is not counted."""
     home: int
-    """Of the responses that are at home on it, at the end of a step."""
+    """Host memory of the responses that are at home on it, at the end of a step."""
     reader: int
-    """Of its data-parallel rank's part of the whole batch, in a pass for values or log-probs; updates have minibatches.
+    """The part that its data-parallel rank reads in a pass for values or log-probs; updates have minibatches.
 
     As much again is there while it arrives and is put in order.
     """
     node: int
-    """Of all ranks of a node, when most is there."""
+    """Host memory of all ranks of a node, when most is there."""
     sent: int
     received: int
     seconds: float
-    """Of its core, and of its node's network as if all its ranks were as busy; neither engine nor models work."""
+    """The seconds of its core, and of its node's network as if all its ranks were as busy; models and engine wait."""
 
 
 @dataclass(frozen=True)
