@@ -19,11 +19,12 @@ from megatron_vapo.config import (
     ActorConfig,
     AlgorithmConfig,
     CriticConfig,
+    ImportanceConfig,
     OptimizerConfig,
     PrecisionConfig,
     ValueHeadConfig,
 )
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import whole_batch
 from megatron_vapo.runtime import cpu_backend
 
 ALGORITHM = AlgorithmConfig(positive_lm_coefficient=0.3)
@@ -36,6 +37,7 @@ OWN_LOSSES = {
 """Policy losses that are not the package's, their options, and what they are means over."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=3, weight_decay=0.1, epsilon=1e-6, clip_grad=0.5)
 UPDATES = 2
+NO_CORRECTION = ImportanceConfig("none")
 _DEFAULTS: dict[str, object] = {"micro_batch_tokens": 128}
 
 
@@ -56,6 +58,12 @@ class Case:
     """Take an actor update with each of `OWN_LOSSES` too."""
     logprobs: str = "whole"
     dtype: str = "float32"
+    importance: ImportanceConfig = NO_CORRECTION
+    """Of the updates that are not with one of `OWN_LOSSES`."""
+
+    @property
+    def algorithm(self) -> AlgorithmConfig:
+        return replace(ALGORITHM, importance=self.importance)
 
     def actor_config(self) -> ActorConfig:
         return ActorConfig(**_DEFAULTS | self.role, optimizer=replace(OPTIMIZER), logprobs=self.logprobs)
@@ -90,6 +98,8 @@ EP2 = {"expert_parallel": 2}
 ETP2 = {"expert_tensor_parallel": 2}
 FROZEN = {"frozen": "attention"}
 BINS = {"head": ValueHeadConfig("hl_gauss", low=-1.5, high=2.0, bins=7, sigma=0.9)}
+SEQUENCE = ImportanceConfig("truncate", "sequence", high=2.0)
+GEOMETRIC = ImportanceConfig("mask", "geometric", low=0.95, high=1.1)
 
 CASES = [
     Case("one process", losses=True),
@@ -106,6 +116,7 @@ CASES = [
     Case("tied embeddings", family="tied"),
     Case("fused log-probs", logprobs="chunked"),
     Case("fused log-probs, tied", family="tied", logprobs="chunked"),
+    Case("turns, sequence importance", batch="turns", importance=SEQUENCE),
     Case("TP2", 2, role=tp(2)),
     Case("TP2, fused log-probs", 2, role=tp(2), logprobs="chunked"),
     Case("TP2 + SP, fused log-probs, tied", 2, "tied", role=tp(2, sp=True), logprobs="chunked"),
@@ -129,6 +140,11 @@ CASES = [
     Case("DP2, fewer responses than micro-batches", 2, batch="two responses"),
     Case("CP2", 2, role=CP2, losses=True),
     Case("CP2, Qwen3", 2, "qwen3", role=CP2),
+    Case("TP2 + SP, turns, sequence importance", 2, batch="turns", role=tp(2, sp=True), importance=SEQUENCE),
+    Case("DP2 x ZeRO-1, turns, sequence importance", 2, batch="turns", role=ZERO, importance=SEQUENCE),
+    Case("CP2, turns, sequence importance", 2, batch="turns", role=CP2, importance=SEQUENCE),
+    Case("CP2, turns, geometric importance", 2, batch="turns", role=CP2, importance=GEOMETRIC, losses=True),
+    Case("PP2, turns, geometric importance", 2, batch="turns", role=pp(2), importance=GEOMETRIC, losses=True),
     Case("EP2", 2, "qwen3_moe", role=EP2),
     Case("ETP2 x TP2 + SP", 2, "qwen3_moe", role=tp(2, sp=True) | ETP2),
     Case("actor PP2, critic TP2 + SP", 2, role=pp(2), critic=tp(2, sp=True)),
@@ -150,6 +166,7 @@ CASES = [
     Case("TP2 x PP2 + SP, tied", 4, "tied", role=tp(2, sp=True) | pp(2)),
     Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2, losses=True),
     Case("CP2 x PP2", 4, role=CP2 | pp(2), losses=True),
+    Case("CP2 x PP2, turns, sequence importance", 4, batch="turns", role=CP2 | pp(2), importance=SEQUENCE),
     Case("CP2 x DP2 x ZeRO-1", 4, role=CP2 | ZERO, losses=True),
     Case("PP2 x VPP2 x DP2", 4, role=pp(2, virtual_pipeline=2)),
     Case("EP2 x DP2 x ZeRO-1", 4, "qwen3_moe", role=EP2 | ZERO),
@@ -197,7 +214,7 @@ def take_updates(case: Case, folder: Path) -> dict:
     from megatron_vapo.weights.architecture import read_architecture
     from megatron_vapo.weights.hf_folder import torch_dtype
 
-    batch = Experience(**torch.load(folder / f"batch {case.batch}.pt", weights_only=True))
+    batch = whole_batch(torch.load(folder / f"batch {case.batch}.pt", weights_only=True))
     actor_path, critic_path = folder / case.family, folder / case.critic_folder
     role = case.actor_config()
     dtype = torch_dtype(case.dtype)
@@ -220,8 +237,8 @@ def take_updates(case: Case, folder: Path) -> dict:
     def actor_updates(algorithm: AlgorithmConfig, count: int) -> list[dict[str, float]]:
         return updates(actor, objectives.actor_objective(algorithm, actor.model.sum_over_sequence_ranks), count)
 
-    critic_steps = updates(critic, objectives.critic_objective(ALGORITHM, case.critic_config().head), UPDATES)
-    actor_steps = actor_updates(ALGORITHM, UPDATES)
+    critic_steps = updates(critic, objectives.critic_objective(case.algorithm, case.critic_config().head), UPDATES)
+    actor_steps = actor_updates(case.algorithm, UPDATES)
     for algorithm in own_algorithms().values() if case.losses else ():
         actor_steps += actor_updates(algorithm, 1)
     return {

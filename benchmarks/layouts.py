@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference
-from benchmarks.layout_cases import ALGORITHM, BINS, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
+from benchmarks.layout_cases import BINS, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
 from megatron_vapo.runtime import cpu_backend
 
 LOSS_TOLERANCE = 1e-5
@@ -34,7 +34,7 @@ order of sums shows, and so does the format itself."""
 
 FAMILIES = ("qwen2", "qwen3", "llama", "qwen3_moe", "tied", "wide")
 """wide: each of two ranks has a multiple of 32 rows and columns of every matrix, so that MXFP8's blocks stay whole."""
-BATCHES = ("mixed", "no positive", "one positive", "one token", "two responses")
+BATCHES = ("mixed", "no positive", "one positive", "one token", "two responses", "turns")
 _SHAPE = {
     "vocab_size": 43,  # divisible by no tensor-parallel size
     "hidden_size": 48,
@@ -153,7 +153,7 @@ def plain_updates(case: Case, folder: Path) -> dict:
         logprobs, entropy = reference.actor_outputs(actor, batch)
         values = reference.critic_outputs(critic, batch, head)
     steps: dict[str, list] = {"actor": [], "critic": []}
-    algorithms = [ALGORITHM] * UPDATES + (list(own_algorithms().values()) if case.losses else [])
+    algorithms = [case.algorithm] * UPDATES + (list(own_algorithms().values()) if case.losses else [])
     optimizer = reference.make_optimizer(critic, OPTIMIZER)
     for step in range(1, UPDATES + 1):
         losses = reference.critic_loss(critic, batch, head)
@@ -163,7 +163,10 @@ def plain_updates(case: Case, folder: Path) -> dict:
         losses = reference.actor_loss(actor, batch, algorithm)
         steps["actor"].append(reference.update(actor, optimizer, losses, OPTIMIZER, step))
     return {
-        "forward": {"values": torch.cat(values), "logprobs": torch.cat(logprobs), "entropy": torch.cat(entropy)},
+        "forward": {
+            name: torch.where(torch.cat(reference.trained(batch)), torch.cat(outputs), 0.0)
+            for name, outputs in (("values", values), ("logprobs", logprobs), ("entropy", entropy))
+        },
         **steps,
         "parameters": _hf_parameters("actor", actor) | _hf_parameters("critic", critic),
     }
@@ -241,7 +244,10 @@ def _model(family: str, seed: int, labels: int = 0) -> torch.nn.Module:
 
 
 def _batch(name: str) -> dict[str, Tensor]:
-    """Responses of 1 to 60 tokens with made-up advantages, targets and old log-probs, far enough to be clipped."""
+    """Responses of 1 to 60 tokens with made-up advantages, targets and old log-probs, far enough to be clipped.
+
+    Of those of several turns the policy wrote runs of tokens, of some neither the first token nor the last.
+    """
     generator = torch.Generator().manual_seed(BATCHES.index(name))
 
     def integers(low: int, high: int, n: int) -> Tensor:
@@ -259,7 +265,12 @@ def _batch(name: str) -> dict[str, Tensor]:
         outcomes[3] = 1.0
     uniform = -torch.log(torch.tensor(float(_SHAPE["vocab_size"])))
     normal = torch.randn(4, total, generator=generator)
-    return {
+    turns: dict[str, Tensor] = {}
+    if name == "turns":
+        whose = integers(0, 2, total).bool().repeat_interleave(integers(1, 10, total))[:total]
+        whose[responses.cumsum(0) - (responses + 1) // 2] = True
+        turns = {"trained": whose}
+    return turns | {
         "tokens": integers(0, _SHAPE["vocab_size"], int(prompts.sum()) + total),
         "prompt_lengths": prompts,
         "response_lengths": responses,
@@ -323,6 +334,7 @@ One VAPO minibatch (forward, {UPDATES} critic updates, {UPDATES} actor updates) 
 processes over gloo on CPU, for every layout below; numbers are those of the last update. Rows with "every
 loss" take an actor update more with each of {", ".join(OWN_LOSSES)} (`examples`). Compared with one process, and
 with a plain PyTorch + transformers implementation that shares no code with the package (`benchmarks/reference.py`).
+In a batch of turns the policy wrote a part of the response tokens, and the others are context.
 Required: {LOSS_TOLERANCE:.0e} relative on losses, entropy and gradient norm, {PARAMETER_TOLERANCE:.0e} on parameters
 (largest difference over the tensor's largest number); for bfloat16 with float32 main parameters 0.1 and 0.02
 against one process in bfloat16. Repeat it with `python -m benchmarks.layouts`.
