@@ -175,4 +175,6 @@ def _tensors(record: TokenRecord) -> dict[str, Tensor | None]:
         "entropy": batch.entropy,
         "ratio": record.ratios,
         "clipped": record.clipped,
+        "trained": batch.trained,
+        "reward": batch.token_rewards,
     }

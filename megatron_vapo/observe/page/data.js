@@ -33,6 +33,10 @@ function responsesOf(step, order) {
     const parts = Object.entries(tensors).map(([key, numbers]) => [key, numbers?.subarray(start, end)]);
     start = end;
     const numbers = Object.fromEntries(parts.filter(([, part]) => part));
+    const { trained } = numbers;
+    for (const { key } of trained ? COLUMNS : []) {
+      numbers[key] = numbers[key]?.map((number, token) => (trained[token] ? number : NaN));
+    }
     if (numbers.value) numbers.change = changesOf(numbers.value);
     const drops = dropsOf(numbers.change ?? []);
     return {
@@ -43,9 +47,16 @@ function responsesOf(step, order) {
   });
 }
 
-/** Return by how much each token changes the value, which is that before the token; NaN for the last. */
+/** Return by how much each token changes the value, which is that before the token, until the next one that has a value;
+ *  NaN for the last. */
 function changesOf(values) {
-  return values.map((value, token) => (token + 1 < values.length ? values[token + 1] - value : NaN));
+  const changes = new Float32Array(values.length);
+  let next = NaN;
+  for (let token = values.length - 1; token >= 0; token--) {
+    changes[token] = next - values[token];
+    if (!Number.isNaN(values[token])) next = values[token];
+  }
+  return changes;
 }
 
 /** Return the tokens that the value falls by, the largest fall first, at most 50 of them. */

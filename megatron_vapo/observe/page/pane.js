@@ -65,6 +65,8 @@ class Pane {
   #token(token, selected) {
     const { numbers, tokens, length } = this.response;
     const facts = COLUMNS.map(({ key, label }) => [label, shown(key, numbers[key]?.[token])]);
+    if (numbers.trained) facts.unshift(["written by", numbers.trained[token] ? "the policy" : "others: only read"]);
+    if (numbers.reward?.[token]) facts.push(["reward here", signed(numbers.reward[token])]);
     const text = visible(tokens[token]) || "part of a character";
     this.facts.replaceChildren(...[[`token ${token + 1} of ${length}`, text], ...facts].map(([name, words]) =>
       element("div", undefined, element("dt", name), element("dd", words))));

@@ -17,12 +17,13 @@ class Strip {
   show(response) {
     this.response = response;
     const { value, advantage } = response.numbers;
-    const last = (numbers) => numbers.at(-1).toFixed(2);
+    const [first, last] = ["find", "findLast"].map((end) => (numbers) =>
+      numbers[end]((number) => !Number.isNaN(number)).toFixed(2));
     const fall = response.drops[0];
     this.canvas.setAttribute("aria-label", [
-      value ? `Value from ${value[0].toFixed(2)} to ${last(value)}` : "No values",
+      value ? `Value from ${first(value)} to ${last(value)}` : "No values",
       fall ? `largest drop ${fall.size.toFixed(2)} at token ${fall.token + 1}` : "",
-      advantage ? `advantage from ${advantage[0].toFixed(2)} to ${last(advantage)}` : "",
+      advantage ? `advantage from ${first(advantage)} to ${last(advantage)}` : "",
     ].filter(Boolean).join(", "));
     this.redraw();
   }
@@ -130,12 +131,13 @@ class Strip {
     }
   }
 
-  /** Yield x, the least and the largest number of the tokens that share a pixel. */
+  /** Yield x, the least and the largest number of the tokens that share a pixel, where one of them has a number. */
   *#columns(numbers) {
     const together = Math.max(1, Math.floor(numbers.length / this.canvas.clientWidth));
     for (let start = 0; start < numbers.length; start += together) {
       const part = numbers.subarray(start, start + together);
-      yield [this.#x(start + (part.length - 1) / 2), Math.min(...part), Math.max(...part)];
+      const known = part.filter((number) => !Number.isNaN(number));
+      if (known.length) yield [this.#x(start + (part.length - 1) / 2), Math.min(...known), Math.max(...known)];
     }
   }
 }

@@ -79,7 +79,9 @@ class TokenText {
   /** Return the element of a token's part on a line; its first is the option that screen readers meet. */
   #part({ token, seen, begins }) {
     const span = document.createElement("span");
-    span.className = this.response.numbers.clipped?.[token] > 0 ? "token clipped" : "token";
+    const { clipped, trained } = this.response.numbers;
+    const read = trained?.[token] === 0;
+    span.className = ["token", clipped?.[token] > 0 && "clipped", read && "read"].filter(Boolean).join(" ");
     span.textContent = seen;
     span.dataset.token = token;
     span.dataset.selected = token === this.selected;
@@ -90,7 +92,7 @@ class TokenText {
       span.setAttribute("aria-setsize", this.response.length);
       span.setAttribute("aria-posinset", token + 1);
       span.setAttribute("aria-selected", token === this.selected);
-      span.setAttribute("aria-label", `${seen}, ${this.colourOf.words(this.response, token)}`);
+      span.setAttribute("aria-label", `${seen}, ${read ? "only read" : this.colourOf.words(this.response, token)}`);
     }
     return span;
   }

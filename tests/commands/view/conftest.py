@@ -12,7 +12,7 @@ import torch
 
 from megatron_vapo.checkpoint.snapshot import RunState
 from megatron_vapo.config import AlgorithmConfig
-from megatron_vapo.data.experience import Experience
+from megatron_vapo.data.experience import Experience, whole_batch
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.training.token_records import Kept, TokenRecords
 from tests.conftest import VOCAB
@@ -65,7 +65,8 @@ def viewed_run(
     make_experience: Callable[..., Experience],
     world: None,
 ) -> ViewedRun:
-    """Steps 1 and 2, each four groups of four; in step 2 one response of 20,000 tokens; two alarms."""
+    """Steps 1 and 2, each four groups of four; in step 2 one response of 20,000 tokens; two alarms. Of the responses of
+    step 1 the policy has not written every fifth token."""
     folder = tmp_path_factory.mktemp("viewed")
     model = make_checkpoint("llama")
     hostile_tokenizer().save_pretrained(model)
@@ -90,7 +91,11 @@ def _batch(make: Callable[..., Experience], step: int, longest: int) -> Experien
     outcomes = torch.tensor([1.0, -1.0, -1.0, 1.0] * 4)
     made = make([3] * 16, lengths, seed=step, samples=4, outcomes=outcomes, rewards=outcomes.clone())
     noise = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(step))
-    return replace(made, update_logprobs=made.logprobs + 0.3 * noise, tokens=made.tokens - 1)
+    batch = replace(made, update_logprobs=made.logprobs + 0.3 * noise, tokens=made.tokens - 1)
+    if step > 1:
+        return batch
+    trained = torch.arange(sum(lengths)) % 5 != 2
+    return whole_batch(batch.tensors() | {"trained": trained, "token_rewards": 0.5 * trained * (noise > 1)})
 
 
 def _write_metrics(folder: Path) -> None:

@@ -151,6 +151,32 @@ def test_first_beside_last_step(browser: Chromium) -> None:
     browser.click("#two")
 
 
+def test_what_the_policy_only_read_has_no_numbers(browser: Chromium, viewed_run: ViewedRun) -> None:
+    """In step 1 that is every fifth token. The value before it changes to the next that there is."""
+    batch = viewed_run.batches[1]
+    browser.choose("#sort", "order")
+    browser.run("document.querySelector('#list').focus()")
+    browser.press("Home")
+    read = browser.run(
+        "[...document.querySelectorAll('.pane.active .token.read')]"
+        ".map(token => [+token.dataset.token, token.style.backgroundColor])"
+    )
+    assert read and all(token % 5 == 2 and colour == "" for token, colour in read)
+    pane = browser.run("[...document.querySelectorAll('.pane')].findIndex(pane => pane.classList.contains('active'))")
+    browser.run("document.querySelector('.pane.active .tokens').focus()")
+    browser.press("Home")
+    browser.press("ArrowRight", 2)
+    shown = facts(browser, pane)
+    assert shown["written by"].startswith("others") and shown["value"] == shown["clipped in update"] == "-"
+    browser.press("ArrowLeft")
+    shown = facts(browser, pane)
+    assert shown["written by"] == "the policy"
+    change = float(batch.values[3] - batch.values[1])
+    assert float(shown["change of value"]) == pytest.approx(change, abs=1e-4)
+    strips = browser.run("document.querySelector('.pane.active .strip').getAttribute('aria-label')")
+    assert strips.startswith("Value from") and "NaN" not in strips
+
+
 def test_colours_follow_the_choice(browser: Chromium, viewed_run: ViewedRun) -> None:
     """Positive and negative numbers have different hues, larger ones more of it; what was clipped is marked as well."""
     browser.click("#right-wrong")

@@ -43,7 +43,8 @@ def floats(text: str) -> torch.Tensor:
 
 def of_step(batch: Experience) -> dict[str, torch.Tensor]:
     ratios, clipped = policy_ratios(batch, AlgorithmConfig())
-    return {
+    turns = {} if batch.trained is None else {"trained": batch.trained.float(), "reward": batch.token_rewards}
+    return turns | {
         "value": batch.values,
         "advantage": batch.advantages,
         "return": batch.returns,
