@@ -98,5 +98,6 @@ ADVANTAGE_READS = {
     "logprobs": "log-probs of the tokens under the policy before its updates",
     "rollout_logprobs": "log-probs that the engine drew with",
     "entropy": "entropy of the policy where each token was drawn",
+    "token_rewards": "the reward that came at each token; a response's add up to its reward",
 }
 """The tensors [T] that an advantage may read, by name, and what each is."""

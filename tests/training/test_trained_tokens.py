@@ -146,6 +146,26 @@ def test_a_group_s_advantage_is_at_its_written_tokens(make_experience, marked):
     assert estimated.returns is None
 
 
+def rewards_so_far(batch: Experience, values: Tensor, token_rewards: Tensor) -> tuple[Tensor, Tensor]:
+    """An advantage of one's own."""
+    sums = [one.cumsum(0) for one in token_rewards.split(batch.response_lengths.tolist())]
+    return torch.cat(sums) - values, torch.cat(sums)
+
+
+@settings(max_examples=20)
+@given(marked=marks())
+def test_an_advantage_of_one_s_own_sees_written_tokens_and_their_rewards(make_experience, marked):
+    batch = rewarded(masked(make_experience, marked), 0.4)
+    estimated = with_advantages(batch, replace(VAPO, advantage=f"{__name__}:rewards_so_far"))
+    so_far = [[sum(rewards[: t + 1]) for t in range(len(rewards))] for rewards in token_rewards(batch)]
+    close(written(estimated, "returns"), so_far)
+    close(
+        written(estimated, "advantages"),
+        [[a - v for a, v in zip(*pair)] for pair in zip(so_far, written(batch, "values"), strict=True)],
+    )
+    nothing_elsewhere(estimated, "advantages", "returns")
+
+
 @settings(max_examples=20)
 @given(marked=marks())
 def test_whitening_is_over_written_tokens(make_experience, marked):
