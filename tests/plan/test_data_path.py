@@ -41,7 +41,7 @@ def planned(recipe: Recipe, whole: Responses, world: int, engines: int) -> DataP
 def reads_of(recipe: Recipe) -> dict[str, tuple[str, ...]]:
     algorithm = recipe.resolved_algorithm
     actor = objectives.actor_objective(algorithm, lambda sums: sums)
-    return {"actor": actor.reads, "critic": objectives.critic_objective(algorithm).reads}
+    return {"actor": actor.reads, "critic": objectives.critic_objective(algorithm, recipe.critic.head).reads}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_bytes_of_the_32b_recipe_are_those_of_its_exchanges() -> None:
             assert found.sent < plan.sent and found.received < plan.received and not found.holder
 
 
-@pytest.mark.parametrize("name", ["vapo_32b", "vapo_32b_fp8"])
+@pytest.mark.parametrize("name", ["vapo_32b", "vapo_32b_fp8", "sao_32b", "sao_tiny"])
 def test_as_many_numbers_travel_as_losses_read(name: str) -> None:
     """With FP8 rollouts the engine's log-probs are read too."""
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
