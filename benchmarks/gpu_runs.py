@@ -90,7 +90,7 @@ def memory_against_plan(work: Workplace) -> Numbers:
     planned = {use["phase"]: use["parts"] for use in json.loads(_command(command).stdout)["phases"]}
     record = read_metrics(run, "train")[-1]
     ratios: Numbers = {}
-    for phase in (phase for phase in NEEDED if phase != Phase.ROLLOUT):  # responses were made up
+    for phase in (phase for phase in NEEDED if phase in planned and phase != Phase.ROLLOUT):  # responses were made up
         parts = planned[phase]
         expected = sum(size for part, size in parts.items() if part.split(" ")[0] in ROLES)
         resident = sum(record[f"memory/{phase}/{kind}"] for kind in KINDS)

@@ -164,7 +164,7 @@ CASES = [
     Case("DP4 x ZeRO-1", 4, role=ZERO),
     Case("TP2 x PP2 + SP", 4, role=tp(2, sp=True) | pp(2)),
     Case("TP2 x PP2 + SP, tied", 4, "tied", role=tp(2, sp=True) | pp(2)),
-    Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2, losses=True),
+    Case("TP2 x CP2 + SP", 4, role=tp(2, sp=True) | CP2),
     Case("CP2 x PP2", 4, role=CP2 | pp(2), losses=True),
     Case("CP2 x PP2, turns, sequence importance", 4, batch="turns", role=CP2 | pp(2), importance=SEQUENCE),
     Case("CP2 x DP2 x ZeRO-1", 4, role=CP2 | ZERO, losses=True),
@@ -174,7 +174,7 @@ CASES = [
     Case("CP2 x PP2, critic with bins", 4, role=CP2 | pp(2), critic=CP2 | pp(2) | BINS),
     Case("EP2 x PP2, critic's attention frozen", 4, "qwen3_moe", role=EP2 | pp(2), critic=EP2 | pp(2) | FROZEN),
     Case("EP2 x PP2", 4, "qwen3_moe", role=EP2 | pp(2)),
-    Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO, losses=True),
+    Case("TP2 x PP2 x DP2 + SP x ZeRO-1", 8, role=tp(2, sp=True) | pp(2) | ZERO),
 ]
 
 

@@ -56,6 +56,10 @@ OWN = Condition(
     "algorithm.loss or algorithm.advantage is package.module:function",
     lambda recipe: ":" in recipe.algorithm.advantage + recipe.algorithm.loss,
 )
+REFERENCE = Condition(
+    "algorithm.kl_coefficient is above 0 or reference.enabled=true", lambda recipe: recipe.uses_reference
+)
+KL = Condition("algorithm.kl_coefficient is above 0", lambda recipe: recipe.algorithm.kl_coefficient > 0)
 CLIP_LOSS = Condition("algorithm.loss=clip", lambda recipe: recipe.algorithm.loss == "clip")
 FIXED_LAMBDA = Condition("algorithm.length_adaptive_gae=false", lambda recipe: not recipe.algorithm.length_adaptive_gae)
 ADAPTIVE_LAMBDA = Condition("algorithm.length_adaptive_gae=true", lambda recipe: recipe.algorithm.length_adaptive_gae)
@@ -320,6 +324,23 @@ class CriticConfig(RoleConfig):
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """The reference policy: a frozen model, laid out and computed as the actor, whose log-probs losses may read."""
+
+    enabled: bool = setting(
+        False, "Have one, for a loss of one's own. There is one wherever algorithm.kl_coefficient is above 0, too."
+    )
+    path: str | None = setting(
+        None,
+        "Hugging Face folder of a model of the actor's architecture. null: model.path, what the actor starts from.",
+        acts=(REFERENCE,),
+    )
+    offload: bool = setting(
+        False, "Its parameters wait in host memory while other phases have the device.", resume=True, acts=(REFERENCE,)
+    )
+
+
+@dataclass(frozen=True)
 class ImportanceConfig:
     """The correction for tokens that the engine drew from other probabilities than the actor's.
 
@@ -423,6 +444,17 @@ class AlgorithmConfig:
     )
     positive_lm_coefficient: float = setting(
         0.1, "mu, the weight of the language-model loss on correct responses; 0 turns it off.", AT_LEAST_0
+    )
+    kl_coefficient: float = setting(
+        0.0,
+        "Weight of the KL divergence from a reference policy (`reference`) in the actor's loss; 0 turns it off.",
+        AT_LEAST_0,
+    )
+    kl_estimator: Literal["k2", "k3"] = setting(
+        "k3",
+        "With d the log-prob under the reference minus the policy's. k3: exp(d) - 1 - d, GRPO's. k2: d^2 / 2, whose "
+        "gradient is that of KL(policy || reference).",
+        acts=(KL,),
     )
     value_clip: float | None = setting(
         None,
@@ -939,6 +971,7 @@ class Recipe:
     model: ModelConfig = group(ModelConfig, "The base model.")
     actor: ActorConfig = group(ActorConfig, "The policy.")
     critic: CriticConfig = group(CriticConfig, "The critic.", acts=(CRITIC,))
+    reference: ReferenceConfig = group(ReferenceConfig, "The policy that the actor may be kept near.")
     algorithm: AlgorithmConfig = group(AlgorithmConfig, "Advantages and losses.")
     value_pretraining: ValuePretrainingConfig = group(
         ValuePretrainingConfig, "The critic's training before VAPO.", acts=(CRITIC,)
@@ -958,6 +991,16 @@ class Recipe:
         """Whether the algorithm has a critic."""
         chosen = self.algorithm.critic
         return self.algorithm.advantage == "gae" if chosen is None else chosen
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether there is a reference policy."""
+        return self.reference.enabled or self.algorithm.kl_coefficient > 0
+
+    @property
+    def reference_role(self) -> ActorConfig:
+        """The settings that the reference policy is built with."""
+        return replace(self.actor, offload=OffloadConfig(parameters=self.reference.offload))
 
     @property
     def roles(self) -> dict[str, RoleConfig]:

@@ -131,6 +131,7 @@ def made_up_minibatch(seed: int = 0) -> Experience:
         rollout_logprobs=0.5 * noise[0] - 3,
         logprobs=0.5 * noise[0] + 0.3 * noise[1] - 3,
         entropy=noise[2].abs(),
+        reference_logprobs=0.5 * noise[1] - 3,
         values=noise[3],
         advantages=noise[4],
         returns=noise[5],

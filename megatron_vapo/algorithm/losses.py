@@ -163,6 +163,21 @@ def positive_lm_loss(logprobs_T: Tensor, positive_mask_T: Tensor, positive_token
     return -positive_logprobs_T.sum() / max(positive_tokens_total, 1)
 
 
+def kl_loss(logprobs_T: Tensor, reference_logprobs_T: Tensor, estimator: Literal["k2", "k3"]) -> Tensor:
+    """Return each token's estimate of KL(policy || reference), to be trained on, [T].
+
+    With `d = reference - policy` log-probs: "k3" is `exp(d) - 1 - d` (GRPO, arXiv 2402.03300, equation 4), "k2" is
+    `d^2 / 2` (Schulman, "Approximating KL divergence"). k1, `-d`, is left out: as a loss its gradient is 0 in
+    expectation over the policy's own tokens.
+    """
+    difference_T = log_ratio(reference_logprobs_T, logprobs_T)
+    if estimator == "k3":
+        return difference_T.expm1() - difference_T
+    if estimator == "k2":
+        return difference_T.square() / 2
+    raise ValueError(f"estimator must be 'k2' or 'k3', not {estimator!r}")
+
+
 def importance_ratio(
     train_logprobs_T: Tensor,
     rollout_logprobs_T: Tensor,

@@ -83,6 +83,7 @@ LOSS_READS = {
     "entropy": "entropy of the present policy where each token was drawn, with gradient",
     "old_logprobs": "log-probs under which the batch counts as drawn (algorithm.old_logprobs)",
     "rollout_logprobs": "log-probs that the engine drew with",
+    "reference_logprobs": "log-probs under the reference policy (`reference` in a recipe)",
     "advantages": "advantages",
     "importance": "weights that correct for what the engine drew from (algorithm.importance); 1 without correction",
     "values": "the critic's values before its update",

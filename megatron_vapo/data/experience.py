@@ -26,7 +26,16 @@ from torch import Tensor
 from megatron_vapo.data.exchange import Exchange, Placement, homes
 from megatron_vapo.runtime.durable import new_file
 
-Estimate = Literal["rollout_logprobs", "logprobs", "entropy", "values", "advantages", "returns", "update_logprobs"]
+Estimate = Literal[
+    "rollout_logprobs",
+    "logprobs",
+    "entropy",
+    "reference_logprobs",
+    "values",
+    "advantages",
+    "returns",
+    "update_logprobs",
+]
 """The numbers of tokens that the phases of a step add to a batch."""
 
 
@@ -124,6 +133,8 @@ class Experience(Responses):
     """[T] float32, the actor's before this batch's updates."""
     entropy: Tensor | None = None
     """[T] float32, of the actor's distribution at each token."""
+    reference_logprobs: Tensor | None = None
+    """[T] float32, the reference policy's."""
     values: Tensor | None = None
     """[T] float32, the critic's before this batch's updates."""
     advantages: Tensor | None = None

@@ -41,6 +41,7 @@ NEEDED: dict[Phase, dict[str, tuple[Kind, ...]]] = {
     Phase.ROLLOUT: {},
     Phase.VALUES: {"critic": ("parameters",)},
     Phase.LOGPROBS: {"actor": ("parameters",)},
+    Phase.REFERENCE: {"reference": ("parameters",)},
     Phase.CRITIC_UPDATE: {"critic": KINDS},
     Phase.ACTOR_UPDATE: {"actor": KINDS},
     Phase.WEIGHT_SYNC: {"actor": ("parameters",)},

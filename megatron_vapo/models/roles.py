@@ -1,4 +1,4 @@
-"""Defines actor and critic: what each makes of the transformer's output."""
+"""Defines actor, reference and critic: what each makes of the transformer's output."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ class Actor(ParallelModel):
         if self.role.logprobs == "whole":
             return logprob_and_entropy(rows, *rest)
         return fused(self.role.logprobs)(rows, self.modules[-1].output_layer.used_weight, *rest)
+
+
+class Reference(Actor):
+    """The policy that the actor may be kept near: frozen, in no checkpoint, loaded anew by every process."""
+
+    name = "reference"
 
 
 def fused(logprobs: Literal["chunked", "triton"]) -> Callable[..., tuple[Tensor, Tensor]]:

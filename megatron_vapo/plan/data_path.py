@@ -89,11 +89,12 @@ def _passes(recipe: Recipe, model: Model, cluster: Cluster) -> Iterator[Pass]:
 
 def numbers_read(recipe: Recipe, name: str) -> int:
     """Return how many numbers of a response token a role's loss reads: returns, and values for a head of one number;
-    advantages, log-probs, and the engine's beside them where drawing is corrected for."""
+    advantages, log-probs, and beside them the engine's where drawing is corrected for, and the reference's."""
     if name == "critic":
         return 1 if recipe.critic.head.kind == "hl_gauss" else 2
     algorithm = recipe.resolved_algorithm
-    return 2 if algorithm.importance.mode == "none" or algorithm.old_logprobs == "rollout" else 3
+    corrected = algorithm.importance.mode != "none" and algorithm.old_logprobs == "actor"
+    return 2 + corrected + (algorithm.kl_coefficient > 0)
 
 
 def one_pass(model: Model, recipe: Recipe, cluster: Cluster, numbers: int, outputs: int) -> Pass:

@@ -36,7 +36,7 @@ PASSES = {
     "actor": (Phase.LOGPROBS, Phase.ACTOR_UPDATE),
     "critic": (Phase.VALUES, Phase.CRITIC_UPDATE),
 }
-"""Each role's forward pass and update."""
+"""The forward pass and the update of each role that is trained."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,12 @@ def roles_of(recipe: Recipe, architecture: Architecture, critic: Architecture | 
     return roles | ({"critic": Model("critic", recipe.critic, critic, recipe.model.dtype)} if critic else {})
 
 
+def reference_of(recipe: Recipe, actor: Model) -> dict[str, Model]:
+    """Return the reference policy where there is one: the actor's architecture, parameters alone."""
+    model = Model("reference", recipe.reference_role, actor.architecture, actor.dtype, frozen=True)
+    return {model.name: model} if recipe.uses_reference else {}
+
+
 @dataclass(frozen=True)
 class Model:
     """A role to be planned."""
@@ -112,6 +118,8 @@ class Model:
     role: RoleConfig
     architecture: Architecture
     dtype: str
+    frozen: bool = False
+    """Whether it has neither gradients nor an optimizer."""
 
     @property
     def itemsize(self) -> int:
@@ -199,6 +207,8 @@ class Model:
         return dense // copies + expert // expert_copies
 
     def _kinds(self, stage: int, world: int) -> dict[Kind, int]:
+        if self.frozen:
+            return {"parameters": self.numbers(stage) * self.itemsize}
         trained = self.numbers(stage, trained=True)
         mine = self.shared_numbers(stage, world, trained=True) if self.role.distributed_optimizer else trained
         return {
@@ -246,7 +256,7 @@ def _kind(model: Model) -> type[Actor] | type[Critic]:
 
 
 def resident(models: dict[str, Model], phase: Phase, rank: int, world: int) -> dict[str, int]:
-    """Return what actor and critic have on a rank's device in a phase of the loop."""
+    """Return what models have on a rank's device in a phase of the loop."""
     parts: dict[str, int] = {}
     for model in models.values():
         parts |= model.resident(phase, rank * model.role.pipeline_parallel // world, world)
@@ -263,8 +273,10 @@ def phases(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> list[P
 
 
 def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank: int) -> Iterator[PhaseMemoryUse]:
+    reference = reference_of(recipe, models["actor"])
+
     def base(phase: Phase) -> dict[str, int]:
-        return resident(models, phase, rank, cluster.world)
+        return resident(models | reference, phase, rank, cluster.world)
 
     engine = {"engine weights": engine_weights(recipe, models["actor"])}
     resting = {} if recipe.rollout.engine == "sglang" else engine
@@ -287,6 +299,13 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
         saved, working = seen.saved, max(seen.training_peak - seen.saved, 0)
         activations = {"saved activations": saved, "working memory": working}
         yield PhaseMemoryUse(update, rank, base(update) | resting | {n: 2 * c for n, c in copies.items()} | activations)
+    for model in reference.values():
+        stage = rank * model.role.pipeline_parallel // cluster.world
+        seen = models["actor"].step(stage)
+        copied = model.workspaces(stage)
+        copies = {"FP8 copies of weights": copied} if copied else {}
+        memory = base(Phase.REFERENCE) | resting | copies | {"working memory": seen.forward_peak}
+        yield PhaseMemoryUse(Phase.REFERENCE, rank, memory)
     buckets = {"reshard buckets": 2 * min(recipe.rollout.bucket_mib * 2**20, engine["engine weights"])}
     yield PhaseMemoryUse(Phase.WEIGHT_SYNC, rank, syncing | buckets)
 

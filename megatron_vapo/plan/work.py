@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_vapo.config import CriticConfig, Recipe
 from megatron_vapo.models.offload import NEEDED
-from megatron_vapo.plan.memory import PASSES, Cache, Cluster, Model, engine_size, engine_weights
+from megatron_vapo.plan.memory import PASSES, Cache, Cluster, Model, engine_size, engine_weights, reference_of
 from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.weights.architecture import Architecture
 from megatron_vapo.weights.engine_layout import sglang_shards, whole_model
@@ -112,7 +112,8 @@ def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traff
             crossing /= role.tensor_parallel
         sums["pipeline"] += int(tokens * passes * crossing) if role.pipeline_parallel > 1 else 0
     most, total = reshard_bytes(recipe, models["actor"], cluster)
-    moved = sum(offload_bytes(model, cluster.world) for model in models.values())
+    everything = models | reference_of(recipe, models["actor"])
+    moved = sum(offload_bytes(model, cluster.world) for model in everything.values())
     return Traffic(sums["gradients"], sums["parameters"], sums["inside"], sums["pipeline"], most, total, moved)
 
 
@@ -198,6 +199,8 @@ def seconds(
         found[forward.shown] = once / (device * assumed.forward_efficiency)
         work = batch.tokens * training_flops(model, batch.sequence) * epochs_of(recipe, name)
         found[update.shown] = work / (device * assumed.training_efficiency) / (1 - bubble(recipe, model, cluster))
+    if recipe.uses_reference:
+        found[Phase.REFERENCE.shown] = found[Phase.LOGPROBS.shown]
     found["gradient sync"] = (moved.gradients + moved.parameters) / network
     found[Phase.WEIGHT_SYNC.shown] = moved.reshard / network
     if moved.offload:  # at worst, when nothing hides it

@@ -12,7 +12,8 @@ from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError, few
 from megatron_vapo.plugins import ADVANTAGES, LOSSES, Plugin
 
-TAKEN = {"loss", "policy_loss", "lm_loss", "entropy", "grad_norm", "learning_rate", "skipped", "effective_sample_size"}
+TAKEN = {"loss", "policy_loss", "lm_loss", "kl_reference", "entropy"}
+TAKEN |= {"grad_norm", "learning_rate", "skipped", "effective_sample_size"}
 """Names of the actor's other metrics, which a loss of one's own must not give to its own, nor `importance_*`."""
 
 
@@ -50,6 +51,8 @@ def _check_reads(loss: Plugin, recipe: Recipe) -> None:
     critics = [name for name in ("values", "returns") if name in loss.reads]
     if critics and not recipe.uses_critic:
         raise RecipeError(f"{loss.title} reads {critics[0]}, which only a critic gives, and this recipe has none")
+    if "reference_logprobs" in loss.reads and not recipe.uses_reference:
+        raise RecipeError(f"{loss.title} reads reference_logprobs: set reference.enabled=true")
     mode = recipe.resolved_algorithm.importance.mode
     if mode != "none" and "importance" not in loss.reads:
         raise RecipeError(

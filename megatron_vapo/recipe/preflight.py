@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
@@ -93,6 +93,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         critic = _critic_architecture(recipe.critic, inputs.architecture)
         roles["critic"] = (recipe.critic, critic)
         _check_pretrained_critic(recipe.value_pretraining.checkpoint)
+    _check_reference(recipe, inputs.architecture)
     _check_kernels(recipe.actor)
     for name, (role, architecture) in roles.items():
         check_world(name, role, world_size())
@@ -339,6 +340,17 @@ def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architect
             f"actor must read the same tokens"
         )
     return architecture
+
+
+def _check_reference(recipe: Recipe, actor: Architecture) -> None:
+    """Refuse a reference policy that is not of the actor's architecture, whose layout it has."""
+    path = recipe.reference.path
+    if not recipe.uses_reference or path is None:
+        return
+    found, expected = asdict(checked_architecture(path)), asdict(actor)
+    other = [f"{name} {found[name]} instead of {expected[name]}" for name in expected if found[name] != expected[name]]
+    if other:
+        raise CheckpointError(f"reference.path={path}: must be of the actor's architecture; it has {few(other, 3)}")
 
 
 def _check_pretrained_critic(folder: str | None) -> None:

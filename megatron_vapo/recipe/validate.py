@@ -25,6 +25,7 @@ def validate(recipe: Recipe) -> None:
     _validate_data(recipe)
     _validate_batches(recipe)
     _validate_algorithm(recipe)
+    _validate_reference(recipe)
     _validate_rollout(recipe)
     _validate_alarms(recipe)
     for name, role in recipe.roles.items():
@@ -115,6 +116,14 @@ def _validate_bins(recipe: Recipe) -> None:
         raise RecipeError(
             f"algorithm.value_clip={recipe.algorithm.value_clip} bounds a squared error, and critic.head.kind=hl_gauss "
             "has none: set it to null"
+        )
+
+
+def _validate_reference(recipe: Recipe) -> None:
+    if recipe.uses_reference and recipe.reference.offload and recipe.actor.precision.fp8_parameters:
+        raise RecipeError(
+            "reference.offload cannot move FP8 parameters, and the reference is computed as the actor: turn it or "
+            "actor.precision.fp8_parameters off"
         )
 
 

@@ -16,6 +16,7 @@ class Phase(StrEnum):
     SLEEP = "sleep", "engine to sleep"
     VALUES = "values", "values"
     LOGPROBS = "logprobs", "log-probs"
+    REFERENCE = "reference", "reference log-probs"
     CRITIC_UPDATE = "critic_update", "critic update"
     ACTOR_UPDATE = "actor_update", "actor update"
     WEIGHT_SYNC = "weight_sync", "weight sync"

@@ -14,7 +14,8 @@ from megatron_vapo.config import Recipe
 from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.models.layout import ParallelLayout, layout_sizes
 from megatron_vapo.models.parallel_model import ParallelModel
-from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.models.parameters import load_hf
+from megatron_vapo.models.roles import Actor, Critic, Reference
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.recipe.load import to_yaml
 from megatron_vapo.recipe.preflight import Inputs
@@ -43,6 +44,15 @@ def build_trainers(recipe: Recipe, inputs: Inputs) -> dict[str, Trainer]:
         critic.set_head(recipe.critic.init == "fresh_head", recipe.seed)
         trainers["critic"] = _loaded(critic, recipe.critic.reward_model or recipe.model.path)
     return trainers
+
+
+def build_reference(recipe: Recipe, inputs: Inputs, actor: Actor) -> Reference:
+    """Build the reference policy, in the actor's process groups."""
+    dtype, temperature = torch_dtype(recipe.model.dtype), recipe.rollout.sampling.temperature
+    model = Reference(recipe.reference_role, inputs.architecture, dtype, actor.layout, temperature)
+    load_hf(model, recipe.reference.path or recipe.model.path)
+    model.offloader.keep()
+    return model
 
 
 def _loaded(model: ParallelModel, folder: str) -> Trainer:

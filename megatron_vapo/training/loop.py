@@ -30,6 +30,7 @@ def train(run: Run) -> None:
             run.interrupt.check()
             batch = run.values(rollout.batch) if recipe.uses_critic else rollout.batch
             batch = run.logprobs(batch)
+            batch = run.reference_logprobs(batch) if recipe.uses_reference else batch
             batch = with_advantages(batch, recipe.algorithm)
             run.interrupt.check()  # for the last time: models change from here on
             metrics = run.update_critic(batch, recipe.critic.epochs, step) if recipe.uses_critic else {}

@@ -176,8 +176,8 @@ def categorical_value_objective(minibatch: Experience, algorithm: AlgorithmConfi
 def policy_objective(
     minibatch: Experience, algorithm: AlgorithmConfig, sum_over_sequence_ranks: SumOverRanks = of_one_rank
 ) -> Loss:
-    """Return the actor's loss: the policy loss that `algorithm.loss` names, and mu times the language-model loss on
-    correct responses.
+    """Return the actor's loss: the policy loss that `algorithm.loss` names, mu times the language-model loss on correct
+    responses, and the KL divergence from the reference policy (`kl_reference`) times its coefficient.
 
     With an importance correction three statistics more: mean and mean square of the weights that are used,
     `importance_mean` and `importance_square`, and `importance_bounded`, the share of weights that a bound changed.
@@ -186,6 +186,7 @@ def policy_objective(
     options = _options(policy_loss, algorithm)
     correction = _importance(minibatch, algorithm) if "importance" in policy_loss.reads else None
     read = {name: _tensor(minibatch, name, algorithm, correction) for name in policy_loss.reads if name not in _OUTPUTS}
+    reference = minibatch.require("reference_logprobs") if algorithm.kl_coefficient else None
     part_of = _parts(minibatch, algorithm, sum_over_sequence_ranks)
     positive = minibatch.per_token(minibatch.correct)
     positive_tokens = int(minibatch.whole.response_lengths[minibatch.whole.correct].sum())
@@ -204,6 +205,10 @@ def policy_objective(
             }
         lm = losses.positive_lm_loss(logprobs, pick(positive), positive_tokens)
         share = policy + algorithm.positive_lm_coefficient * lm
+        if reference is not None:
+            kl = part.mean(losses.kl_loss(logprobs, pick(reference), algorithm.kl_estimator))
+            share = share + algorithm.kl_coefficient * kl
+            statistics = statistics | {"kl_reference": kl}
         named = {"loss": share, "policy_loss": policy, "lm_loss": lm, "entropy": part.mean(entropy.detach())}
         return share, named | statistics
 
@@ -227,7 +232,8 @@ def _travelling(policy_loss: Plugin, algorithm: AlgorithmConfig) -> tuple[str, .
     old = "rollout_logprobs" if algorithm.old_logprobs == "rollout" else "logprobs"
     sources: dict[str, tuple[str, ...]] = dict.fromkeys((*_OUTPUTS, *_OF_RESPONSES), ())
     sources |= {"old_logprobs": (old,), "importance": (old, "rollout_logprobs") if _corrects(algorithm) else ()}
-    return tuple(sorted({source for name in policy_loss.reads for source in sources.get(name, (name,))}))
+    read = [*policy_loss.reads, *(["reference_logprobs"] if algorithm.kl_coefficient else [])]
+    return tuple(sorted({source for name in read for source in sources.get(name, (name,))}))
 
 
 def _tensor(

@@ -17,6 +17,7 @@ from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.models import generators
 from megatron_vapo.models.layout import init_world
+from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.observe.timer import PhaseTimer
@@ -61,7 +62,10 @@ class Run:
         if inputs.dropped:
             display.note(f"data: {inputs.dropped} training prompts are dropped, of more than data.max_prompt_tokens")
         self.trainers = build.build_trainers(recipe, inputs)
-        models = {role: trainer.model for role, trainer in self.trainers.items()}
+        models: dict[str, ParallelModel] = {role: trainer.model for role, trainer in self.trainers.items()}
+        if recipe.uses_reference:
+            self.reference = build.build_reference(recipe, inputs, self.actor)
+            models[self.reference.name] = self.reference
         self._layouts = list({id(model.layout): model.layout for model in models.values()}.values())
         self._memory, self._updates = PhaseMemory(models), MinibatchUpdates(recipe)
         self.engine = build.build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
@@ -136,6 +140,12 @@ class Run:
         batch = replace(batch, logprobs=logprobs, entropy=entropy)
         step_metrics.check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
         return batch
+
+    def reference_logprobs(self, batch: Experience) -> Experience:
+        """Add the reference policy's log-probs; only where `recipe.uses_reference`."""
+        with self._phase(Phase.REFERENCE):
+            logprobs, _ = self.reference.forward(batch)
+        return replace(batch, reference_logprobs=logprobs)
 
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
         """Train the critic towards the value targets; return means of its metrics over minibatches."""

@@ -151,7 +151,7 @@ class TokenRecords:
             kind,
             step,
             responses=len(batch.whole),
-            batch=replace(batch, update_logprobs=None),  # the ratios say the same
+            batch=replace(batch, update_logprobs=None, reference_logprobs=None),  # the ratios say what the first do
             answers=[self._answers.get(prompt, "")[:_ANSWER] for prompt in _prompts(batch)],
             ratios=ratios,
             clipped=clipped,

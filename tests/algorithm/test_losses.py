@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_vapo.algorithm.losses import (
     importance_correction,
     importance_ratio,
+    kl_loss,
     policy_loss,
     positive_lm_loss,
     token_weights,
@@ -271,6 +272,38 @@ def test_the_double_sided_mask_is_the_loop_over_tokens(seed, corrected):
 def test_the_double_sided_mask_has_no_dual_clip():
     with pytest.raises(ValueError, match="dual_clip"):
         policy_loss(*torch.zeros(4, 3), **CLIPS, dual_clip=3.0, beyond="mask")
+
+
+@given(seeds)
+def test_kl_estimates_by_the_formula(seed):
+    """Token by token, and their mean over all of a policy's tokens is KL(policy || reference) for k3."""
+    policy, reference = normal(2 * 30, seed).reshape(2, 30)
+    pairs = list(zip(policy.tolist(), reference.tolist()))
+    assert kl_loss(policy, reference, "k3").tolist() == pytest.approx([math.exp(r - p) - 1 - (r - p) for p, r in pairs])
+    assert kl_loss(policy, reference, "k2").tolist() == pytest.approx([(r - p) ** 2 / 2 for p, r in pairs])
+    p, q = policy.log_softmax(0), reference.log_softmax(0)
+    exact = (p.exp() * (p - q)).sum()
+    torch.testing.assert_close((p.exp() * kl_loss(p, q, "k3")).sum(), exact)
+
+
+@given(seeds)
+def test_the_gradient_of_k2_is_that_of_the_divergence(seed):
+    """In expectation over the policy's own tokens; that of k3 is the other divergence's (the reference's over it)."""
+    logits, other = normal(2 * 12, seed).reshape(2, 12)
+    logits.requires_grad_()
+    reference = other.log_softmax(0)
+    p = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((p.exp() * (p - reference)).sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad((p.detach().exp() * kl_loss(p, reference, "k2")).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(found, exact)
+    (forward,) = torch.autograd.grad((reference.exp() * (reference - p)).sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad((p.detach().exp() * kl_loss(p, reference, "k3")).sum(), logits)
+    torch.testing.assert_close(found, forward)
+
+
+def test_kl_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="'k1'"):
+        kl_loss(torch.ones(2), torch.ones(2), "k1")
 
 
 def brute_force_ratios(train: list[float], rollout: list[float], lengths: list[int], level: str) -> list[float]:

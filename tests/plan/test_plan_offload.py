@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vapo.config import ActorConfig, CriticConfig, ModelConfig, OffloadConfig, Recipe
+from megatron_vapo.config import ActorConfig, CriticConfig, ModelConfig, OffloadConfig, Recipe, ReferenceConfig
 from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.offload import KINDS, NEEDED
 from megatron_vapo.models.parallel_model import ParallelModel
-from megatron_vapo.models.roles import Actor, Critic
+from megatron_vapo.models.roles import Actor, Critic, Reference
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, phases, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
 from megatron_vapo.recipe.load import with_overrides
+from megatron_vapo.runtime.phases import Phase
 from megatron_vapo.training.phase_memory import PhaseMemory
 from tests.plan import plan_ranks
 
@@ -49,9 +50,11 @@ def measured(recipe: Recipe) -> dict[str, dict[str, int]]:
         "actor": Trainer(Actor(recipe.actor, SHAPES[0], dtype, layout)),
         "critic": Trainer(Critic(recipe.critic, SHAPES[1], dtype, layout)),
     }
-    models = {role: trainer.model for role, trainer in trainers.items()}
+    models: dict[str, ParallelModel] = {role: trainer.model for role, trainer in trainers.items()}
+    if recipe.uses_reference:
+        models["reference"] = Reference(recipe.reference_role, SHAPES[0], dtype, layout)
     memory, found = PhaseMemory(models), {}
-    for phase in NEEDED:
+    for phase in (phase for phase in NEEDED if recipe.uses_reference or phase != Phase.REFERENCE):
         with memory(phase):
             found[phase] = dict(_resident(models))
     layout.close()
@@ -72,8 +75,10 @@ def _resident(models: dict[str, ParallelModel]) -> Iterator[tuple[str, int]]:
         recipe_of("float32", ALL, OffloadConfig(optimizer=True, gradients=True)),
         recipe_of("bfloat16", ALL, ALL),
         recipe_of("bfloat16", OffloadConfig(main_parameters=True), ALL, distributed_optimizer=True),
+        replace(recipe_of("bfloat16", ALL, ALL), reference=ReferenceConfig(enabled=True)),
+        replace(recipe_of("bfloat16", ALL, ALL), reference=ReferenceConfig(enabled=True, offload=True)),
     ],
-    ids=["nothing", "some", "all, bfloat16", "some, sharded bfloat16"],
+    ids=["nothing", "some", "all, bfloat16", "some, sharded bfloat16", "a reference", "a reference that leaves"],
 )
 def test_each_phase_holds_what_is_planned(recipe: Recipe) -> None:
     """To the byte, but for the padding of buffers that the distributed optimizer cuts."""

@@ -365,7 +365,8 @@ OUT_OF_BOUNDS = {
     "at least 0": (
         *("steps", "seed", "evaluation.every", "checkpoint.every", "reward.overlong.cache_tokens"),
         *("observe.samples_per_step", "algorithm.clip_low", "algorithm.clip_high", "algorithm.value_clip"),
-        *("algorithm.positive_lm_coefficient", "actor.moe_aux_loss", "actor.optimizer.learning_rate"),
+        *("algorithm.positive_lm_coefficient", "algorithm.kl_coefficient"),
+        *("actor.moe_aux_loss", "actor.optimizer.learning_rate"),
         *("actor.optimizer.warmup_steps", "actor.optimizer.weight_decay", "actor.optimizer.epsilon"),
         *("actor.optimizer.decay_steps", "actor.optimizer.final_learning_rate"),
         *("actor.optimizer.clip_grad", "actor.optimizer.beta1", "critic.optimizer.learning_rate"),

@@ -746,3 +746,15 @@ def test_fp8_rollouts_on_blackwell(gpus: Callable[..., None]) -> None:
         _check_fp8_rollout(read_architecture(SHAPE), [])
     gpus(8, (9, 0))
     _check_fp8_rollout(read_architecture(SHAPE), [])
+
+
+def test_a_reference_policy_is_of_the_actors_architecture(
+    refusal: Callable[..., str], read: Callable[..., Inputs], make_checkpoint: Callable[..., Path]
+) -> None:
+    other = make_checkpoint("qwen2", num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    path, kl = f"reference.path={other}", "algorithm.kl_coefficient=0.1"
+    text = refusal(CheckpointError, path, kl)
+    assert f"{path}: must be of the actor's architecture; it has layers 3 instead of 4" in text
+    read(path)  # none is read
+    read(kl)
+    read(kl, f"reference.path={make_checkpoint('qwen2', seed=5)}")

@@ -34,6 +34,7 @@ MORE = {
         "algorithm.loss=examples.entropy_bonus:entropy_bonus",
         "algorithm.options.coefficient=0.1",
     ],
+    "a reference": ["algorithm.kl_coefficient=0.1"],
     "the engine's log-probs": ["algorithm.old_logprobs=rollout", "algorithm.beyond_clip=mask"],
 }
 """Settings that no published recipe has, beside those of the tiny one."""
@@ -68,6 +69,7 @@ def rolled_out(make_experience) -> Experience:
     outcomes = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
     rewards = outcomes - 0.5 * (torch.arange(8) == 4)
     batch = make_experience([2] * 8, RESPONSES, outcomes=outcomes, rewards=rewards, truncated=torch.arange(8) == 6)
+    batch = replace(batch, reference_logprobs=batch.require("logprobs").flip(0))
     return replace(batch, advantages=None, returns=None)
 
 

@@ -217,6 +217,24 @@ def test_a_minibatch_without_correct_responses(batch):
     assert torch.equal(statistics["loss"], statistics["policy_loss"])
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_the_divergence_from_the_reference(batch, estimator, reduction):
+    """It is added to the loss, as a mean of the loss's own kind, and nothing else changes."""
+    new, reference = outputs(batch)[0], outputs(batch, seed=5)[0]
+    held = replace(batch, reference_logprobs=reference)
+    without = policy(held, loss_reduction=reduction)
+    with_ = policy(held, loss_reduction=reduction, kl_coefficient=0.3, kl_estimator=estimator)
+    d = (reference - new).double()
+    responses = by_response(batch, d.exp() - 1 - d if estimator == "k3" else d**2 / 2)
+    kl = torch.cat(responses).mean() if reduction == "token" else torch.stack([r.mean() for r in responses]).mean()
+    close(with_["kl_reference"].double(), kl)
+    close(with_["loss"].double(), without["loss"] + 0.3 * kl)
+    assert {n for n in without if not torch.equal(with_[n], without[n])} == {"loss"}
+    with pytest.raises(ValueError, match="no reference_logprobs"):
+        policy(batch, kl_coefficient=0.3)
+
+
 @pytest.mark.parametrize(
     ("changes", "sign", "beyond"),
     [

@@ -45,7 +45,7 @@ SETTINGS = {
     "critic": {"init": "reward_model", "epochs": 2, "micro_batch_tokens": 64, "optimizer": {"learning_rate": 1e-2}},
     "value_pretraining": {"max_steps": 2, "target_explained_variance": 1.0},
     "rollout": {"prompts_per_step": 3, "samples_per_prompt": 4, "max_response_tokens": 16},
-    "algorithm": {"whiten_advantages": True},
+    "algorithm": {"whiten_advantages": True, "kl_coefficient": 0.05},
     "reward": {"name": f"{__name__}:has_even_length"},
     "evaluation": {"problems": 5, "samples": 2, "every": 2},
     "checkpoint": {"every": 2},
@@ -82,11 +82,8 @@ class Talks:
         return Step(f"{self.heard}+", reward=self.heard / 64, done=len(response) % 3 == 0)
 
 
-OFFLOAD = tuple(
-    f"{role}.offload.{kind}=true"
-    for role in ("actor", "critic")
-    for kind in ("parameters", "gradients", "main_parameters", "optimizer")
-)
+KINDS = ("parameters", "gradients", "main_parameters", "optimizer")
+OFFLOAD = ("reference.offload=true", *(f"{r}.offload.{kind}=true" for r in ("actor", "critic") for kind in KINDS))
 SHARDED = ("model.dtype=bfloat16", "actor.distributed_optimizer=true", "critic.distributed_optimizer=true")
 SHARDED += ("critic.frozen=attention",)
 
@@ -95,7 +92,7 @@ class Crash(Exception):
     """Stands for kill -9."""
 
 
-PHASES = [phase for phase in Phase if phase not in (Phase.STARTING, Phase.SLEEP)]
+PHASES = [phase for phase in Phase if phase not in (Phase.STARTING, Phase.SLEEP, Phase.REFERENCE)]  # a pass as others
 
 
 class Events(Watchdog):
@@ -451,9 +448,11 @@ def test_each_phase_has_on_the_device_what_it_needs(start: Callable[..., bool], 
     for kind in everything:
         both = stays[f"memory/rollout/{kind}"]
         actor, critic = (moves[f"memory/{role}_update/{kind}"] for role in ("actor", "critic"))
-        assert actor > 0 < critic and actor + critic == both
+        reference = moves[f"memory/reference/{kind}"]
+        assert actor > 0 < critic and actor + critic + reference == both
+        assert (reference > 0) == (kind == "parameters")
         assert moves[f"memory/rollout/{kind}"] == 0
-        of_passes = {"values": critic, "logprobs": actor, "weight_sync": actor}
+        of_passes = {"values": critic, "logprobs": actor, "reference": reference, "weight_sync": actor}
         for phase, size in of_passes.items():
             assert moves[f"memory/{phase}/{kind}"] == (size if kind == "parameters" else 0)
 
