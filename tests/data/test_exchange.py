@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_vapo.data.exchange import Exchange, Placement, homes
@@ -54,6 +54,8 @@ def four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40))
+@example([5] * 8)
+@example([1] * 20 + [50] * 20)  # equal numbers of responses would not do
 def test_homes_are_runs_of_about_equal_length(lengths: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.distributed, "get_world_size", lambda: 4)
@@ -62,6 +64,8 @@ def test_homes_are_runs_of_about_equal_length(lengths: list[int]) -> None:
     assert len(placement.counts) == 4
     shares = [sum(lengths[i] for i in placement.on(rank).tolist()) for rank in range(4)]
     assert max(shares) <= sum(lengths) / 4 + max(lengths)
+    if len(set(lengths)) == 1 and len(lengths) % 4 == 0:
+        assert len(set(shares)) == 1
 
 
 def test_a_response_that_nobody_has_is_named(four_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
