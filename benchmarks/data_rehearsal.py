@@ -51,7 +51,7 @@ from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.rewards import RewardInput
 from megatron_vapo.rewards.scorer import Begun, Failures, Score
-from megatron_vapo.rollout import EngineIndex, Request, Response
+from megatron_vapo.rollout import EngineIndex, Follow, Request, Response, nothing
 from megatron_vapo.runtime.signals import Interrupt
 from megatron_vapo.runtime.watchdog import Watchdog
 from megatron_vapo.sampling.sampler import Sampler
@@ -87,7 +87,12 @@ class RecordedEngine:
         self.index = EngineIndex(dist.get_rank(), dist.get_world_size())
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingConfig, max_tokens: int, on_tokens: Callable
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
         for number, request in enumerate(requests):
             drawn = int(Random(request.seed).lognormvariate(0, SIGMA) * MEDIAN)
