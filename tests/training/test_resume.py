@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +22,7 @@ from benchmarks.records import timeless
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.checkpoint.run_folder import open_run_folder
 from megatron_vapo.config import LimitsConfig
+from megatron_vapo.data.experience import Experience
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.preflight import read_inputs
@@ -222,16 +224,40 @@ def test_the_run_learns_something_to_lose(uninterrupted: Callable[..., Path]) ->
 def test_ratios_that_are_kept_are_those_of_the_last_epoch(start: Callable[..., bool], tmp_path: Path) -> None:
     """With a minibatch of the whole batch nothing has moved in the first of two epochs, so a mean over both updates is
     half of the second's."""
-    assert start(tmp_path / "run", "minibatch_size=12", "steps=2", "evaluation.data=null", "algorithm.clip_high=0.002")
+    drops_half = ["algorithm.importance.mode=mask", "algorithm.importance.level=sequence", "algorithm.importance.low=1"]
+    whole = ["minibatch_size=12", "steps=2", "evaluation.data=null", "algorithm.clip_high=0.002"]
+    assert start(tmp_path / "run", *whole, *drops_half)
     for metrics in timeless(tmp_path / "run", "train"):
         record = TokenRecord.load(path_of(tmp_path / "run", "train", metrics["step"]))
         log_ratio = record.ratios.double().log()
         assert 2 * metrics["actor/kl_k1"] == pytest.approx(float(-log_ratio.mean()), rel=1e-3)
         high = float((record.clipped == CLIPPED_BY.index("high")).double().mean())
         assert 0 < high == pytest.approx(2 * metrics["actor/clip_fraction_high"], rel=1e-6)
+        share, bounded = effective_sample_size(record.batch)
+        assert 0 < share < 1 and metrics["actor/effective_sample_size"] == pytest.approx(share, rel=1e-5)
+        assert metrics["actor/importance_bounded"] == pytest.approx(bounded, rel=1e-5)
+
+
+def effective_sample_size(batch: Experience) -> tuple[float, float]:
+    """Of the weights of tokens, where a response that is less likely to the trainer than to the engine has none; and
+    the share of tokens without any. Engine and trainer differ by rounding."""
+    weights: list[float] = []
+    for difference in (batch.logprobs - batch.rollout_logprobs).split(batch.response_lengths.tolist()):
+        product = float(np.float32(math.exp(float(difference.double().sum()))))
+        weights += [product if product >= 1 else 0.0] * len(difference)
+    squares = sum(weight * weight for weight in weights)
+    return sum(weights) ** 2 / (len(weights) * squares), sum(weight == 0 for weight in weights) / len(weights)
 
 
 BINS = ("critic.head.kind=hl_gauss", "critic.init=fresh_head", "critic.reward_model=null")
+TALKS = (
+    f"environment.name={__name__}:Talks",
+    "environment.options.start=7",
+    "rollout.max_response_tokens=40",
+    "rollout.partial=true",
+    "rollout.over_sampling=1.7",
+    "rollout.max_version_lag=2",
+)
 DELAYED = [f"{role}.precision.{setting}" for role in ("actor", "critic") for setting in ("linear=fp8", "emulate=true")]
 DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")), "critic.frozen=attention"]
 
@@ -254,14 +280,7 @@ DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")
             "rollout.max_version_lag=2",
             "rollout.transformers.batch_size=4",
         ),
-        (
-            f"environment.name={__name__}:Talks",
-            "environment.options.start=7",
-            "rollout.max_response_tokens=40",
-            "rollout.partial=true",
-            "rollout.over_sampling=1.7",
-            "rollout.max_version_lag=2",
-        ),
+        TALKS,
     ],
     ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",
 )
