@@ -1,9 +1,12 @@
-"""Rollouts ahead of training: what staleness does to learning.
+"""Rollouts ahead of training: what staleness does to learning, and what time it saves.
 
     python -m benchmarks.ahead --out FOLDER [--seeds 5] [--lags 0 1 2 4] [--tokens 300000] [--table]
+    python -m benchmarks.ahead --out FOLDER --sglang .venv-sglang/bin/python [--steps 10]
 
-Each seed has a base model and problems of its own (tools/make_tiny_base.py), which its runs share; those of
+Learning: each seed has a base model and problems of its own (tools/make_tiny_base.py), which its runs share; those of
 VAPO share the critic that lag 0 pretrained. Runs that --out holds are not repeated; a table shows those that are there.
+
+Time: a trainer and a separate SGLang server, which have a core each of two.
 """
 
 from __future__ import annotations
@@ -112,16 +115,54 @@ def table(lags: list[int], out: Path, seeds: int) -> str:
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows])
 
 
+def time_with_server(python: str, lag: int, steps: int, out: Path, overrides: list[str]) -> str:
+    """Return the table's row of a run of VAPO with a separate server: means over its steps but the first two, of which
+    the first samples lag + 1 batches, and the last, after which nothing is sampled."""
+    base, run_dir = out / "base_0", out / f"sglang_lag{lag}"
+    if not (run_dir / "summary.json").is_file():
+        settings: dict[str, object] = {
+            "run_dir": run_dir,
+            "model.path": base / "base",
+            "data.train": base / "train.jsonl",
+            "evaluation.data": "null",
+            "value_pretraining.enabled": "false",
+            "steps": steps,
+            "checkpoint.every": 0,
+            "rollout.engine": "sglang",
+            "rollout.sglang.python": python,
+            "rollout.sglang.placement": "separate",
+            "rollout.lag": lag,
+        }
+        command = [sys.executable, "-m", "megatron_vapo", "train", str(ROOT / "recipes" / "tiny.yaml")]
+        subprocess.run([*command, *(f"{k}={v}" for k, v in settings.items()), *overrides], check=True, cwd=ROOT)
+    found = records(run_dir, "train")[2:-1]
+    step = fmean(record["seconds/step"] for record in found)
+    waits = fmean(record["seconds/rollout"] for record in found) / step
+    idle = f"{fmean(r['seconds/engine_idle'] for r in found) / step:.0%}" if lag else f"{1 - waits:.0%}"
+    tokens = fmean(record["throughput/tokens_per_second"] for record in found)
+    return f"| {lag} | {60 / step:.1f} | {step:.2f} | {waits:.0%} | {idle} | {tokens:,.0f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 2, 4])
     parser.add_argument("--tokens", type=int, default=300_000, help="sampled tokens that each run trains on")
+    parser.add_argument(
+        "--sglang", metavar="PYTHON", help="measure time: the interpreter of an environment with SGLang"
+    )
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--table", action="store_true", help="train nothing; show what is there")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     out = options.out.absolute()
+    if options.sglang:
+        print("| lag | steps a minute | seconds a step | trainer waits | server waits | tokens a second |")
+        print("|---" * 6 + "|")
+        for lag in options.lags:
+            print(time_with_server(options.sglang, lag, options.steps, out, options.overrides), flush=True)
+        return
     for seed in range(0 if options.table else options.seeds):
         for case in cases(options.lags):
             train(case, seed, options.tokens, out, options.overrides)

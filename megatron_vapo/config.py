@@ -673,6 +673,11 @@ class RolloutConfig:
         return self.engine == "sglang" and self.sglang.placement == "separate"
 
     @property
+    def runs_beside(self) -> bool:
+        """Whether rollouts of later steps are written while the models train."""
+        return self.lag > 0 and self.has_own_devices
+
+    @property
     def caches_in_fp8(self) -> bool:
         """Whether the engine's keys and values are FP8."""
         return self.engine == "sglang" and self.sglang.kv_cache == "fp8"

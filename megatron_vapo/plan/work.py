@@ -188,7 +188,8 @@ def reshard_bytes(recipe: Recipe, actor: Model, cluster: Cluster) -> tuple[int, 
 def seconds(
     recipe: Recipe, models: dict[str, Model], cluster: Cluster, cache: Cache, moved: Traffic
 ) -> dict[str, float]:
-    """Return seconds by phase of a step, as shown, and of what its communication and offloading take."""
+    """Return seconds by phase of a step, as shown, and of what its communication and offloading take; less those in
+    which engines write the next step's rollout while the models train."""
     found = {Phase.ROLLOUT.shown: rollout_seconds(recipe, models["actor"], cluster, cache)}
     batch, assumed = batch_of(recipe, cluster), cluster.assumptions
     device = cluster.world * cluster.gpu.flops
@@ -205,6 +206,10 @@ def seconds(
     found[Phase.WEIGHT_SYNC.shown] = moved.reshard / network
     if moved.offload:  # at worst, when nothing hides it
         found["offload"] = 2 * moved.offload / (cluster.gpu.host * assumed.host_efficiency)
+    if recipe.rollout.runs_beside:
+        apart = (Phase.ROLLOUT.shown, Phase.WEIGHT_SYNC.shown)
+        training = sum(seconds for name, seconds in found.items() if name not in apart)
+        found["done at the same time"] = -min(found[Phase.ROLLOUT.shown], training)
     return found
 
 

@@ -27,6 +27,7 @@ from megatron_vapo.rollout import Pause, Request, RolloutEngine
 from megatron_vapo.runtime.collectives import any_rank, gather_objects
 from megatron_vapo.runtime.signals import stop_together
 from megatron_vapo.runtime.work import working
+from megatron_vapo.sampling.background import Sampling, here
 from megatron_vapo.sampling.failing import ENVIRONMENT, FailureLimit
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Group, Sample, Scored, Tokens, trained_marks
@@ -90,14 +91,14 @@ class Sampler:
         """Return `samples` scored responses to each prompt, those of a prompt one after another. Each process has the
         tokens and the text of those that it holds."""
         groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
-        self._write(groups, sampling, quota=None)
+        here(self._write(groups, sampling, quota=None))
         self._judge_failures()
         return [sample.result for group in groups for sample in group.samples]
 
     def experience(
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
-    ) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
-        """Return the responses of one step as experience, at their homes, and each of them with its prompt, as they
+    ) -> Sampling[tuple[Experience, list[tuple[Prompt, Scored]]]]:
+        """Sample the responses of one step as experience, at their homes, and each of them with its prompt, as they
         were written: tokens and text are where the engine is."""
         settings = self._rollout
         count, samples = settings.prompts_per_step, settings.samples_per_prompt
@@ -112,7 +113,7 @@ class Sampler:
             fresh = order.take(max(0, math.ceil(settings.over_sampling * missing) - len(carried)))
             groups = carried + self._begin(fresh, prompts, samples, purpose, step * rounds + number)
             carried = []
-            self._write(groups, settings.sampling, quota=missing if len(groups) > missing else None)
+            yield from self._write(groups, settings.sampling, quota=missing if len(groups) > missing else None)
             sampled += sum(group.tokens for group in groups)
             for group in groups:
                 taught = not settings.dynamic_sampling or (group.complete and group.teaches)
@@ -181,7 +182,7 @@ class Sampler:
         if self.engine.index is not None and self.engine.index.engine == 0:
             self._counts[name] += number
 
-    def _write(self, groups: list[Group], sampling: SamplingConfig, quota: int | None) -> None:
+    def _write(self, groups: list[Group], sampling: SamplingConfig, quota: int | None) -> Sampling[None]:
         """Finish all groups, or, with a quota, at least so many. Engines share them by whole groups: the samples of one
         have a common prefix."""
         index = self.engine.index
@@ -189,11 +190,12 @@ class Sampler:
         self._hand_over(groups)
         enough = len(range(index.engine, quota, index.engines)) if index and quota is not None else len(mine)
         while True:
-            self._ask(mine, sampling, enough)
+            yield partial(self._ask, mine, sampling, enough)
             stop_together(self._overdue())
-            if not any_rank(self.engine.failure is not None):
-                break
-            self.refresh()
+            if any_rank(self.engine.failure is not None):
+                self.refresh()
+            elif not any_rank(sum(group.complete for group in mine) < enough):
+                break  # else the engine failed and was started again meanwhile
         begun = [sample for group in mine for sample in group.samples if sample.score is not None]
         self._finish_scores(begun)
         self._report(groups, mine)

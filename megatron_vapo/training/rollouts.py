@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.batch_files import read_batch, write_batch
-from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.data.prompts import Prompt
@@ -23,6 +22,7 @@ from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.recipe.prompt_files import prompt_files
 from megatron_vapo.runtime.collectives import gather_objects, on_first_rank
+from megatron_vapo.sampling.background import Sampling
 from megatron_vapo.sampling.rollout_store import RolloutStore, StoredRollout
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.trajectory import Group, Scored, gathered, reward_metrics, spread
@@ -124,14 +124,14 @@ class Rollouts:
         write_generators(stored.generators[dist.get_rank()], self._layouts)
         return stored.rollout
 
-    def sampled(self, purpose: StepKind, step: int) -> tuple[Rollout, list[tuple[Prompt, Scored]]]:
+    def sampled(self, purpose: StepKind, step: int) -> Sampling[tuple[Rollout, list[tuple[Prompt, Scored]]]]:
         """Group-sample the next prompts, score the responses, and store the rollout.
 
         Returns:
             The rollout, and each response with its prompt, as its holder has it.
         """
         before = self.position
-        batch, rows = self._sampler.experience(self._prompts, self._order, purpose, step)
+        batch, rows = yield from self._sampler.experience(self._prompts, self._order, purpose, step)
         self._sleep()  # before its metrics are read
         metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows]) | self._accuracies(rows)
         rollout = Rollout(batch, metrics, self._sampler.new_failures())
@@ -141,10 +141,11 @@ class Rollouts:
             self._store.save(_name(purpose, step), stored)
         return rollout, rows
 
-    def save(self, purpose: StepKind, step: int, batch: Experience) -> None:
-        """Write the batch into the run folder, for other runs to replay, if the recipe says so."""
+    def keep(self, purpose: StepKind, step: int, rollout: Rollout) -> None:
+        """Keep a rollout until its step; also in the run folder, for other runs to replay, if the recipe says so."""
+        self.ahead.append(rollout)
         if self._recipe.rollout.save:
-            write_batch(self._folder / "rollouts" / _name(purpose, step), batch)
+            write_batch(self._folder / "rollouts" / _name(purpose, step), rollout.batch)
 
     def _accuracies(self, rows: list[tuple[Prompt, Scored]]) -> dict[str, float]:
         """The share of right responses to each training file's prompts, where there are several."""

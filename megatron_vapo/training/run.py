@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from megatron_vapo.checkpoint.snapshot import RunState, Snapshot, StepKind
 from megatron_vapo.config import Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.rollout import Rollout
-from megatron_vapo.errors import TrainingError
+from megatron_vapo.errors import RewardError, RolloutError, TrainingError
 from megatron_vapo.models import generators
 from megatron_vapo.models.layout import init_world
 from megatron_vapo.models.parallel_model import ParallelModel
@@ -24,8 +24,9 @@ from megatron_vapo.observe.timer import PhaseTimer
 from megatron_vapo.recipe.preflight import Inputs
 from megatron_vapo.runtime.collectives import on_first_rank
 from megatron_vapo.runtime.phases import Phase
-from megatron_vapo.runtime.signals import Interrupt
+from megatron_vapo.runtime.signals import Interrupt, StopRequested
 from megatron_vapo.runtime.watchdog import Watchdog
+from megatron_vapo.sampling.background import InBackground, Sampling, here
 from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.training import build, objectives, step_metrics
 from megatron_vapo.training.phase_memory import PhaseMemory
@@ -73,7 +74,7 @@ class Run:
         self._sync = build.build_weight_sync(recipe, self.actor, self.engine)
         self.sampler = build.build_sampler(recipe, inputs, self.engine, self.sync_weights, self.interrupt.overdue)
         opened.callback(self.sampler.close)
-        self.sampler.on_tokens = lambda count: display.add(count * dist.get_world_size())
+        self.sampler.on_tokens = self._show_tokens
         self.interrupt.on_overdue = self.engine.abort
         self._rollouts = Rollouts(recipe, inputs, self.sampler, self._layouts, self._sleep)
         self.checkpoints = build.build_checkpoints(recipe, inputs, self.trainers, display.note)
@@ -82,6 +83,13 @@ class Run:
         if self._records is not None:
             opened.callback(self._records.close)
         self._stopped_by: str | None = None
+        self._updated_in = 0
+        """The step that has updated the actor last, finished or not."""
+        self._under_way: tuple[int, InBackground[Rollout]] | None = None
+        """The rollout that is sampled beside training, and its step."""
+        self._idle = 0.0
+        """Seconds of this step in which the engine beside training had nothing to write."""
+        self._busy_until: float | None = None
         self.sync_weights()
         self._advance(self.state)
 
@@ -116,14 +124,10 @@ class Run:
         if replayed is not None:
             return replayed
         for missing in self._rollouts.missing(purpose, step):
-            with self._phase(Phase.ROLLOUT):
-                rollout = self._rollouts.stored(purpose, missing)
-                if rollout is not None:
-                    self.display.note(f"{purpose} step {missing}: the rollout stored by the run before")
-                else:
-                    rollout = self._sampled(purpose, missing)
-            self._rollouts.ahead.append(rollout)
-            self._rollouts.save(purpose, missing, rollout.batch)
+            self._collect()
+            self._begin(purpose, missing)
+        if not self._rollouts.ahead:
+            self._collect()
         self._sleep()
         return self._rollouts.ahead.popleft()
 
@@ -161,16 +165,17 @@ class Run:
         objective = objectives.actor_objective(self.recipe.resolved_algorithm, self.actor.sum_over_sequence_ranks)
         with self._phase(Phase.ACTOR_UPDATE):
             metrics = self._updates(trainer, objective, batch, epochs, step, seen)
+            self._updated_in = step
             if seen is not None:
                 logprobs, _ = seen.gather(self.actor, batch)
                 batch = replace(batch, update_logprobs=logprobs)
         return batch, metrics
 
     def sync_weights(self) -> None:
-        """Give the rollout engine the actor's present weights; their version is the number of finished steps."""
+        """Give the rollout engine the actor's present weights; their version is the number of steps behind them."""
         with self._phase(Phase.WEIGHT_SYNC):
             torch.cuda.empty_cache()  # for engines in other processes
-            self._sync(version=self.state.steps)
+            self._sync(version=max(self.state.steps, self._updated_in))
 
     def evaluate(self) -> None:
         """Measure and record held-out accuracy of the present policy."""
@@ -194,6 +199,7 @@ class Run:
             batch: the rollout's, with all that was computed for it.
             metrics: of the updates.
         """
+        self._collect()  # before there are other weights
         seconds = self.timer.end_step()
         version, state = self.state.steps, self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
         everything = step_metrics.of_step(batch, metrics, seconds, state, self.recipe.algorithm.gamma)
@@ -202,6 +208,8 @@ class Run:
             explained = [*state.explained_variances, everything["critic/explained_variance"]]
             state = replace(state, explained_variances=explained)
         self._advance(state)
+        if self.recipe.rollout.runs_beside:
+            everything["seconds/engine_idle"], self._idle = self._idle, 0.0
         everything |= rollout.metrics | self._rollouts.metrics() | self._memory.metrics()
         kept = Kept.of(batch, self.recipe.observe.tokens_mib * 2**20)
         warnings = {} if self._records is None else self._records.step(kind, step, kept, everything)
@@ -215,6 +223,8 @@ class Run:
     def save(self) -> None:
         """Start a checkpoint of models and snapshot; `settle` completes it."""
         self.settle(wait=True)  # the one before
+        with suppress(StopRequested, RolloutError, RewardError):  # within a step: what is written in time is kept
+            self._collect()
         with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
@@ -252,10 +262,40 @@ class Run:
         for layout in self._layouts:
             layout.close()
 
-    def _sampled(self, purpose: StepKind, step: int) -> Rollout:
+    def _begin(self, purpose: StepKind, step: int) -> None:
+        """Get a step's rollout, or have it sampled beside training, where the recipe does that."""
+        with self._phase(Phase.ROLLOUT):
+            rollout = self._rollouts.stored(purpose, step)
+            if rollout is not None:
+                self.display.note(f"{purpose} step {step}: the rollout stored by the run before")
+            elif purpose == "train" and self.recipe.rollout.runs_beside:
+                self._under_way = step, InBackground(self._sampled(purpose, step))
+                return
+            else:
+                rollout = here(self._sampled(purpose, step))
+        self._rollouts.keep(purpose, step, rollout)
+
+    def _show_tokens(self, count: int) -> None:
+        """Show the tokens of rollouts that the training thread waits for; no phase beside them has any."""
+        if self._under_way is None:
+            self.display.add(count * dist.get_world_size())
+
+    def _collect(self) -> None:
+        """Wait for the rollout that is sampled beside training, if there is one."""
+        if self._under_way is None:
+            return
+        (step, sampling), self._under_way = self._under_way, None
+        with self._phase(Phase.ROLLOUT):
+            rollout = sampling.result()
+        self._rollouts.keep("train", step, rollout)
+        for began, ended in sampling.busy:
+            self._idle += 0.0 if self._busy_until is None else began - self._busy_until
+            self._busy_until = ended
+
+    def _sampled(self, purpose: StepKind, step: int) -> Sampling[Rollout]:
         if self.engine.asleep:
             self.sync_weights()
-        rollout, rows = self._rollouts.sampled(purpose, step)
+        rollout, rows = yield from self._rollouts.sampled(purpose, step)
         samples = sample_rows(rows, self.recipe.observe.samples_per_step) if purpose == "train" else []
         if self._records is not None and purpose == "train":
             self._records.samples(step, samples)

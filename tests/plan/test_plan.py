@@ -19,7 +19,7 @@ from megatron_vapo.plan.counts import count_parameters
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, Model, cache_of, engine_weights, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, fits, smallest_change
-from megatron_vapo.plan.work import checkpoint_bytes, reshard_bytes, rollout_seconds
+from megatron_vapo.plan.work import checkpoint_bytes, reshard_bytes, rollout_seconds, seconds, traffic
 from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
@@ -203,6 +203,19 @@ def test_engines_apart_must_be_spread_evenly(recipe, architectures) -> None:
     models = roles_of(apart, *architectures)
     with pytest.raises(LayoutError, match="as many on each of the 4 nodes"):
         check_layouts(apart, models, replace(cluster(4, gpus_per_node=12), engine_gpus=16))
+
+
+def test_rollouts_ahead_hide_the_shorter_of_rollout_and_training(recipe, architectures) -> None:
+    beside = replace(cluster(4, gpus_per_node=16), engine_gpus=32)
+    apart = ["rollout.sglang.placement=separate", "rollout.sglang.servers=4"]
+    waiting, ahead = (with_overrides(recipe, [*apart, f"rollout.lag={lag}"]) for lag in (0, 1))
+    models = roles_of(recipe, *architectures)
+    cache = cache_of(ahead, models["actor"], phases(ahead, models, beside)[0], beside.world)
+    one, other = (seconds(r, models, beside, cache, traffic(r, models, beside)) for r in (waiting, ahead))
+    rollout, sync = one["rollout"], one["weight sync"]
+    assert sum(other.values()) == pytest.approx(sync + max(rollout, sum(one.values()) - rollout - sync))
+    together, four = with_overrides(recipe, ["rollout.lag=1"]), cluster(4)  # which take turns at any lag
+    assert "done at the same time" not in seconds(together, models, four, cache, traffic(together, models, four))
 
 
 def test_decoding_is_bound_by_the_longest_response(recipe, architectures) -> None:

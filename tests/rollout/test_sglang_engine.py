@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.records import records
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.commands.train import _until_stopped
-from megatron_vapo.config import EnvironmentConfig, SamplingConfig
+from megatron_vapo.config import EnvironmentConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.errors import RolloutError, TrainingError
@@ -236,6 +237,27 @@ def test_a_server_that_dies_or_hangs_while_it_generates_is_replaced(run: Run, nu
         rollout = rolled_out(run, 1, on_first_response=lambda: hit(run, number))
     assert_written_by_the_actor(run, rollout)
     assert rollout.metrics["rollout/restarts"] == 1
+
+
+def test_a_server_that_dies_beside_training_writes_the_rest_once_somebody_waits_for_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RolloutConfig, "runs_beside", True)
+    run.sync_weights()
+    died = threading.Event()
+
+    def on_tokens(count: int) -> None:
+        if not died.is_set():
+            hit(run, signal.SIGKILL)
+            died.set()
+
+    monkeypatch.setattr(run.sampler, "on_tokens", on_tokens)
+    with one_more_restart(run):
+        run._begin("train", 1)
+        assert died.wait(60) and not run._rollouts.ahead  # this thread goes on, as training would
+        run._collect()
+    rollout = run._rollouts.ahead.popleft()
+    assert_written_by_the_actor(run, replace(rollout, batch=run.logprobs(rollout.batch)))
 
 
 def test_a_server_that_dies_during_an_update_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from megatron_vapo.runtime import collectives as together
 from megatron_vapo.runtime import signals as interrupt_module
 from megatron_vapo.runtime.work import working
 from megatron_vapo.sampling import sampler as sampling_module
+from megatron_vapo.sampling.background import InBackground, here
 from megatron_vapo.sampling.evaluation import evaluate
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
@@ -169,7 +170,7 @@ class Steps:
     def step(self, number: int) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
         """One step with weights of version number - 1."""
         self.engine.version = number - 1
-        batch, rows = everything(*self.sampler.experience(PROMPTS, self.order, "train", number))
+        batch, rows = everything(*here(self.sampler.experience(PROMPTS, self.order, "train", number)))
         check(batch, rows)
         return batch, rows
 
@@ -561,6 +562,20 @@ def test_what_a_failed_engine_did_not_write_is_asked_again(failures: list[tuple[
     ]
 
 
+def test_an_engine_that_failed_beside_training_and_was_started_again_is_asked_for_the_rest() -> None:
+    """The next weight sync mends it before anybody waits for the responses."""
+    whole = Steps(FakeEngine(some_length)).step(1)
+    steps = Steps(FakeEngine(some_length, failing((0, 3))))
+    beside = InBackground(steps.sampler.experience(PROMPTS, steps.order, "train", 1))
+    beside._work.result()
+    assert steps.engine.failure == "the server ended"
+    steps.engine.failure = None
+    batch, rows = everything(*beside.result())
+    check(batch, rows)
+    assert steps.refreshes == 0 and len(steps.engine.asked) == 2
+    assert torch.equal(batch.tokens, whole[0].tokens)
+
+
 def test_a_failure_after_enough_groups_are_complete_loses_nothing() -> None:
     def fail_when_aborted(engine: FakeEngine, tick: int) -> None:
         if engine.aborted.is_set() and len(engine.asked) == 1:
@@ -687,7 +702,7 @@ def test_what_no_engine_wrote_goes_with_a_response_and_is_not_trained_on(
     def work(mine: Steps) -> Callable[[], object]:
         def run() -> object:
             mine.engine.version = 0
-            return everything(*mine.sampler.experience(PROMPTS, mine.order, "train", 1)), mine.sampler.metrics()
+            return everything(*here(mine.sampler.experience(PROMPTS, mine.order, "train", 1))), mine.sampler.metrics()
 
         return run
 
@@ -812,7 +827,7 @@ def test_rewards_see_the_whole_row_and_add_to_what_is_trained_on() -> None:
     prompts = [replace(prompt, row={"weight": prompt.index / 2}) for prompt in PROMPTS]
     settings = RewardConfig("chained_arithmetic", add={f"{__name__}:counts_tokens": 3.0})
     steps = Steps(FakeEngine(some_length), replace(settings, overlong=OverlongConfig(cache_tokens=4)))
-    batch, rows = steps.sampler.experience(prompts, steps.order, "train", 1)
+    batch, rows = here(steps.sampler.experience(prompts, steps.order, "train", 1))
     added = torch.tensor([3 * prompt.index / 2 for prompt, _ in rows])
     penalty = torch.tensor([min(0.0, (8 - length) / 4) for length in batch.response_lengths.tolist()])
     torch.testing.assert_close(batch.rewards, batch.outcomes + added + penalty)

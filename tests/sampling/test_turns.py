@@ -21,6 +21,7 @@ from megatron_vapo.rewards import Reward, RewardInput
 from megatron_vapo.rewards.environment import EnvironmentClass, Step
 from megatron_vapo.rewards.scorer import RewardScorer
 from megatron_vapo.rollout import EngineIndex, Follow, Pause, Request, Response, next_turn, nothing
+from megatron_vapo.sampling.background import here
 from megatron_vapo.sampling.sampler import Sampler
 from megatron_vapo.sampling.seeds import seeds
 from megatron_vapo.sampling.trajectory import Scored
@@ -229,7 +230,7 @@ def test_every_response_is_what_a_plain_loop_makes_of_it(
     refreshed: list[int] = []
     engine = TurnEngine(waves, fails=fails)
     mine = sampler(engine, monkeypatch, refreshed)
-    loops = check(*mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
+    loops = check(*here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
     kinds = {(loop.reason, loop.failed, len(loop.tokens) == LONGEST, all(loop.trained)) for loop in loops}
     assert {reason for reason, *_ in kinds} == {"stop", "length"} and len(kinds) >= 5
     assert refreshed == ([] if fails is None else [fails])
@@ -240,7 +241,7 @@ def test_every_response_is_what_a_plain_loop_makes_of_it(
 
 def test_no_turn_is_written_twice_and_each_goes_on_where_the_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TurnEngine(waves=True)
-    check(*sampler(engine, monkeypatch).experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
+    check(*here(sampler(engine, monkeypatch).experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
     seen: dict[int, tuple[int, ...]] = {}
     for request in engine.asked:
         before = seen.get(request.seed, ())
@@ -255,7 +256,7 @@ def test_an_environment_that_always_fails_stops_the_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(Tool, "step", broken)
     mine = sampler(TurnEngine(), monkeypatch)
     with pytest.raises(RewardError, match=r"the environment failed on 32 of this step's 32 responses.*broken.*turn '"):
-        mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)
+        here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
 
 
 @pytest.mark.parametrize("waves", [False, True])
@@ -265,9 +266,9 @@ def test_enough_groups_are_complete_once_the_environment_has_ended_them(
     """Nothing is written after that; the environment's answers to turns that nobody goes on after count too."""
     engine, whole = TurnEngine(waves), TurnEngine(waves)
     mine = sampler(engine, monkeypatch, prompts_per_step=4, over_sampling=4.0)
-    check(*mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
+    check(*here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
     everything = sampler(whole, monkeypatch, prompts_per_step=16)
-    loops = check(*everything.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
+    loops = check(*here(everything.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
     assert len(engine.asked) < len(whole.asked) and 0 < mine.new_failures()[0] <= sum(loop.failed for loop in loops)
     if not waves:
         assert len({request.seed for request in engine.asked}) == 16
@@ -284,7 +285,7 @@ def test_episodes_go_on_with_other_engines_in_later_steps(
         def run() -> object:
             order, steps = PromptOrder([len(PROMPTS)], 0), []
             for step in (1, 2, 3):
-                batch, rows = mine.experience(PROMPTS, order, "train", step)
+                batch, rows = here(mine.experience(PROMPTS, order, "train", step))
                 everywhere = Placement.everywhere(len(rows))
                 steps.append((batch.moved(everywhere, dict.fromkeys(batch.ragged, everywhere)), rows))
             return steps, engine.asked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from benchmarks.records import timeless
 from megatron_vapo.checkpoint.export import export_actor
 from megatron_vapo.checkpoint.run_folder import open_run_folder
-from megatron_vapo.config import LimitsConfig
+from megatron_vapo.config import LimitsConfig, RolloutConfig
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.observe.progress import ProgressDisplay
 from megatron_vapo.recipe.load import load_recipe
@@ -382,6 +383,33 @@ def test_a_run_ahead_repeats_itself_whatever_happens_to_it(
     assert not start(pieces, *AHEAD, stop=("critic_update", 1))
     assert start(pieces, *AHEAD)
     assert_same_run(pieces, whole)
+
+
+@pytest.mark.slow
+def test_rollouts_beside_training_are_those_of_before_it(
+    start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As separate servers write them, here by an engine whose tokens repeat: in a thread, while the models train. A run
+    that dies or is stopped then loses nothing that was finished."""
+    settings = ("rollout.lag=1",)
+    whole = uninterrupted(*settings)
+    monkeypatch.setattr(RolloutConfig, "runs_beside", property(lambda self: self.lag > 0))
+    writers, generate = set(), TransformersEngine.generate
+
+    def noted(engine: TransformersEngine, *arguments: object) -> Iterator[object]:
+        writers.add(threading.current_thread().name)
+        return generate(engine, *arguments)
+
+    monkeypatch.setattr(TransformersEngine, "generate", noted)
+    for crash in (("values", 3), ("actor_update", 2)):
+        with pytest.raises(Crash):
+            start(tmp_path / "run", *settings, crash=crash)
+    assert not start(tmp_path / "run", *settings, stop=("logprobs", 2))
+    kept = {path.name for path in (tmp_path / "run" / "kept_rollouts").iterdir()}
+    assert "train_000003" in kept, "what was under way got its grace"
+    assert start(tmp_path / "run", *settings)
+    assert writers == {"MainThread", "rollout"}
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.mark.slow
