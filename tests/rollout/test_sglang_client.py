@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import math
 from collections import Counter
@@ -183,7 +184,7 @@ class FakeServer:
             self.failing_aborts -= 1
             return web.Response(status=500)
         for rid, event in self._aborted.items():
-            if body["abort_all"] or rid == body["rid"]:
+            if body["abort_all"] or rid.startswith(body["rid"]):  # as SGLang's scheduler (managers/scheduler.py)
                 event.set()
         return web.Response()
 
@@ -411,6 +412,13 @@ def test_a_response_is_cut_when_its_time_is_over() -> None:
     assert outcome.delivered[1].token_ids.tolist() == [7, 8]
     assert [outcome.delivered[n].finish_reason for n in range(3)] == ["stop", "length", "stop"]
     assert [abort["abort_all"] for abort in outcome.server.aborts] == [False]
+
+
+def test_an_abort_of_one_request_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's scheduler aborts each request whose id begins with what it is given."""
+    monkeypatch.setattr(requests, "_numbers", itertools.count(1))
+    rids = [body["rid"] for body in ask(at_once, 12).server.asked]
+    assert len(rids) == 12 and not any(other.startswith(rid) for rid, other in itertools.permutations(rids, 2))
 
 
 def test_a_response_that_ends_as_its_time_is_over_is_whole() -> None:

@@ -112,7 +112,7 @@ class RequestPool:
         for left in range(self._settings.sglang.retries, -1, -1):
             if self.stopping:
                 return _nothing(self._version)
-            rid = f"{self._version}-{next(_numbers)}"
+            rid = f"{self._version}-{next(_numbers)}."  # an abort takes every request whose id begins with its own
             answer = asyncio.create_task(server.generate(request, sampling, max_tokens, self._end_ids, rid))
             try:
                 response, cut = await self._in_time(server, answer, rid)
