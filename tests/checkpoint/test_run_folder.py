@@ -145,7 +145,7 @@ LAYOUT = {
 }
 HARMLESS = {
     *("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe"),
-    *("alarms", "rollout.check_handover"),
+    *("alarms", "rollout.check_handover", "reference.offload"),
     *("rollout.transformers.batch_size", "rollout.check_weights_every", "rollout.bucket_mib", "rollout.save"),
     *("rollout.sglang.retries", "rollout.sglang.start_seconds", "rollout.sglang.stall_seconds"),
     "rollout.sglang.max_restarts",

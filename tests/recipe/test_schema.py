@@ -12,8 +12,8 @@ import pytest
 from megatron_vapo import config
 from megatron_vapo.recipe.schema import SCHEMA, Setting, value_of
 
-UNBOUNDED = {"value_pretraining.target_explained_variance"}
-"""Numbers that may have any finite value: explained variance falls without end."""
+UNBOUNDED = {"value_pretraining.target_explained_variance", "critic.head.low", "critic.head.high"}
+"""Numbers that may have any finite value: explained variance falls without end, returns are in units of reward."""
 
 LEAVES = [setting for setting in SCHEMA.values() if not setting.is_group]
 

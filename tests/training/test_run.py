@@ -11,6 +11,7 @@ from megatron_vapo.training import build, run
 
 AFTER = {
     "build_trainers": [],
+    "build_reference": [],
     "build_engine": [],
     "build_weight_sync": ["engine"],
     "build_sampler": ["engine"],
@@ -31,7 +32,7 @@ def test_what_is_open_is_closed(world: None, monkeypatch: pytest.MonkeyPatch, fa
 
     sampler = closes("sampler")
     parts = {"build_engine": closes("engine"), "build_sampler": sampler, "Records": closes("records")}
-    for name in ("build_trainers", "build_engine", "build_weight_sync", "build_sampler", "build_checkpoints"):
+    for name in (name for name in AFTER if name.startswith("build_")):
         monkeypatch.setattr(build, name, MagicMock(return_value=parts.get(name, MagicMock())))
     monkeypatch.setattr(build, "backend_choices", MagicMock(return_value=[]))
     for name in ("Records", "Rollouts", "PhaseMemory", "MinibatchUpdates", "generators", "Snapshot"):
