@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -15,7 +14,7 @@ from torch import Tensor
 from megatron_vapo.config import AlgorithmConfig, Recipe
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import RecipeError
-from megatron_vapo.recipe.load import load_recipe, with_overrides
+from megatron_vapo.recipe.load import load_recipe
 from megatron_vapo.recipe.schema import SCHEMA, Setting, value_of
 from megatron_vapo.recipe.validate import validate
 from megatron_vapo.training.objectives import policy_objective, value_objective, with_advantages
@@ -40,15 +39,17 @@ MORE = {
 """Settings that no published recipe has, beside those of the tiny one."""
 
 
-def algorithms() -> Iterator[Any]:
-    """A recipe for each of the algorithms that published recipes have."""
-    seen = []
-    for path in sorted(RECIPES.rglob("*.yaml")):
-        if "parts" not in path.parts and (recipe := load_recipe(path)).resolved_algorithm not in seen:
-            seen.append(recipe.resolved_algorithm)
-            yield pytest.param(recipe, id=str(path.relative_to(RECIPES)))
-    for name, overrides in MORE.items():
-        yield pytest.param(load_recipe(RECIPES / "tiny.yaml", overrides), id=name)
+@pytest.fixture(scope="module")
+def recipes() -> dict[str, Recipe]:
+    """A recipe for each of the algorithms that published recipes have, and for those of `MORE`, by its name."""
+    paths = [path for path in sorted(RECIPES.rglob("*.yaml")) if "parts" not in path.parts]
+    found = {str(path.relative_to(RECIPES)): load_recipe(path) for path in paths}
+    found |= {name: load_recipe(RECIPES / "tiny.yaml", overrides) for name, overrides in MORE.items()}
+    unique: dict[str, Recipe] = {}
+    for name, recipe in found.items():
+        if all(recipe.resolved_algorithm != other.resolved_algorithm for other in unique.values()):
+            unique[name] = recipe
+    return unique
 
 
 def others(setting: Setting, value: Any) -> list[Any]:
@@ -59,8 +60,14 @@ def others(setting: Setting, value: Any) -> list[Any]:
         values = [False, True]
     else:
         values = [0.0, 0.05, 0.5, 0.9, 1.0, 1.01, 1.5, 5.0]
-    values += ["null"] if type(None) in get_args(setting.type) else []
-    return [v for v in values if v != value and not (v == "null" and value is None)]
+    values += [None] if type(None) in get_args(setting.type) else []
+    return [v for v in values if v != value]
+
+
+def with_value(group: Any, key: str, value: Any) -> Any:
+    """A copy of a recipe, or of a group of its settings, in which a setting has another value."""
+    name, _, rest = key.partition(".")
+    return replace(group, **{name: with_value(getattr(group, name), rest, value) if rest else value})
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def changes(recipe: Recipe, setting: Setting, batch: Experience) -> bool | None:
     plain = trained_on(batch, recipe.resolved_algorithm, recipe.uses_critic)
     allowed = False
     for value in others(setting, value_of(recipe, setting.key)):
-        changed = with_overrides(recipe, [f"{setting.key}={value}"])
+        changed = with_value(recipe, setting.key, value)
         try:
             validate(changed)
         except RecipeError:
@@ -108,18 +115,18 @@ def changes(recipe: Recipe, setting: Setting, batch: Experience) -> bool | None:
     return False if allowed else None
 
 
-@pytest.mark.parametrize("recipe", algorithms())
-def test_settings_act_where_they_say_so(recipe: Recipe, rolled_out: Experience) -> None:
-    for setting in (setting for setting in SETTINGS if setting.key not in OF_PLUGINS):
-        says = all(condition.holds(recipe) for condition in setting.acts)
-        if setting.key == "algorithm.decoupled_gae" and not recipe.algorithm.length_adaptive_gae:
-            # Two lambdas are one where a recipe makes them equal.
-            says = says and recipe.algorithm.lambda_policy != recipe.algorithm.lambda_critic
-        assert changes(recipe, setting, rolled_out) in (says, None), setting.key
+def test_settings_act_where_they_say_so(recipes: dict[str, Recipe], rolled_out: Experience) -> None:
+    for name, recipe in recipes.items():
+        for setting in (setting for setting in SETTINGS if setting.key not in OF_PLUGINS):
+            says = all(condition.holds(recipe) for condition in setting.acts)
+            if setting.key == "algorithm.decoupled_gae" and not recipe.algorithm.length_adaptive_gae:
+                # Two lambdas are one where a recipe makes them equal.
+                says = says and recipe.algorithm.lambda_policy != recipe.algorithm.lambda_critic
+            assert changes(recipe, setting, rolled_out) in (says, None), (name, setting.key)
 
 
-def test_every_condition_is_met_by_one_recipe_and_missed_by_another() -> None:
-    recipes = [param.values[0] for param in algorithms()]
+def test_every_condition_is_met_by_one_recipe_and_missed_by_another(recipes: dict[str, Recipe]) -> None:
     for setting in SETTINGS:
         for condition in setting.acts:
-            assert {condition.holds(recipe) for recipe in recipes} == {True, False}, (setting.key, condition.words)
+            holds = {condition.holds(recipe) for recipe in recipes.values()}
+            assert holds == {True, False}, (setting.key, condition.words)
