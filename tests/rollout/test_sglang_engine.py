@@ -148,13 +148,13 @@ def test_responses_and_log_probs_are_those_of_transformers(run: Run) -> None:
 
 
 class Repeats:
-    """An environment that answers every other turn."""
+    """An environment that answers every turn."""
 
     def reset(self, row: dict[str, str]) -> None:
         self.row = row
 
     def step(self, response: str) -> Step:
-        return Step("12+34", done=len(response) % 2 == 0)
+        return Step("12+34")
 
 
 def test_turns_are_written_by_the_actor_and_find_those_before_in_the_cache(
@@ -171,7 +171,7 @@ def test_turns_are_written_by_the_actor_and_find_those_before_in_the_cache(
     rollout = rolled_out(run, 1)
     assert_written_by_the_actor(run, rollout)
     trained = rollout.batch.trained
-    assert trained is not None and (~trained).sum() >= 5 * 3
+    assert trained is not None and not trained.all()  # of 32 responses a third ends a turn with room for another
     assert rollout.metrics["rollout/cached_prompt_share"] > 0.5
 
 
