@@ -152,7 +152,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
     recipe = load_recipe(options.recipe, options.overrides)
     if os.environ.get("RANK", "0") == "0":
-        for sentence in without_effect(options.recipe, options.overrides):
+        for sentence in without_effect(recipe, options.recipe, options.overrides):
             print(f"megatron-vapo: {sentence}", file=sys.stderr)
     return recipe
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_vapo.algorithm.packed import response_lengths, to_tokens
+from megatron_vapo.algorithm.packed import response_lengths, response_sums, to_tokens
 from megatron_vapo.algorithm.types import MinibatchPart, Share
 
 # Beyond e^20 the ratio means nothing, but exp overflowing to inf would turn even clipped gradients into 0 * inf = NaN.
@@ -195,12 +195,9 @@ def importance_ratio(
         return log_T.exp()
     if level not in ("sequence", "geometric"):
         raise ValueError(f"level must be 'token', 'sequence' or 'geometric', not {level!r}")
-    lengths_B = response_lengths(cu_seqlens)
-    response_T = to_tokens(torch.arange(len(lengths_B), device=cu_seqlens.device), cu_seqlens)
-    log_B = torch.zeros(len(lengths_B), dtype=torch.float64, device=log_T.device)
-    log_B = log_B.index_add(0, response_T, log_T.double())
+    log_B = response_sums(log_T, cu_seqlens)
     if level == "geometric":
-        log_B = log_B / lengths_B
+        log_B = log_B / response_lengths(cu_seqlens)
     return to_tokens(log_B.exp().to(log_T.dtype), cu_seqlens)
 
 

@@ -155,7 +155,12 @@ class Experience(Responses):
     @cached_property
     def whole(self) -> Responses:
         """Return the numbers of all processes' responses, minibatches' denominators among what follows from them."""
-        return self.share.whole if self.share else Responses(**self.facts(torch.arange(len(self))))
+        return self.share.whole if self.share else self.numbers
+
+    @property
+    def numbers(self) -> Responses:
+        """Return the numbers of this process's responses, without any tensor of tokens."""
+        return Responses(**self.facts(torch.arange(len(self))))
 
     @cached_property
     def placement(self) -> Placement:

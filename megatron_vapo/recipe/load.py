@@ -63,19 +63,18 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return recipe
 
 
-def without_effect(path: str | Path, overrides: Iterable[str] = ()) -> list[str]:
+def without_effect(recipe: Recipe, path: str | Path, overrides: Iterable[str] = ()) -> list[str]:
     """Return a sentence for each setting that a recipe's own file, or an override, names in vain.
 
     A file answers for itself: what only an override leaves without effect, as `algorithm=grpo` leaves the critic's
     settings, is not reported of it. Nothing is reported of bases, nor of the files of algorithms.
 
-    Raises:
-        RecipeError: as `load_recipe`.
+    Args:
+        recipe: what `load_recipe` made of path and overrides.
     """
     overrides = list(overrides)
-    recipe = load_recipe(path, overrides)
     try:
-        alone = load_recipe(path)
+        alone = load_recipe(path) if overrides else recipe
     except RecipeError:  # it leaves to overrides what a run needs
         alone = recipe
     content = _read_yaml(Path(path))

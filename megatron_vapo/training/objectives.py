@@ -231,7 +231,7 @@ def _travelling(policy_loss: Plugin, algorithm: AlgorithmConfig) -> tuple[str, .
     """Return the numbers of each token that a policy loss reads, as `Experience` calls them, alike on all ranks."""
     old = "rollout_logprobs" if algorithm.old_logprobs == "rollout" else "logprobs"
     sources: dict[str, tuple[str, ...]] = dict.fromkeys((*_OUTPUTS, *_OF_RESPONSES), ())
-    sources |= {"old_logprobs": (old,), "importance": (old, "rollout_logprobs") if _corrects(algorithm) else ()}
+    sources |= {"old_logprobs": (old,), "importance": (old, "rollout_logprobs") if _correction(algorithm) else ()}
     read = [*policy_loss.reads, *(["reference_logprobs"] if algorithm.kl_coefficient else [])]
     return tuple(sorted({source for name in read for source in sources.get(name, (name,))}))
 
@@ -254,7 +254,7 @@ def _parts(
 ) -> Callable[[Callable[[Tensor], Tensor]], MinibatchPart]:
     """Return what makes a micro-batch's part of the minibatch, given what picks its tokens."""
     weights = _weights(minibatch, algorithm.loss_reduction, algorithm)
-    counted = minibatch.whole.response_lengths[_trained(minibatch.whole, algorithm)]
+    tokens, responses = _counts(minibatch, algorithm)
     lengths = minibatch.per_token(minibatch.response_lengths)
     response = minibatch.per_token(torch.arange(len(minibatch)))
 
@@ -262,8 +262,8 @@ def _parts(
         return MinibatchPart(
             weights=pick(weights),
             lengths=pick(lengths),
-            tokens=max(int(counted.sum()), 1),
-            responses=max(len(counted), 1),
+            tokens=tokens,
+            responses=responses,
             response=pick(response),
             responses_here=len(minibatch),
             sum_over_sequence_ranks=sum_over_sequence_ranks,
@@ -286,16 +286,17 @@ def policy_ratios(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor
     return every.over_all(ratios), every.over_all(bound_T)
 
 
-def _corrects(algorithm: AlgorithmConfig) -> bool:
-    """Return whether there is an importance correction."""
+def _correction(algorithm: AlgorithmConfig) -> Literal["truncate", "mask"] | None:
+    """Return how importance is corrected for; None: not at all."""
     # A recipe says what auto means beside its engine (`Recipe.resolved_algorithm`); without one it is no correction.
-    return algorithm.importance.mode not in ("auto", "none")
+    mode = algorithm.importance.mode
+    return None if mode == "auto" or mode == "none" else mode
 
 
 def _importance(minibatch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor] | None:
     """The weights [T] and which of them a bound changed [T], over whole responses; None without correction."""
-    settings = algorithm.importance
-    if settings.mode == "auto" or settings.mode == "none":
+    settings, mode = algorithm.importance, _correction(algorithm)
+    if mode is None:
         return None
     ratios = losses.importance_ratio(
         _old_logprobs(minibatch, algorithm),
@@ -303,7 +304,7 @@ def _importance(minibatch: Experience, algorithm: AlgorithmConfig) -> tuple[Tens
         minibatch.cu_seqlens,
         settings.level,
     )
-    return losses.importance_correction(ratios, settings.mode, settings.low, settings.high)
+    return losses.importance_correction(ratios, mode, settings.low, settings.high)
 
 
 def _old_logprobs(batch: Experience, algorithm: AlgorithmConfig) -> Tensor:
@@ -312,11 +313,15 @@ def _old_logprobs(batch: Experience, algorithm: AlgorithmConfig) -> Tensor:
 
 def _weights(minibatch: Experience, reduction: Literal["token", "sample"], algorithm: AlgorithmConfig) -> Tensor:
     """Each token's weight in a loss [T]: none for those of responses that are left out."""
+    weights = losses.token_weights(minibatch.response_lengths, reduction, *_counts(minibatch, algorithm))
+    return weights * minibatch.per_token(_trained(minibatch, algorithm))
+
+
+def _counts(minibatch: Experience, algorithm: AlgorithmConfig) -> tuple[int, int]:
+    """Return the denominators of means, at least 1: tokens and responses of the whole minibatch that are trained on."""
     whole = minibatch.whole
     counted = whole.response_lengths[_trained(whole, algorithm)]
-    tokens, responses = max(int(counted.sum()), 1), max(len(counted), 1)
-    weights = losses.token_weights(minibatch.response_lengths, reduction, tokens, responses)
-    return weights * minibatch.per_token(_trained(minibatch, algorithm))
+    return max(int(counted.sum()), 1), max(len(counted), 1)
 
 
 def _trained(responses: Responses, algorithm: AlgorithmConfig) -> Tensor:

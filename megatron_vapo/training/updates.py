@@ -39,8 +39,7 @@ class SeenOutputs:
             part: this rank's part of the minibatch.
         """
         parts: list[dict[str, Any]] = []
-        numbers = Responses(**part.facts(torch.arange(len(part))))  # and none of its tensors of tokens
-        self._minibatches.append((indices, part.placement, numbers, parts))
+        self._minibatches.append((indices, part.placement, part.numbers, parts))
 
         def watched(outputs: Outputs, token_index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             parts.append({"outputs": tuple(output.detach() for output in outputs), "token_index": token_index})
