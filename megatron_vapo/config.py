@@ -271,7 +271,7 @@ class ActorConfig(RoleConfig):
 
 @dataclass(frozen=True)
 class ValueHeadConfig:
-    """What the critic says of a state: a number, or how likely each part of a range of returns is."""
+    """The critic's answer to a state: a number, or how likely each part of a range of returns is."""
 
     kind: Literal["scalar", "hl_gauss"] = setting(
         "scalar",
@@ -772,8 +772,10 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
-    """What answers the policy's turns: a tool, a user, a game (docs/add_an_environment.md). It runs beside the trainer,
-    as rewards do. Tokens that it writes are read and not trained on."""
+    """The environment, which answers the policy's turns: a tool, a user, a game (docs/add_an_environment.md).
+
+    It runs beside the trainer, as rewards do. Tokens that it writes are read and not trained on.
+    """
 
     name: str | None = setting(
         None, "package.module:Class of the environment. null: a response is a single turn, which nothing answers."

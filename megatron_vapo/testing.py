@@ -94,7 +94,7 @@ def check_advantage(name: str, critic: bool = False, **options: object) -> None:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a minibatch is cut: over data-parallel ranks, and there over context-parallel ones and into micro-batches."""
+    """A cut of a minibatch: over data-parallel ranks, and there over context-parallel ones and into micro-batches."""
 
     data: int = 1
     sequence: int = 1
@@ -103,7 +103,7 @@ class Cut:
 
 @dataclass
 class Result:
-    """What ranks computed of a minibatch's loss."""
+    """The numbers that ranks computed of a minibatch's loss."""
 
     gradients: Tensor
     """[2, T] with respect to log-probs and entropies."""

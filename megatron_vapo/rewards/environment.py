@@ -35,7 +35,7 @@ _UNWRITABLE = re.compile("[\x00\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Step:
-    """What an environment returns to a turn of the policy."""
+    """The reply of an environment to a turn of the policy."""
 
     observation: Observation = ""
     """What the policy reads before its next turn; not read where `done`. In a chat, text is a message of the user."""
@@ -69,7 +69,7 @@ class Turn(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What comes back."""
+    """The things that come back."""
 
     episode: bytes
     observation: Observation

@@ -220,7 +220,7 @@ class Group:
 
 
 class Tokens(NamedTuple):
-    """What is known of the l tokens of a response, each [l]."""
+    """The numbers of the l tokens of a response, each [l]."""
 
     token_ids: Tensor
     logprobs: Tensor

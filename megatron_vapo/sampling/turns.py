@@ -50,7 +50,7 @@ class Answered(NamedTuple):
 
 @dataclass
 class Episode:
-    """What the environment made of a response so far."""
+    """The turns of a response so far, and what the environment made of them."""
 
     state: bytes | None = None
     """The environment's own object, pickled; None before its first step."""
