@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, cast
 
+from megatron_vapo.config import MISSING
 from megatron_vapo.errors import RecipeError, few, first_line
 
 LOSSES = {"clip": "megatron_vapo.algorithm.losses:clipped_policy_loss"}
@@ -118,7 +119,5 @@ class Plugin:
 def _field(parameter: inspect.Parameter) -> tuple[str, Any, Any]:
     """Return the field of a dataclass that has a parameter's name, type and default."""
     annotated = Any if parameter.annotation is parameter.empty else parameter.annotation
-    default = (
-        "???" if parameter.default is parameter.empty else parameter.default
-    )  # as OmegaConf writes what is missing
+    default = MISSING if parameter.default is parameter.empty else parameter.default
     return parameter.name, annotated, field(default_factory=lambda: default)

@@ -107,8 +107,10 @@ def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experienc
 def _with_own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
     """Add what the recipe's own function estimates: advantages [T], and value targets [T] if it reads values."""
     plugin = Plugin.load("advantage", algorithm.advantage, {}, ADVANTAGE_READS)
-    own = {"token_rewards": token_rewards}
-    tensors = [own[name](batch) if name in own else batch.require(cast(Estimate, name)) for name in plugin.reads]
+    tensors = [
+        token_rewards(batch) if name == "token_rewards" else batch.require(cast(Estimate, name))
+        for name in plugin.reads
+    ]
     found = plugin.function(batch, *tensors, **plugin.chosen(algorithm.options))
     names = ("advantages", "returns") if "values" in plugin.reads else ("advantages",)
     estimates = found if isinstance(found, tuple) else (found,)
