@@ -11,10 +11,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -45,7 +46,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: unreadable file, unknown key (with the nearest known one), wrong type, missing or impossible value.
     """
-    merged = OmegaConf.structured(Recipe)
+    merged: Any = _defaults()
     for source, content in [*_read_with_bases(Path(path), ()), *_read_overrides(overrides)]:
         _refuse_unknown_keys(content, "", source)
         try:
@@ -61,6 +62,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_one_line(error)} (key {error.full_key})") from error
     validate(recipe)
     return recipe
+
+
+@cache
+def _defaults() -> DictConfig:
+    """Every setting with its default. Half of a recipe's reading would be to make it anew; `merge` copies it."""
+    return cast(DictConfig, OmegaConf.structured(Recipe))
 
 
 def without_effect(recipe: Recipe, path: str | Path, overrides: Iterable[str] = ()) -> list[str]:
