@@ -29,9 +29,9 @@ LATEST_TESTS ?= tests/runtime/test_versions.py tests/models tests/weights/test_c
 	tests/distributed/test_torchrun.py tests/crossing \
 	$(foreach world,1 2 4,"tests/distributed/test_layouts.py::test_layouts_agree[$(world)]") \
 	$(addprefix --deselect=tests/training/test_resume.py::test_,a_stop_in_any_phase a_death_in_any_phase \
-	rollouts_outlive_a_death a_budget_of_tokens counts_of_failed_rewards) \
+	a_run_ahead_repeats_itself rollouts_beside_training rollouts_outlive_a_death a_budget_of_tokens counts_of_failed_rewards) \
 	$(addprefix --deselect=tests/weights/test_convert.py::test_,tools_ a_killed_tool) \
-	--deselect=tests/distributed/test_torchrun.py::test_a_dead_rank_ends_the_run_within_a_minute
+	--deselect=tests/distributed/test_torchrun.py::test_a_dead_rank_is_named_and_ends_the_run
 
 # The models of this project's CPU runs are so small that a second thread costs more than it gives.
 export OMP_NUM_THREADS ?= 1
