@@ -1,8 +1,8 @@
 """The faults that a run survives: kill -9 in every phase, damaged checkpoints, full disks, a second run, clock jumps.
 
-    python -m benchmarks.faults --folder FOLDER [--base FOLDER] [--kills 24 12] [--write docs/reliability.md]
+    python -m benchmarks.faults --folder FOLDER [--base FOLDER] [--kills 24 12 30] [--write docs/reliability.md]
 
-1. For each number of ranks a small run of recipes/tiny.yaml goes to its end: the reference.
+1. For each kind of run a small one of recipes/tiny.yaml goes to its end: the reference.
 2. Other runs of the same recipe are killed (all ranks, SIGKILL) at a random moment of a phase, started again, killed
    again ... until each phase had its share. Each run that gets to its end is compared with the reference, bit by bit.
 3. Every kind of file of a checkpoint is truncated, changed in one bit and deleted.
@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -53,13 +54,42 @@ SETTINGS = ["minibatch_size=8", "epochs=2", "steps=8", "rollout.prompts_per_step
             "value_pretraining.target_explained_variance=1.0", "evaluation.problems=16", "evaluation.every=2",
             "evaluation.samples=2", "actor.optimizer.warmup_steps=20", "checkpoint.every=1",
             "checkpoint.async_save=true", "observe.tensorboard=false"]  # fmt: skip
-LAYOUTS = {
-    2: ["critic.distributed_optimizer=true"],
-    4: ["actor.tensor_parallel=2", "critic.pipeline_parallel=2", "critic.first_stage_layers=2"],
-}
 PHASES = (Phase.ROLLOUT, Phase.VALUES, Phase.LOGPROBS, Phase.CRITIC_UPDATE, Phase.ACTOR_UPDATE, Phase.WEIGHT_SYNC,
           Phase.CHECKPOINT, "write", Phase.EVALUATION)  # fmt: skip
 """`write` is a step that trains while the checkpoint before it is still being written."""
+AHEAD = ("beside", "wait", "store", "take up", "queue", "forget")
+"""What there is besides where rollouts run ahead; benchmarks.faults_rank says when."""
+
+
+class Kind(NamedTuple):
+    """A kind of run that is killed. Its name stands in those of its folders, its title above the table's column; its
+    switches are of benchmarks.faults_rank."""
+
+    name: str
+    title: str
+    world: int
+    overrides: list[str]
+    switches: tuple[str, ...] = ()
+    phases: tuple[str, ...] = PHASES
+
+
+KINDS = (
+    Kind("2", "2 ranks", 2, ["critic.distributed_optimizer=true"]),
+    Kind(
+        "4",
+        "4 ranks",
+        4,
+        ["actor.tensor_parallel=2", "critic.pipeline_parallel=2", "critic.first_stage_layers=2"],
+    ),
+    Kind(
+        "ahead",
+        "2 ranks, `rollout.lag=1`",
+        2,
+        ["critic.distributed_optimizer=true", "rollout.lag=1"],
+        ("ROLLOUTS_BESIDE",),
+        (*PHASES, *AHEAD),
+    ),
+)
 
 
 @dataclass
@@ -136,21 +166,20 @@ def run_to_the_end(ranks: Ranks) -> str:
     return said[-1]
 
 
-def kill_runs(world: int, base: list[str], folder: Path, kills: int, dice: random.Random, found: Findings) -> None:
+def kill_runs(kind: Kind, base: list[str], folder: Path, kills: int, dice: random.Random, found: Findings) -> None:
     """Runs that die `kills` times in all, spread over the phases; the last one of them goes to its end too."""
-    overrides = [*base, *LAYOUTS[world]]
-    reference = folder / f"reference_{world}"
+    reference = folder / f"reference_{kind.name}"
     if not (reference / "summary.json").exists():
-        run_to_the_end(Ranks(world, reference, overrides))
-    wanted = Counter(f"{PHASES[i % len(PHASES)]} ({world} ranks)" for i in range(kills))
-    plan = [name.partition(" ")[0] for name in (wanted - found.kills).elements()]
+        run_to_the_end(ranks(kind, reference, base))
+    wanted = Counter(in_kind(kind.phases[i % len(kind.phases)], kind) for i in range(kills))
+    plan = [name.partition(" (")[0] for name in (wanted - found.kills).elements()]
     dice.shuffle(plan)
     while plan:
-        number = sum(name.startswith(f"killed_{world}_") for name in found.finished) + 1
-        run_dir = folder / f"killed_{world}_{number}"
+        number = sum(name.startswith(f"killed_{kind.name}_") for name in found.finished) + 1
+        run_dir = folder / f"killed_{kind.name}_{number}"
         finished = False
         while not finished:
-            finished = start_and_kill(Ranks(world, run_dir, overrides), plan, dice, found)
+            finished = start_and_kill(ranks(kind, run_dir, base), kind, plan, dice, found)
             found.save(folder)
         differences = compare(run_dir, reference)
         if differences:
@@ -160,31 +189,49 @@ def kill_runs(world: int, base: list[str], folder: Path, kills: int, dice: rando
         print(f"{run_dir.name} is bitwise {reference.name}", flush=True)
 
 
-def start_and_kill(ranks: Ranks, plan: list[str], dice: random.Random, found: Findings) -> bool:
-    """Kill the run in the phase that is next in the plan, entered for the n-th time; True if it ended before."""
-    target, left = (plan[-1] if plan else None), dice.randint(1, 3)
-    steps_before = steps_done(ranks.run_dir)
-    entered: dict[str, float] = {}
-    rollouts = 0
-    for said in ranks.said():
+def ranks(kind: Kind, run_dir: Path, base: list[str]) -> Ranks:
+    """Start a run."""
+    return Ranks(kind.world, run_dir, [*base, *kind.overrides], **dict.fromkeys(kind.switches, "1"))
+
+
+def start_and_kill(run: Ranks, kind: Kind, plan: list[str], dice: random.Random, found: Findings) -> bool:
+    """Kill the run in the next phase of the plan that it can come to, entered for the n-th time; True if it ended
+    before."""
+    target = next((phase for phase in reversed(plan) if comes_to(phase, run.run_dir)), "values" if plan else None)
+    left = 1 if target in RESUMED else dice.randint(1, 3)
+    steps_before = steps_done(run.run_dir)
+    values = 0
+    for said in run.said():
         name = said.removeprefix("phase ")
-        rollouts += name == "rollout"
-        if rollouts == 2 and "second rollout" not in entered and steps_before:
-            entered["second rollout"] = time.monotonic()
-            found.resume_s.append(time.monotonic() - ranks.began)
+        values += name == "values"
+        if name == "values" and values == 2 and steps_before:
+            found.resume_s.append(time.monotonic() - run.began)
         left -= name == target
         if name == target and left == 0:
             time.sleep(dice.uniform(0, 0.05))
-            steps = steps_done(ranks.run_dir)
-            ranks.kill()
-            found.kills[f"{target} ({len(ranks.processes)} ranks)"] += 1
-            found.lost_steps.append(steps - checkpointed(ranks.run_dir))
-            plan.pop()
+            steps = steps_done(run.run_dir)
+            run.kill()
+            found.kills[in_kind(target, kind)] += 1
+            found.lost_steps.append(steps - checkpointed(run.run_dir))
+            if target in plan:
+                plan.remove(target)
             return False
-    codes = ranks.wait()
+    codes = run.wait()
     if any(codes):
-        raise SystemExit(f"{ranks.run_dir}: exit codes {codes}; see {ranks.run_dir}.0.log")
+        raise SystemExit(f"{run.run_dir}: exit codes {codes}; see {run.run_dir}.0.log")
     return True
+
+
+RESUMED = {"queue": "checkpoints/latest/ahead", "take up": "kept_rollouts/train_*"}
+"""Phases of runs that resume, once each, and what such a run finds then."""
+
+
+def comes_to(phase: str, run_dir: Path) -> bool:
+    return phase not in RESUMED or any(run_dir.glob(RESUMED[phase]))
+
+
+def in_kind(phase: str, kind: Kind) -> str:
+    return f"{phase} ({kind.title})"
 
 
 def steps_done(run_dir: Path) -> int:
@@ -224,9 +271,11 @@ def flip(path: Path) -> None:
 
 
 def damage_everything(run_dir: Path, found: Findings) -> None:
-    """Every file of the last checkpoint, harmed in three ways, must be refused and named."""
+    """Every file of the last checkpoint, harmed in three ways, must be refused and named; of the last with a rollout
+    that waits for its step where there is one."""
     counts: Counter[str] = Counter()
-    checkpoint = (run_dir / "checkpoints" / "latest").resolve()
+    queues = sorted(run_dir.glob("checkpoints/step_*/ahead"))
+    checkpoint = queues[-1].parent if queues else (run_dir / "checkpoints" / "latest").resolve()
     refuse_damaged(checkpoint)
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         content = path.read_bytes()
@@ -297,7 +346,7 @@ def two_runs(base: list[str], folder: Path) -> Iterator[str]:
 
 
 def clock_jumps(base: list[str], folder: Path) -> Iterator[str]:
-    run_to_the_end(Ranks(2, folder / "jumps", [*base, *LAYOUTS[2]], CLOCK_JUMPS="1"))
+    run_to_the_end(Ranks(2, folder / "jumps", [*base, *KINDS[0].overrides], CLOCK_JUMPS="1"))
     differences = compare(folder / "jumps", folder / "reference_2")
     if differences:
         raise SystemExit(f"clock jumps change {differences}")
@@ -338,11 +387,17 @@ def bookkeeping(base: list[str], folder: Path) -> dict[str, float]:
     return {"bookkeeping": spent / 4, "bookkeeping share": spent / sum(row["seconds/step"] for row in rows)}
 
 
+def kills_table(found: Findings) -> str:
+    """Return how often a run of each kind was killed in each phase, in Markdown; `-` where it has no such phase."""
+    lines = [f"| killed in | {' | '.join(kind.title for kind in KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for phase in (*PHASES, *AHEAD):
+        counts = [str(found.kills[in_kind(phase, kind)]) if phase in kind.phases else "-" for kind in KINDS]
+        lines.append(f"| {phase} | {' | '.join(counts)} |")
+    return "\n".join(lines)
+
+
 def document(found: Findings) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    rows = [
-        f"| {phase} | {found.kills[f'{phase} (2 ranks)']} | {found.kills[f'{phase} (4 ranks)']} |" for phase in PHASES
-    ]
     damage = sum((Counter(counts) for counts in found.damage.values()), Counter())
     numbers = found.numbers
     return (
@@ -354,13 +409,13 @@ def document(found: Findings) -> str:
             date=time.strftime("%Y-%m-%d"),
             kills=found.kills.total(),
             runs=len(found.finished),
-            rows="\n".join(rows),
+            table=kills_table(found),
             lost_kills=len(found.lost_steps),
             lost=max(found.lost_steps),
             mean_lost=statistics.mean(found.lost_steps),
             damage="\n".join(f"| {name} | {count} | {count} |" for name, count in sorted(damage.items())),
             harmed=damage.total(),
-            harmed_runs=" and ".join(sorted(name.removeprefix("reference_") for name in found.damage)),
+            harmed_runs="; ".join(kind.title for kind in KINDS),
             rest="\n".join(line for lines in found.lines.values() for line in lines),
             mib=numbers["bytes"] / 2**20,
             sync=numbers["sync"],
@@ -379,7 +434,8 @@ def main() -> None:
         "--base", type=Path, default=Path("artifacts/derivation"), help="what tools/make_tiny_base.py made"
     )
     parser.add_argument("--folder", type=Path, required=True, help="for the runs and findings.json")
-    parser.add_argument("--kills", type=int, nargs=2, default=(24, 12), metavar="N", help="on 2 and on 4 ranks")
+    parser.add_argument("--kills", type=int, nargs=3, default=(24, 12, 30), metavar="N", help="of each kind of run")
+    parser.add_argument("--kills-only", action="store_true", help="leave out the rest; print the table of kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="document to write")
     options = parser.parse_args()
@@ -389,7 +445,12 @@ def main() -> None:
     found, dice = Findings.load(folder), random.Random(options.seed)
     base = [f"model.path={options.base / 'base'}", f"data.train={options.base / 'train.jsonl'}",
             f"evaluation.data={options.base / 'heldout.jsonl'}"]  # fmt: skip
-    kill_runs(2, base, folder, options.kills[0], dice, found)
+    for kind, kills in zip(KINDS, options.kills, strict=True):
+        if kills:
+            kill_runs(kind, base, folder, kills, dice, found)
+    if options.kills_only:
+        print(kills_table(found))
+        return
     for part in (full_disk, two_runs, clock_jumps):
         if part.__name__ not in found.lines:
             print(part.__name__, flush=True)
@@ -398,9 +459,8 @@ def main() -> None:
     if not found.numbers:
         found.numbers = saving_seconds(folder) | bookkeeping(base, folder)
         found.save(folder)
-    kill_runs(4, base, folder, options.kills[1], dice, found)
-    for world in LAYOUTS:
-        damage_everything(folder / f"reference_{world}", found)
+    for kind in KINDS:
+        damage_everything(folder / f"reference_{kind.name}", found)
     text = document(found)
     print(text)
     if options.write:

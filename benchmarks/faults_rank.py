@@ -2,9 +2,16 @@
 
     phase NAME          it enters this phase
     write / written     the thread of an asynchronous save begins and ends
+    beside              a thread begins to write a rollout beside training
+    wait                training waits for that rollout
+    store               a rollout is finished, and about to be stored
+    take up             one that a run before had stored is read
+    queue               a run goes on from a checkpoint that holds rollouts which wait for their steps
+    forget              stored rollouts that a checkpoint covers are about to be removed
     spent SECONDS       at the end: what the bookkeeping that makes resuming exact has taken, and the run as a whole
 
-CLOCK_JUMPS=1 makes the wall clock jump by up to a day at every reading.
+CLOCK_JUMPS=1 makes the wall clock jump by up to a day at every reading. ROLLOUTS_BESIDE=1 has the embedded engine,
+whose tokens repeat, write rollouts of later steps in a thread beside training, as separate servers do.
 """
 
 from __future__ import annotations
@@ -23,9 +30,10 @@ from megatron_vapo.runtime import cpu_backend
 def main() -> int:
     cpu_backend.install()
     from megatron_vapo.checkpoint import checkpoints as checkpoint
+    from megatron_vapo.config import RolloutConfig
     from megatron_vapo.runtime import signals as interrupt
     from megatron_vapo.runtime import watchdog
-    from megatron_vapo.sampling import rollout_store
+    from megatron_vapo.sampling import background, rollout_store
     from megatron_vapo.training import rollouts, run
 
     if os.environ.get("CLOCK_JUMPS"):
@@ -33,6 +41,14 @@ def main() -> int:
         time.time = lambda: true_time() + jumps.uniform(-86400, 86400)
     _announce_phases(watchdog.Watchdog)
     checkpoint._Pending.write = _around(checkpoint._Pending.write, lambda: say("write"), lambda: say("written"))
+    if os.environ.get("ROLLOUTS_BESIDE"):
+        RolloutConfig.runs_beside = property(lambda self: self.lag > 0)
+    _say_before(background.InBackground, "_do", "beside")
+    _say_before(run.Run, "_collect", "wait", lambda self: self._under_way is not None)
+    _say_before(rollout_store.RolloutStore, "save", "store")
+    _say_before(rollout_store, "_stored", "take up")
+    _say_before(rollouts.Rollouts, "resume", "queue", lambda self, snapshot: bool(snapshot.ahead))
+    _say_before(rollout_store.RolloutStore, "drop", "forget")
     spent = [0.0]
     for owner, name in (
         (run.Run, "_advance"),
@@ -58,6 +74,17 @@ def _announce_phases(owner: type) -> None:
             say(f"phase {value}")
 
     owner.__setattr__ = set_
+
+
+def _say_before(owner: Any, name: str, words: str, when: Callable[..., bool] = lambda *_: True) -> None:
+    function = getattr(owner, name)
+
+    def saying(*args: Any) -> Any:
+        if when(*args):
+            say(words)
+        return function(*args)
+
+    setattr(owner, name, saying)
 
 
 def _around(function: Callable, before: Callable[[], None], after: Callable[[], None]) -> Callable:
