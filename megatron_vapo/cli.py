@@ -149,10 +149,11 @@ def _pretrain_critic(options: argparse.Namespace) -> int:
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     from megatron_vapo.recipe.load import load_recipe, without_effect
+    from megatron_vapo.recipe.validate import doubts
 
     recipe = load_recipe(options.recipe, options.overrides)
     if os.environ.get("RANK", "0") == "0":
-        for sentence in without_effect(recipe, options.recipe, options.overrides):
+        for sentence in [*without_effect(recipe, options.recipe, options.overrides), *doubts(recipe)]:
             print(f"megatron-vapo: {sentence}", file=sys.stderr)
     return recipe
 

@@ -33,6 +33,17 @@ def validate(recipe: Recipe) -> None:
         validate_precision(name, role, recipe.model.dtype)
 
 
+def doubts(recipe: Recipe) -> list[str]:
+    """Return what works and may not be meant, a sentence each, for people."""
+    lag, algorithm = recipe.rollout.lag, recipe.algorithm
+    if lag and algorithm.importance.mode == "none" and algorithm.old_logprobs == "actor":
+        return [
+            f"rollout.lag={lag} trains on responses of older weights, which algorithm.importance.mode=none does not "
+            "correct for: auto does (docs/ahead.md)"
+        ]
+    return []
+
+
 def _validate_value(key: str, value: object, bounds: Bounds | None) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{key}={value}: must be a finite number")

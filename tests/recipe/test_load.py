@@ -17,6 +17,7 @@ from megatron_vapo.config import ImportanceConfig, Recipe
 from megatron_vapo.errors import RecipeError
 from megatron_vapo.recipe.load import ALGORITHMS, MOVED, load_recipe, to_yaml, without_effect
 from megatron_vapo.recipe.schema import SCHEMA, value_of
+from megatron_vapo.recipe.validate import doubts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -544,6 +545,21 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
 )
 def test_rollout_settings_that_go_together(recipe_file: Path, overrides: list[str]) -> None:
     load_recipe(recipe_file, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "doubted"),
+    [
+        (["rollout.lag=2", "algorithm.importance.mode=none"], True),
+        (["algorithm.importance.mode=none"], False),
+        (["rollout.lag=2"], False),
+        (["rollout.lag=2", "algorithm.old_logprobs=rollout", "algorithm.importance.mode=none"], False),
+    ],
+)
+def test_a_lag_without_a_correction_is_doubted(recipe_file: Path, overrides: list[str], doubted: bool) -> None:
+    found = doubts(load_recipe(recipe_file, overrides))
+    assert len(found) == doubted
+    assert all("rollout.lag=2" in text and "algorithm.importance.mode=none" in text for text in found)
 
 
 def test_a_critic_that_is_not_used_is_not_judged(recipe_file: Path) -> None:
