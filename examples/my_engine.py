@@ -71,7 +71,7 @@ class UniformEngine:
         for number, request in enumerate(requests):
             turn = request
             while turn is not None:
-                response = self._write(turn, max_tokens - len(turn.written))
+                response = self._write(turn, turn.left(max_tokens))
                 on_tokens(len(response.token_ids))
                 yield number, response
                 turn = next_turn(follow(number))

@@ -653,6 +653,14 @@ class RolloutConfig:
         AT_LEAST_0,
         acts=(PARTIAL,),
     )
+    window_tokens: int | None = setting(
+        None,
+        "Tokens by which a training step writes each response on, at most. One that has not ended then goes on in the "
+        "next step: the policy is trained on the window's tokens now, with advantages that end at the critic's value "
+        "(T-PPO's EGAE), the critic on the whole response once it has ended. A step has as many responses as ever, new "
+        "ones in the place of those that have ended. null: responses are written to their end.",
+        AT_LEAST_1,
+    )
     step_seconds: float | None = setting(
         None,
         "Limit for one round of sampling; then as many of the unfinished groups as are missing are truncated. null: no "

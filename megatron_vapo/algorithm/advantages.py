@@ -43,61 +43,67 @@ def soft_overlong_penalty(lengths_B: Tensor, max_length: int, cache_length: int)
     return ((max_length - cache_length - lengths_B.double()) / cache_length).clamp(-1, 0).float()
 
 
-@torch.no_grad()
-def decoupled_gae(
-    token_rewards_T: Tensor,
-    values_T: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    gamma: float,
-    lambda_critic: float | Tensor,
-    lambda_policy: float | Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return advantages [T] with lambda_policy and value targets [T] with lambda_critic (VC-PPO; VAPO, 4.1).
+def values_after(values_T: Tensor, cu_seqlens: Tensor, unfinished_B: Tensor) -> Tensor:
+    """Return the value of the state after each response's last token [B]: 0 where the response has ended.
 
-    Each lambda is one number, or one per response [B] as from `length_adaptive_lambda`. Coupled GAE is the same lambda
-    twice. With lambda_critic = gamma = 1 and an outcome reward every token's target is the outcome, to the bit.
+    Where it goes on, that state's value is taken to be the one before the last token, `V(s_l) = V(s_{l-1})` (EGAE of
+    T-PPO, arXiv 2506.15050): one token of a long response changes it little.
     """
-    return (
-        generalized_advantages(token_rewards_T, values_T, cu_seqlens, gamma, lambda_policy),
-        lambda_returns(token_rewards_T, values_T, cu_seqlens, gamma, lambda_critic),
-    )
+    return torch.where(unfinished_B, values_T[_last_tokens(cu_seqlens)], 0.0)
 
 
 @torch.no_grad()
 def generalized_advantages(
-    token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
+    token_rewards_T: Tensor,
+    values_T: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lambda_: float | Tensor,
+    after_B: Tensor | None = None,
 ) -> Tensor:
-    """Return generalised advantages [T]: `A_t = sum_k (gamma lambda)^k delta_{t+k}`, V = 0 after the last token.
+    """Return generalised advantages [T]: `A_t = sum_k (gamma lambda)^k delta_{t+k}`, up to the last token.
 
     `delta_t = r_t + gamma V_{t+1} - V_t` (arXiv 1506.02438, equation 16). Arguments and errors: `lambda_returns`.
     """
-    return lambda_returns(token_rewards_T, values_T, cu_seqlens, gamma, lambda_) - values_T
+    return lambda_returns(token_rewards_T, values_T, cu_seqlens, gamma, lambda_, after_B) - values_T
 
 
 @torch.no_grad()
 def lambda_returns(
-    token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
+    token_rewards_T: Tensor,
+    values_T: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lambda_: float | Tensor,
+    after_B: Tensor | None = None,
 ) -> Tensor:
-    """Return lambda-returns [T]: `G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})`, 0 after the end.
+    """Return lambda-returns [T]: `G_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda G_{t+1})`, where both V and G after
+    a response's last token are after_B [B]; None: 0, all have ended (`values_after`).
 
     G is A + V of GAE. It is the recurrence to compute, rather than A's, because the values drop out of it at
-    lambda = 1: the reward-to-go comes out free of the rounding that summing deltas and adding V back would leave.
+    lambda = 1: the reward-to-go comes out free of the rounding that summing deltas and adding V back would leave. With
+    gamma = 1 too and an outcome reward, every token's return is the outcome, to the bit.
 
     lambda_ is one number or one per response [B]. The result has the precision of values_T: float32 or float64. Values
     must be finite: a NaN reaches earlier responses too.
     Raises ValueError for another precision, gamma or lambda outside [0, 1], an empty response, or offsets that do not
     cover the T tokens.
     """
-    return linear_recurrence(*return_recurrence(token_rewards_T, values_T, cu_seqlens, gamma, lambda_))
+    return linear_recurrence(*return_recurrence(token_rewards_T, values_T, cu_seqlens, gamma, lambda_, after_B))
 
 
 def return_recurrence(
-    token_rewards_T: Tensor, values_T: Tensor, cu_seqlens: Tensor, gamma: float, lambda_: float | Tensor
+    token_rewards_T: Tensor,
+    values_T: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float,
+    lambda_: float | Tensor,
+    after_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return decay and inflow [T] of the lambda-returns' recurrence `G_t = inflow_t + decay_t G_{t+1}`.
 
-    decay is `gamma lambda` and inflow `r_t + gamma (1 - lambda) V_{t+1}`, but 0 and `r_t` at each last token.
+    decay is `gamma lambda` and inflow `r_t + gamma (1 - lambda) V_{t+1}`, but 0 and `r_t + gamma after` at each last
+    token.
     """
     lambda_B = _checked_lambda(values_T, cu_seqlens, gamma, lambda_)
     decay_T = to_tokens(gamma * lambda_B, cu_seqlens)
@@ -106,6 +112,8 @@ def return_recurrence(
     values_weight_T[_last_tokens(cu_seqlens)] = 0
     inflow_T = token_rewards_T.to(values_T.dtype, copy=True)
     inflow_T[:-1].addcmul_(values_weight_T[:-1], values_T[1:])
+    if after_B is not None:
+        inflow_T[_last_tokens(cu_seqlens)] += gamma * after_B
     return decay_T, inflow_T
 
 

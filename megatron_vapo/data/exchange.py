@@ -53,6 +53,17 @@ class Placement:
         """Return the responses of this rank [b]."""
         return self.on(dist.get_rank())
 
+    def of_some(self, chosen_B: Tensor) -> Placement:
+        """Return the placement of some responses, numbered anew in their order, where each is already.
+
+        Args:
+            chosen_B: bool, which.
+        """
+        kept = chosen_B[self.responses]
+        numbers = chosen_B.cumsum(0) - 1
+        counts = self.ranks[kept].bincount(minlength=len(self.counts))
+        return Placement(numbers[self.responses[kept]], counts)
+
     def on(self, rank: int) -> Tensor:
         """Return the responses of a rank."""
         end = int(self.counts[: rank + 1].sum())

@@ -8,6 +8,10 @@ Legend: B responses, b of them on this process, T response tokens of a batch, N 
 A response is all that follows its prompt. The policy need not have written all of it: between its turns may stand what
 tools and users said. Models and engine read those tokens, and nothing is trained on them. `only_trained` is the batch
 as if they were not there: estimates, losses and metrics of tokens are those of `only_trained`.
+
+A response need not have ended: with windows (rollout.window_tokens) a step trains the policy on what it wrote of each
+response, and the critic on the responses that have ended, from their first token on. `for_policy` and `ended` are the
+batch as each of them sees it.
 """
 
 from __future__ import annotations
@@ -59,9 +63,15 @@ class Responses:
     """[B] float32, what is trained on: the outcome, and penalties where set."""
     weight_versions: Tensor | None = None
     """[B] int64, the oldest weights that wrote a part of the response."""
+    unfinished: Tensor | None = None
+    """[B] bool, the response goes on in a later step, and its outcome, 0 here, is not known; None: all have ended."""
+    window_starts: Tensor | None = None
+    """[B] int64, the response tokens that earlier steps wrote, and trained the policy on; None: there are none."""
 
     def __post_init__(self) -> None:
         """Refuse a response that nothing can be trained on."""
+        if self.window_starts is not None and self.trained_lengths is not None:
+            raise ValueError("responses in windows are written by the policy alone: leave trained or window_starts out")
         nothing = [] if self.trained_lengths is None else (self.trained_lengths < 1).nonzero()[:, 0].tolist()
         if nothing:
             raise ValueError(
@@ -88,6 +98,13 @@ class Responses:
         if self.trained_lengths is None:
             return self
         return replace(self, response_lengths=self.trained_lengths, trained_lengths=None)
+
+    @cached_property
+    def for_policy(self) -> Responses:
+        """Return the same with those tokens as trained that this step wrote."""
+        if self.window_starts is None:
+            return self
+        return replace(self, trained_lengths=self.response_lengths - self.window_starts, window_starts=None)
 
     @property
     def correct(self) -> Tensor:
@@ -199,6 +216,33 @@ class Experience(Responses):
         kept: dict[str, Any] = {name: getattr(self, name)[rows[name]] for name in self.ragged if name != "trained"}
         kept |= {"response_lengths": self.trained_lengths, "trained_lengths": None, "trained": None}
         return replace(self, **kept, share=self.share and Share(self.share.whole.only_trained, self.share.placement))
+
+    @cached_property
+    def for_policy(self) -> Experience:
+        """Return the batch with those response tokens as `trained` that this step wrote: the policy is trained on each
+        token in the step that wrote it."""
+        if self.window_starts is None:
+            return self
+        position = torch.arange(int(self.cu_seqlens[-1])) - self.per_token(self.cu_seqlens[:-1])
+        return replace(
+            self,
+            trained=position >= self.per_token(self.window_starts),
+            trained_lengths=self.response_lengths - self.window_starts,
+            window_starts=None,
+            share=self.share and Share(self.share.whole.for_policy, self.share.placement),
+        )
+
+    @cached_property
+    def ended(self) -> Experience:
+        """Return the batch of the responses that have ended, which may be none, each where it is."""
+        if self.whole.unfinished is None:
+            return self
+        ended = ~self.whole.unfinished
+        mine = replace(self.select(ended[self.placement.mine].nonzero()[:, 0]), unfinished=None)
+        if self.share is None:
+            return mine
+        whole = replace(Responses(**self.whole.facts(ended.nonzero()[:, 0])), unfinished=None)
+        return replace(mine, share=Share(whole, self.placement.of_some(ended)))
 
     def over_all(self, per_trained_token: Tensor) -> Tensor:
         """Spread numbers of `only_trained`'s response tokens over all response tokens [T], 0 at the others."""

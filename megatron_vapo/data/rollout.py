@@ -20,4 +20,4 @@ class Rollout:
     @property
     def sampled_tokens(self) -> int:
         """Response tokens that engines wrote, with those that no batch holds; a replayed batch counts as sampled."""
-        return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.only_trained.response_tokens))
+        return int(self.metrics.get("rollout/sampled_tokens", self.batch.whole.for_policy.only_trained.response_tokens))

@@ -149,7 +149,7 @@ def _rises(metric: str) -> Rule:
 
 def _where_mixed(history: History, metric: str) -> list[float]:
     """Return a metric of the steps whose outcomes are mixed; none if those of the last step are not."""
-    mixed = [record for record in history if MIXED <= record["reward/accuracy"] <= 1 - MIXED]
+    mixed = [record for record in history if MIXED <= record.get("reward/accuracy", 0.0) <= 1 - MIXED]
     return _column(mixed, metric) if mixed and mixed[-1] is history[-1] else []
 
 

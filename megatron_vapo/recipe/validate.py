@@ -27,6 +27,7 @@ def validate(recipe: Recipe) -> None:
     _validate_algorithm(recipe)
     _validate_reference(recipe)
     _validate_rollout(recipe)
+    _validate_windows(recipe)
     _validate_alarms(recipe)
     for name, role in recipe.roles.items():
         _validate_role(name, role)
@@ -162,6 +163,31 @@ def _validate_rollout(recipe: Recipe) -> None:
         raise RecipeError(
             f"algorithm.importance.mode={mode} corrects the actor's log-probs by the engine's, and "
             "algorithm.old_logprobs=rollout trains on the engine's: turn one of them off"
+        )
+
+
+def _validate_windows(recipe: Recipe) -> None:
+    rollout, algorithm = recipe.rollout, recipe.algorithm
+    if rollout.window_tokens is None:
+        return
+    if algorithm.advantage != "gae":
+        raise RecipeError(
+            f"rollout.window_tokens={rollout.window_tokens} trains the policy on responses without an outcome yet, and "
+            f"algorithm.advantage={algorithm.advantage} needs that: set advantage=gae, or window_tokens to null"
+        )
+    others = {
+        "rollout.partial=true": rollout.partial,
+        f"rollout.over_sampling={rollout.over_sampling:g}": rollout.over_sampling > 1,
+        "rollout.dynamic_sampling=true": rollout.dynamic_sampling,
+        f"rollout.step_seconds={rollout.step_seconds}": rollout.step_seconds is not None,
+        "algorithm.mask_truncated=true": algorithm.mask_truncated,
+        f"environment.name={recipe.environment.name}": recipe.environment.name is not None,
+    }
+    clash = [name for name, is_set in others.items() if is_set]
+    if clash:
+        raise RecipeError(
+            f"rollout.window_tokens={rollout.window_tokens} trains the policy on responses before they have ended, in "
+            f"groups that need not be whole, which {clash[0]} cannot have: leave one of them out"
         )
 
 

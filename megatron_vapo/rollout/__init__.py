@@ -26,6 +26,12 @@ class Request:
     written: tuple[int, ...] = ()
     """Tokens of the response that are there already, from an earlier step or earlier turns; the engine goes on after
     them."""
+    until: int | None = None
+    """Response tokens, those `written` included, that are enough (`length`); None: all that `generate` allows."""
+
+    def left(self, max_tokens: int) -> int:
+        """Return how many tokens an engine may write, which is asked for up to `max_tokens`."""
+        return (max_tokens if self.until is None else min(self.until, max_tokens)) - len(self.written)
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,9 @@ class RolloutEngine(Protocol):
     ) -> Iterator[tuple[int, Response]]:
         """Yield responses with the numbers of their requests, as they finish.
 
-        `max_tokens` counts what was `written` too; `on_tokens` is called with the number of tokens just written. A
-        response that `follow` has something to say to is a turn: the next one is yielded under the same number.
+        `max_tokens` counts what was `written` too; a request may want less (`Request.left`). `on_tokens` is called with
+        the number of tokens just written. A response that `follow` has something to say to is a turn: the next one is
+        yielded under the same number.
         """
         ...
 

@@ -164,6 +164,8 @@ class TransformersEngine:
     ) -> list[Response]:
         count = len(requests)
         written = torch.tensor([len(r.written) for r in requests], device=self._device)
+        limits = torch.tensor([r.left(max_tokens) for r in requests])
+        left = limits.to(self._device)
         uniforms = torch.stack([_uniforms(r.seed, max_tokens) for r in requests]).to(self._device)
         tokens = torch.zeros(count, max_tokens, dtype=torch.int64, device=self._device)
         logprobs = torch.zeros(count, max_tokens, device=self._device)
@@ -177,7 +179,7 @@ class TransformersEngine:
             tokens[active, step], logprobs[active, step] = drawn, drawn_logprobs
             on_tokens(unfinished)
             step += 1
-            going &= ~torch.isin(drawn, self._end_ids) & (written[active] + step < max_tokens)
+            going &= ~torch.isin(drawn, self._end_ids) & (step < left[active])
             unfinished = int(going.sum())
             if unfinished == 0:
                 break
@@ -189,7 +191,7 @@ class TransformersEngine:
             positions = mask.sum(1, keepdim=True) - 1
             # A mask in the shape that attention takes is not made anew by the model.
             logits = self._logits(drawn[:, None], mask[:, None, None], positions, cache)
-        return self._responses(tokens.cpu(), logprobs.cpu(), (max_tokens - written).cpu(), step)
+        return self._responses(tokens.cpu(), logprobs.cpu(), limits, step)
 
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Tensor, Cache, Tensor]:
         """Return logits after each prompt [count, V], keys and values, attention mask [count, longest] bool.

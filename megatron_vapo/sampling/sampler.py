@@ -99,7 +99,10 @@ class Sampler:
         self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
     ) -> Sampling[tuple[Experience, list[tuple[Prompt, Scored]]]]:
         """Sample the responses of one step as experience, at their homes, and each of them with its prompt, as they
-        were written: tokens and text are where the engine is."""
+        were written: tokens and text are where the engine is. With rollout.window_tokens the batch holds unfinished
+        ones too, which have no score and are not among the second."""
+        if purpose == "train" and self._rollout.window_tokens is not None:
+            return (yield from self._windows(prompts, order, step, self._rollout.window_tokens))
         settings = self._rollout
         count, samples = settings.prompts_per_step, settings.samples_per_prompt
         kept: list[Group] = []
@@ -126,7 +129,34 @@ class Sampler:
         self.unfinished = self.unfinished + kept[count:] if settings.partial else []
         self._count("rollout/sampled_tokens", sampled)
         written = [(group.prompt, sample) for group in chosen for sample in group.samples]
-        return self._pack(written, samples), [(prompt, sample.result) for prompt, sample in written]
+        places = torch.arange(len(written)) // samples
+        return self._pack(written, places), [(prompt, sample.result) for prompt, sample in written]
+
+    def _windows(
+        self, prompts: list[Prompt], order: PromptOrder, step: int, window: int
+    ) -> Sampling[tuple[Experience, list[tuple[Prompt, Scored]]]]:
+        """Write a window of each of a step's responses: of unfinished ones first, then of new ones in their place."""
+        settings = self._rollout
+        count, samples = settings.prompts_per_step * settings.samples_per_prompt, settings.samples_per_prompt
+        carried, self.unfinished = self.unfinished, []
+        free = max(0, count - sum(len(group.samples) for group in carried))
+        groups = carried + self._begin(order.take(math.ceil(free / samples)), prompts, samples, "train", step)
+        places = [(place, group, sample) for place, group in enumerate(groups) for sample in group.samples]
+        now, later = places[:count], places[count:]  # those that have begun are among the first
+        starts = [sample.length for _, _, sample in now]
+        for start, (_, _, sample) in zip(starts, now, strict=True):
+            sample.until = start + window if start + window < settings.max_response_tokens else None
+        for _, _, sample in later:
+            sample.until = 0
+        yield from self._write(groups, settings.sampling, quota=None)
+        self._judge_failures()
+        self._count("rollout/sampled_tokens", sum(sample.length for _, _, sample in now) - sum(starts))
+        written = [(group.prompt, sample) for _, group, sample in now]
+        batch = self._pack(written, torch.tensor([place for place, _, _ in now]), torch.tensor(starts))
+        rows = [(prompt, sample.result) for prompt, sample in written if sample.finished]
+        left = [Group(group.index, group.prompt, [s for s in group.samples if not s.finished]) for group in groups]
+        self.unfinished = [group for group in left if group.samples]
+        return batch, rows
 
     def metrics(self) -> dict[str, float]:
         """Return counts since the last call, over all processes."""
@@ -212,7 +242,7 @@ class Sampler:
 
     def _ask(self, groups: list[Group], sampling: SamplingConfig, enough: int) -> None:
         """Ask the engine for what is missing, until so many groups are complete, the time is over or it fails."""
-        open_ = [(group, sample) for group in groups for sample in group.samples if not sample.finished]
+        open_ = [(group, sample) for group in groups for sample in group.samples if sample.due]
         complete = sum(group.complete for group in groups)
         if complete >= enough or not open_:
             return
@@ -221,8 +251,9 @@ class Sampler:
 
         def settle(group: Group, sample: Sample) -> None:
             nonlocal complete
-            if sample.finished:
-                self._score(group.prompt, sample)
+            if not sample.due:
+                if sample.finished:
+                    self._score(group.prompt, sample)
                 complete += group.complete
                 if complete >= enough:
                     self.engine.abort()
@@ -359,25 +390,35 @@ class Sampler:
             if place in arrived and place in everyones:
                 sample.episode = Episode.unpacked(everyones[place])
 
-    def _pack(self, rows: list[tuple[Prompt, Sample]], samples: int) -> Experience:
-        scored = [sample.result for _, sample in rows]
-        responses = [one.response for one in scored]
+    def _pack(self, rows: list[tuple[Prompt, Sample]], groups: Tensor, starts: Tensor | None = None) -> Experience:
+        """Return responses as a batch.
+
+        Args:
+            groups: [B] int64, equal for the samples of one prompt.
+            starts: [B] int64, the tokens that earlier steps wrote; None: none.
+        """
+        responses = [sample.written for _, sample in rows]
         lengths = torch.tensor([len(r.token_ids) for r in responses])
         trained_lengths = lengths - torch.tensor([sample.observed for _, sample in rows])
-        outcomes = torch.tensor([one.outcome for one in scored], dtype=torch.float32)
-        rewards = outcomes + torch.tensor([one.added for one in scored], dtype=torch.float32)
+        unfinished = torch.tensor([not sample.finished for _, sample in rows])
+        scores = [(s.result.outcome, s.result.added) if s.finished else (0.0, 0.0) for _, s in rows]
+        outcomes, added = torch.tensor(scores, dtype=torch.float32).unbind(1)
+        rewards = outcomes + added
         cache = self._reward.overlong.cache_tokens
         if cache:
-            rewards = rewards + soft_overlong_penalty(trained_lengths, self._rollout.max_response_tokens, cache)
+            penalty = soft_overlong_penalty(trained_lengths, self._rollout.max_response_tokens, cache)
+            rewards = torch.where(unfinished, 0.0, rewards + penalty)
         whole = Responses(
             prompt_lengths=torch.tensor([len(prompt.token_ids) for prompt, _ in rows]),
             response_lengths=lengths,
             trained_lengths=None if torch.equal(trained_lengths, lengths) else trained_lengths,
-            groups=torch.arange(len(rows)) // samples,
+            groups=groups,
             truncated=torch.tensor([r.finish_reason == "length" for r in responses]),
             outcomes=outcomes,
             rewards=rewards,
             weight_versions=torch.tensor([r.weight_version for r in responses]),
+            unfinished=unfinished if unfinished.any() else None,
+            window_starts=starts if starts is not None and starts.any() else None,
         )
         home = homes(whole.sequence_lengths)
         written = _moved([sample for _, sample in rows], home, rewards=self._turns is not None)

@@ -69,6 +69,8 @@ class Sample:
     """Tokens of what has been written that no engine wrote (`observe`)."""
     episode: Episode = field(default_factory=Episode)
     """What the environment made of it, where there is one; only in the process that has what has been written."""
+    until: int | None = None
+    """Response tokens after which it waits for a later step (rollout.window_tokens); None: it is written to its end."""
 
     @property
     def held(self) -> bool:
@@ -121,6 +123,16 @@ class Sample:
         return self.begun is not None and self.begun.finish_reason != "abort"
 
     @property
+    def length(self) -> int:
+        """Return the response tokens so far."""
+        return 0 if self.begun is None else len(self.begun.token_ids)
+
+    @property
+    def due(self) -> bool:
+        """Return whether something is left to write in this step."""
+        return not self.finished and (self.until is None or self.length < self.until)
+
+    @property
     def written(self) -> Response:
         """Return what has been written of a sample that has begun."""
         assert self.begun is not None, "nothing is written yet"
@@ -135,12 +147,14 @@ class Sample:
     def request(self, prompt: Prompt) -> Request:
         """Return the request for what is left to write."""
         written = tuple(self.begun.token_ids.tolist()) if self.begun else ()
-        return Request(prompt.token_ids, self.seed, written)
+        return Request(prompt.token_ids, self.seed, written, self.until)
 
     def take(self, response: Response) -> None:
-        """Append what the engine wrote; nothing where an abort came first."""
+        """Append what the engine wrote; nothing where an abort came first. At the end of a window it stays open."""
         if len(response.token_ids):
             self.begun = joined(self.begun, response) if self.begun else response
+        if self.until is not None and self.length >= self.until and response.finish_reason == "length":
+            self.reopen()
 
     def observe(self, token_ids: Tensor) -> None:
         """Append tokens [l] that no engine wrote, after what has been written: models and engine read them, and nothing
@@ -204,8 +218,8 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """Return whether all samples are finished."""
-        return all(sample.finished for sample in self.samples)
+        """Return whether nothing is left to write in this step."""
+        return not any(sample.due for sample in self.samples)
 
     @property
     def tokens(self) -> int:

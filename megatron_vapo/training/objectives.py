@@ -72,40 +72,57 @@ def with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience
     Tokens that the policy did not write are skipped: the value at a token that it wrote is bootstrapped from that at
     the next one it wrote, a response is as long as what it wrote, and its outcome is at the last token that it wrote.
     GAE and value targets see a reward where it came (`token_rewards`); a group compares the sums of rewards.
+
+    Of responses in windows advantages are those of the tokens that this step wrote (EGAE), targets those of the whole
+    response; an unfinished one's say nothing.
     """
-    estimated = _with_advantages(batch.only_trained, algorithm)
-    returns = None if estimated.returns is None else batch.over_all(estimated.returns)
-    return replace(batch, advantages=batch.over_all(estimated.require("advantages")), returns=returns)
+    estimated, targets = _estimates(batch, algorithm)
+    if algorithm.whiten_advantages:
+        total = sum_over_ranks({"moments": moments(estimated)})["moments"]
+        estimated = advantages.whiten(estimated, total)
+    returns = None if targets is None else batch.over_all(targets)
+    return replace(batch, advantages=batch.for_policy.over_all(estimated), returns=returns)
 
 
-def _with_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
+def _estimates(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor | None]:
+    """Return the advantages of the tokens that the policy is trained on, and the value targets of `only_trained`."""
+    if algorithm.advantage == "gae":
+        return _gae(batch.for_policy.only_trained, batch.only_trained, algorithm)
+    batch = batch.only_trained
     if algorithm.advantage == "group":
         per_response = advantages.group_normalized_advantages(
             batch.whole.rewards, batch.whole.groups, divide_by_std=algorithm.group_divide_by_std
         )
-        estimated = replace(batch, advantages=batch.per_token(per_response[batch.placement.mine]))
-    elif algorithm.advantage == "gae":
-        lambda_policy = policy_lambda(batch, algorithm)
-        policy_advantages, targets = advantages.decoupled_gae(
-            token_rewards(batch),
-            batch.require("values"),
-            batch.cu_seqlens,
-            gamma=algorithm.gamma,
-            lambda_critic=algorithm.lambda_critic if algorithm.decoupled_gae else lambda_policy,
-            lambda_policy=lambda_policy,
-        )
-        estimated = replace(batch, advantages=policy_advantages, returns=targets)
-    else:
-        estimated = _with_own_advantages(batch, algorithm)
-    if algorithm.whiten_advantages:
-        raw = estimated.require("advantages")
-        total = sum_over_ranks({"moments": moments(raw)})["moments"]
-        estimated = replace(estimated, advantages=advantages.whiten(raw, total))
-    return estimated
+        return batch.per_token(per_response[batch.placement.mine]), None
+    return _own_advantages(batch, algorithm)
 
 
-def _with_own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Experience:
-    """Add what the recipe's own function estimates: advantages [T], and value targets [T] if it reads values."""
+def _gae(window: Experience, responses: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor]:
+    """Return advantages and value targets, decoupled (VC-PPO; VAPO, 4.1) where the recipe says so.
+
+    Args:
+        window: the tokens that the policy is trained on.
+        responses: with those that earlier steps wrote too.
+    """
+    lambda_policy = policy_lambda(responses, algorithm)
+    values, unfinished = window.require("values"), window.unfinished
+    after = None if unfinished is None else advantages.values_after(values, window.cu_seqlens, unfinished)
+    return (
+        advantages.generalized_advantages(
+            token_rewards(window), values, window.cu_seqlens, algorithm.gamma, lambda_policy, after
+        ),
+        advantages.lambda_returns(
+            token_rewards(responses),
+            responses.require("values"),
+            responses.cu_seqlens,
+            algorithm.gamma,
+            algorithm.lambda_critic if algorithm.decoupled_gae else lambda_policy,
+        ),
+    )
+
+
+def _own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> tuple[Tensor, Tensor | None]:
+    """Return what the recipe's own function estimates: advantages [T], and value targets [T] if it reads values."""
     plugin = Plugin.load("advantage", algorithm.advantage, {}, ADVANTAGE_READS)
     tensors = [
         token_rewards(batch) if name == "token_rewards" else batch.require(cast(Estimate, name))
@@ -117,7 +134,7 @@ def _with_own_advantages(batch: Experience, algorithm: AlgorithmConfig) -> Exper
     if [x.shape for x in estimates] != [(int(batch.cu_seqlens[-1]),)] * len(names):
         shapes = ", ".join(str(list(x.shape)) for x in estimates)
         raise RecipeError(f"{plugin.title} returned tensors of shapes {shapes}: return {' and '.join(names)}, each [T]")
-    return replace(batch, advantages=estimates[0], returns=estimates[1] if "values" in plugin.reads else None)
+    return estimates[0], estimates[1] if "values" in plugin.reads else None
 
 
 def token_rewards(batch: Experience) -> Tensor:
@@ -128,7 +145,7 @@ def token_rewards(batch: Experience) -> Tensor:
 
 
 def policy_lambda(batch: Experience, algorithm: AlgorithmConfig) -> float | Tensor:
-    """Return lambda of the policy's advantages: one number, or one for each response [B]."""
+    """Return lambda of the policy's advantages: one number, or one for each response [B], by its length so far."""
     if algorithm.length_adaptive_gae:
         return advantages.length_adaptive_lambda(batch.response_lengths, algorithm.alpha)
     return algorithm.lambda_policy

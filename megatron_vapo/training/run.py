@@ -138,9 +138,9 @@ class Run:
         return replace(batch, values=values)
 
     def logprobs(self, batch: Experience) -> Experience:
-        """Add the actor's log-probs and entropy."""
+        """Add the actor's log-probs and entropy, of the tokens that it is trained on."""
         with self._phase(Phase.LOGPROBS):
-            logprobs, entropy = self.actor.forward(batch)
+            logprobs, entropy = self.actor.forward(batch.for_policy)
         batch = replace(batch, logprobs=logprobs, entropy=entropy)
         step_metrics.check_logprobs(batch, self.recipe.rollout.max_logprob_difference)
         return batch
@@ -148,14 +148,17 @@ class Run:
     def reference_logprobs(self, batch: Experience) -> Experience:
         """Add the reference policy's log-probs; only where `recipe.uses_reference`."""
         with self._phase(Phase.REFERENCE):
-            logprobs, _ = self.reference.forward(batch)
+            logprobs, _ = self.reference.forward(batch.for_policy)
         return replace(batch, reference_logprobs=logprobs)
 
     def update_critic(self, batch: Experience, epochs: int, step: int) -> dict[str, float]:
-        """Train the critic towards the value targets; return means of its metrics over minibatches."""
+        """Train the critic towards the value targets of responses that have ended; return means of its metrics over
+        minibatches, none where none has."""
+        if not len(batch.ended.whole):
+            return {}
         with self._phase(Phase.CRITIC_UPDATE):
             objective = objectives.critic_objective(self.recipe.resolved_algorithm, self.recipe.critic.head)
-            return self._updates(self.trainers["critic"], objective, batch, epochs, step)
+            return self._updates(self.trainers["critic"], objective, batch.ended, epochs, step)
 
     def update_actor(self, batch: Experience, step: int) -> tuple[Experience, dict[str, float]]:
         """Train the policy; return the batch, with the log-probs that the updates saw where tokens are recorded
@@ -164,10 +167,10 @@ class Run:
         trainer, epochs = self.trainers["actor"], self.recipe.epochs
         objective = objectives.actor_objective(self.recipe.resolved_algorithm, self.actor.sum_over_sequence_ranks)
         with self._phase(Phase.ACTOR_UPDATE):
-            metrics = self._updates(trainer, objective, batch, epochs, step, seen)
+            metrics = self._updates(trainer, objective, batch.for_policy, epochs, step, seen)
             self._updated_in = step
             if seen is not None:
-                logprobs, _ = seen.gather(self.actor, batch)
+                logprobs, _ = seen.gather(self.actor, batch.for_policy)
                 batch = replace(batch, update_logprobs=logprobs)
         return batch, metrics
 
@@ -204,6 +207,8 @@ class Run:
         version, state = self.state.steps, self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
         everything = step_metrics.of_step(batch, metrics, seconds, state, self.recipe.algorithm.gamma)
         everything |= step_metrics.ages(batch.whole, version)
+        if kind == "train" and self.recipe.rollout.window_tokens is not None:
+            everything |= step_metrics.windows(batch.whole, self.recipe.rollout.window_tokens)
         if kind == "pretrain":
             explained = [*state.explained_variances, everything["critic/explained_variance"]]
             state = replace(state, explained_variances=explained)

@@ -1,7 +1,8 @@
 """Numbers of a step for the record, and rows of responses to read.
 
 Each process sums up the tokens that are at home with it; totals over processes give the same metrics to all. Tokens are
-those that the policy wrote, and a response is as long as what it wrote (`Experience.only_trained`).
+those that the policy wrote, and a response is as long as what it wrote (`Experience.only_trained`). Of a batch in
+windows metrics of responses and of the critic are those of the responses that have ended.
 """
 
 from __future__ import annotations
@@ -54,14 +55,13 @@ def of_step(
         state: after the step.
         gamma: discount of the returns that the critic's values are compared with.
     """
-    observed = observation_metrics(batch.whole)
-    batch = batch.only_trained
-    tokens = batch.whole.response_tokens
+    trained, ended = batch.for_policy.only_trained, batch.ended.only_trained
+    tokens, any_ended = trained.whole.response_tokens, len(ended.whole) > 0
     return (
-        rollout_metrics(batch.whole)
-        | observed
-        | token_metrics(batch)
-        | critic_metrics(batch, gamma)
+        (rollout_metrics(ended.whole) if any_ended else {})
+        | observation_metrics(batch.whole)
+        | token_metrics(trained)
+        | (critic_metrics(ended, gamma) if any_ended else {})
         | updates
         | seconds
         | {"throughput/tokens_per_second": tokens / seconds[STEP], "tokens/sampled": state.sampled_tokens}
@@ -108,6 +108,21 @@ def ages(batch: Responses, version: int) -> dict[str, float]:
     return {"rollout/age_mean": float(ages.mean()), "rollout/age_max": float(ages.max())}
 
 
+def windows(batch: Responses, window_tokens: int) -> dict[str, float]:
+    """Return which share of responses, and of the tokens that the policy was trained on, is of responses that go on,
+    and in how many windows of so many tokens the others were written."""
+    goes_on = torch.zeros_like(batch.truncated) if batch.unfinished is None else batch.unfinished
+    trained = batch.for_policy.only_trained.response_lengths.double()
+    metrics = {
+        "rollout/unfinished": float(goes_on.double().mean()),
+        "rollout/unfinished_tokens": float(trained[goes_on].sum() / trained.sum()),
+    }
+    if not goes_on.all():
+        lengths = batch.response_lengths[~goes_on].double()
+        metrics["rollout/windows_mean"] = float((lengths / window_tokens).ceil().mean())
+    return metrics
+
+
 def check_logprobs(batch: Experience, limit: float | None) -> None:
     """Refuse to train on a batch that the engine drew from other probabilities than the actor's.
 
@@ -129,7 +144,7 @@ def check_logprobs(batch: Experience, limit: float | None) -> None:
 
 
 def _logprob_differences(batch: Experience) -> tuple[Tensor, float]:
-    trained = batch.only_trained
+    trained = batch.for_policy.only_trained
     return logprob_differences(trained.require("logprobs"), trained.require("rollout_logprobs"), MISMATCH_THRESHOLD)
 
 

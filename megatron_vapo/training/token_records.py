@@ -171,14 +171,20 @@ class Kept:
     @staticmethod
     def of(batch: Experience, limit: int) -> Kept | None:
         """Bring a step's first responses to the first rank, as many as fit into `limit` bytes; None if that is 0. All
-        ranks call it."""
-        if not limit:
+        ranks call it.
+
+        Of a batch in windows they are responses that have ended, with what earlier steps wrote as context; None if none
+        has.
+        """
+        ended = batch.ended
+        if not limit or not len(ended.whole):
             return None
+        batch = ended.for_policy
         per_token = _BYTES_PER_TOKEN
         per_token += 0 if batch.trained is None else _BYTES_PER_MARK
         per_token += 0 if batch.token_rewards is None else _BYTES_PER_REWARD
         kept = batch.on_first_rank(kept_responses(batch.whole, limit, per_token))
-        return Kept(kept, None if batch.values is None else critic_calibration(batch))
+        return Kept(kept, None if ended.values is None else critic_calibration(ended))
 
 
 def recorded_steps(folder: Path) -> list[tuple[StepKind, int]]:

@@ -97,10 +97,12 @@ class MinibatchUpdates:
         return {key: sum(u[key] for u in updates) / len(updates) for key in updates[0]}
 
     def _minibatches(self, responses: int, epochs: int, step: int) -> Iterator[tuple[int, Tensor]]:
-        """Each epoch visits every response once, in an order drawn for (step, epoch)."""
+        """Each epoch visits every response once, in an order drawn for (step, epoch), in minibatches of about equal
+        size, at most the recipe's: of a batch in windows only some have ended."""
+        count = -(-responses // self._recipe.minibatch_size)
         for epoch, seed in enumerate(seeds(self._recipe.seed, "minibatches", step, epochs)):
             order = torch.randperm(responses, generator=torch.Generator().manual_seed(seed))
-            for indices in order.split(self._recipe.minibatch_size):
+            for indices in order.tensor_split(count):
                 yield epoch, indices
 
     def _count_skipped(self, name: str, skipped: bool) -> None:

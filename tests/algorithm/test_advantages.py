@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_vapo.algorithm.advantages import (
-    decoupled_gae,
     generalized_advantages,
     group_normalized_advantages,
     lambda_returns,
@@ -17,6 +16,7 @@ from megatron_vapo.algorithm.advantages import (
     linear_recurrence,
     outcome_token_rewards,
     soft_overlong_penalty,
+    values_after,
     whiten,
 )
 from megatron_vapo.algorithm.packed import to_tokens
@@ -57,6 +57,26 @@ def test_advantages_are_the_discounted_sums_of_temporal_differences(batch):
     lambda_B = torch.tensor(lambdas, dtype=torch.float64)
     advantages = generalized_advantages(rewards, values, offsets(lengths), gamma, lambda_B)
     torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-11)
+
+
+@given(batches(), st.data())
+def test_advantages_of_unfinished_responses_end_at_the_value_before_their_last_token(batch, data):
+    """EGAE by definition, in float64; where a response has ended nothing is different, to the bit."""
+    lengths, rewards, values, gamma, lambdas = batch
+    unfinished = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+    cu_seqlens, lambda_B = offsets(lengths), torch.tensor(lambdas, dtype=torch.float64)
+    after = values_after(values, cu_seqlens, torch.tensor(unfinished))
+    found = generalized_advantages(rewards, values, cu_seqlens, gamma, lambda_B, after).split(lengths)
+    ended = generalized_advantages(rewards, values, cu_seqlens, gamma, lambda_B).split(lengths)
+    for i, (r, v) in enumerate(zip(rewards.split(lengths), values.split(lengths), strict=True)):
+        if not unfinished[i]:
+            assert torch.equal(found[i], ended[i])
+            continue
+        bootstrapped = [*v.tolist(), float(v[-1])]
+        deltas = [float(r[t]) + gamma * bootstrapped[t + 1] - bootstrapped[t] for t in range(len(v))]
+        decay = gamma * lambdas[i]
+        expected = [sum(decay**k * delta for k, delta in enumerate(deltas[t:])) for t in range(len(v))]
+        torch.testing.assert_close(found[i], torch.tensor(expected, dtype=torch.float64), rtol=1e-11, atol=1e-11)
 
 
 @given(batches())
@@ -133,40 +153,14 @@ def test_the_critics_target_is_the_outcome_to_the_bit(lengths, seed):
     cu_seqlens = offsets(lengths)
     outcome_B = torch.randn(len(lengths), generator=generator)
     values = 100 * torch.randn(sum(lengths), generator=generator)
-    _, targets = decoupled_gae(
-        outcome_token_rewards(outcome_B, cu_seqlens),
-        values,
-        cu_seqlens,
-        gamma=1.0,
-        lambda_critic=1.0,
-        lambda_policy=length_adaptive_lambda(cu_seqlens.diff(), 0.05),
-    )
+    targets = lambda_returns(outcome_token_rewards(outcome_B, cu_seqlens), values, cu_seqlens, 1.0, 1.0)
     assert torch.equal(targets, to_tokens(outcome_B, cu_seqlens))
-
-
-@given(batches(), unit)
-def test_each_lambda_of_the_decoupled_estimate_reaches_its_own_result_only(batch, lambda_critic):
-    lengths, rewards, values, gamma, lambdas = batch
-    cu_seqlens, lambda_policy = offsets(lengths), torch.tensor(lambdas, dtype=torch.float64)
-    settings = {"gamma": gamma, "lambda_critic": lambda_critic, "lambda_policy": lambda_policy}
-    advantages, targets = decoupled_gae(rewards, values, cu_seqlens, **settings)
-    _, targets_of_other_policy = decoupled_gae(rewards, values, cu_seqlens, **settings | {"lambda_policy": 0.3})
-    advantages_of_other_critic, _ = decoupled_gae(rewards, values, cu_seqlens, **settings | {"lambda_critic": 0.3})
-    assert torch.equal(targets, targets_of_other_policy)
-    assert torch.equal(advantages, advantages_of_other_critic)
-
-    coupled_advantages, coupled_targets = decoupled_gae(
-        rewards, values, cu_seqlens, gamma=gamma, lambda_critic=lambda_critic, lambda_policy=lambda_critic
-    )
-    torch.testing.assert_close(coupled_targets, coupled_advantages + values)
-    assert torch.equal(targets, coupled_targets)
 
 
 def test_no_gradient_flows_into_the_values():
     values = torch.ones(3, requires_grad=True)
-    advantages, targets = decoupled_gae(
-        torch.zeros(3), values, offsets([3]), gamma=1.0, lambda_critic=1.0, lambda_policy=0.5
-    )
+    advantages = generalized_advantages(torch.zeros(3), values, offsets([3]), 1.0, 0.5)
+    targets = lambda_returns(torch.zeros(3), values, offsets([3]), 1.0, 1.0)
     assert not advantages.requires_grad and not targets.requires_grad
 
 

@@ -351,7 +351,7 @@ OUT_OF_BOUNDS = {
         *("minibatch_size", "epochs", "max_skipped_updates", "rollout.prompts_per_step", "rollout.samples_per_prompt"),
         *("rollout.max_response_tokens", "rollout.transformers.batch_size", "rollout.dynamic_sampling_rounds"),
         *("value_pretraining.epochs", "value_pretraining.judged_rollouts", "value_pretraining.max_steps"),
-        *("data.max_prompt_tokens", "evaluation.samples"),
+        *("data.max_prompt_tokens", "evaluation.samples", "rollout.window_tokens"),
         *("evaluation.problems", "checkpoint.keep", "actor.tensor_parallel", "actor.pipeline_parallel"),
         *("actor.virtual_pipeline", "actor.context_parallel", "actor.expert_parallel", "actor.expert_tensor_parallel"),
         *("actor.first_stage_layers", "actor.last_stage_layers", "actor.micro_batch_tokens", "critic.tensor_parallel"),
@@ -460,6 +460,21 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["rollout.partial", "rollout.max_version_lag to 3 or more"],
         ),
         (
+            ["rollout.window_tokens=8", "algorithm.advantage=group"],
+            ["rollout.window_tokens=8", "algorithm.advantage=group", "advantage=gae, or window_tokens to null"],
+        ),
+        *(
+            (["rollout.window_tokens=8", *more], ["rollout.window_tokens=8", more[0], "leave one of them out"])
+            for more in (
+                ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
+                ["rollout.over_sampling=1.5"],
+                ["rollout.dynamic_sampling=true"],
+                ["rollout.step_seconds=60.0"],
+                ["algorithm.mask_truncated=true"],
+                ["environment.name=examples.calculator:Calculator"],
+            )
+        ),
+        (
             ["algorithm.importance.mode=mask", "algorithm.old_logprobs=rollout"],
             ["algorithm.importance.mode=mask", "algorithm.old_logprobs=rollout", "turn one of them off"],
         ),
@@ -535,6 +550,7 @@ def test_settings_that_contradict_each_other(recipe_file: Path, overrides: list[
         ],
         ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.max_version_lag=1"],
         ["rollout.over_sampling=1.5", "rollout.step_seconds=60", "rollout.sglang.request_seconds=30"],
+        ["rollout.window_tokens=8", "rollout.lag=1", "rollout.sglang.request_seconds=30"],
         ["algorithm.importance.mode=truncate", "algorithm.importance.high=1"],
         ["algorithm.importance={mode: mask, level: geometric, low: 0.5, high: 5}"],
         ["algorithm.old_logprobs=rollout", "algorithm.beyond_clip=mask", "algorithm={clip_low: 0.8, clip_high: 3}"],

@@ -119,8 +119,9 @@ class FakeEngine:
             for number in list(written):
                 written[number] += 1
                 request, total = requests[number], len(requests[number].written) + written[number]
-                assert total <= max_tokens
-                if total in (self.length(request), max_tokens):
+                limit = len(request.written) + request.left(max_tokens)
+                assert total <= limit <= max_tokens
+                if total in (self.length(request), limit):
                     reason = "stop" if total == self.length(request) else "length"
                     yield number, self._response(request, written.pop(number), reason)
             tick += 1

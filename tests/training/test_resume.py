@@ -282,6 +282,7 @@ DELAYED += [*(f"{role}.precision.recipe=delayed" for role in ("actor", "critic")
             "rollout.transformers.batch_size=4",
         ),
         TALKS,
+        ("rollout.window_tokens=5",),
     ],
     ids=lambda overrides: ", ".join(overrides)[:90] or "defaults",
 )

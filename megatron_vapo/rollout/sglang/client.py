@@ -99,7 +99,7 @@ class Connection:
         Raises:
             ServerFailure: also for an answer that cannot be what was asked for.
         """
-        left = max_tokens - len(request.written)
+        left = request.left(max_tokens)
         body = {
             "rid": rid,
             "input_ids": list(request.prompt_ids) + list(request.written),
