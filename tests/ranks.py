@@ -3,13 +3,15 @@
 Imports are most of a small run's CPU time. Where a test is about what ranks compute, not about how they start,
 `fork=True` spares them: multiprocessing's fork server imports tests/preload.py once and forks every rank, which then is
 `python ARGUMENTS` in all but its imports: environment, folder, output, exit code. What is read while modules are
-imported (PYTHONPATH, TRITON_INTERPRET) or differs between interpreters (the seed of hashes) needs a start anew, and so
-does what tests look for in torchrun's output and processes.
+imported (TRITON_INTERPRET) or differs between interpreters (the seed of hashes) needs a start anew, and so does what
+tests look for in torchrun's output and processes.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -29,12 +31,24 @@ _context.set_forkserver_preload([PRELOADED])
 
 
 class Forked:
-    """The fork server's `python ARGUMENTS` in a session of its own, with what is needed of subprocess.Popen."""
+    """The fork server's `python ARGUMENTS` in a session of its own, with what is needed of subprocess.Popen.
+
+    Args:
+        errors: None: to `output` too.
+        folder: to run in; None: this process's.
+        beside: a process whose network, host name and mounts it is to have.
+    """
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], output: Path, errors: Path | None = None
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        output: Path,
+        errors: Path | None = None,
+        folder: str | None = None,
+        beside: int | None = None,
     ) -> None:
-        become = (arguments, dict(environment), os.getcwd(), output, errors)
+        become = (arguments, dict(environment), folder or os.getcwd(), output, errors, beside)
         self._process = _context.Process(target=_become, args=become)
         self._process.start()
         self.pid = self._process.pid
@@ -117,11 +131,20 @@ def _wait(ranks: Sequence[Forked | subprocess.Popen], seconds: float) -> list[in
         time.sleep(0.05)
 
 
-def _become(arguments: list[str], environment: dict[str, str], folder: str, output: Path, errors: Path | None) -> None:
+def _become(
+    arguments: list[str],
+    environment: dict[str, str],
+    folder: str,
+    output: Path,
+    errors: Path | None,
+    beside: int | None,
+) -> None:
     """Go on in a forked process as `python ARGUMENTS` would."""
     if PRELOADED not in sys.modules:
         raise ImportError(f"the fork server could not import {PRELOADED}, started in {folder}")
     os.setsid()
+    if beside is not None:
+        _join_namespaces(beside)
     with output.open("wb") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -131,6 +154,8 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    searched = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[1:1] = [path for path in searched if path not in sys.path]
     multiprocessing.set_start_method(None, force=True)
     torch.seed(), np.random.seed()  # as new processes do; Python's own generator does so after each fork
     try:
@@ -142,3 +167,13 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, outp
             runpy.run_path(arguments[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def _join_namespaces(pid: int) -> None:
+    """Have the network, host name and mounts of another process. (os.setns is Python 3.12's.)"""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with contextlib.ExitStack() as files:
+        opened = [files.enter_context(open(f"/proc/{pid}/ns/{kind}")) for kind in ("net", "uts", "mnt")]
+        for file in opened:
+            if libc.setns(file.fileno(), 0):
+                raise OSError(ctypes.get_errno(), f"setns {file.name}")

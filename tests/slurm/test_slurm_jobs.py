@@ -18,7 +18,7 @@ import pytest
 from benchmarks.records import records, timeless
 from tests.hollow import write_hollow_weights
 from tests.ranks import train
-from tests.slurm import private_cluster
+from tests.slurm import private_cluster, warm_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 16  # more than a run can take between being asked to stop and stopping
@@ -48,31 +48,36 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
     return make_checkpoint("qwen2", intermediate_size=64)  # SGLang on CPU pads others
 
 
-def write_python(path: Path, before: str = "") -> None:
-    """Write this interpreter, whose torchrun needs less CPU time for its ranks (forking_torchrun.py)."""
-    script = path.with_name("forking_torchrun.py")
-    shutil.copy(Path(__file__).with_name(script.name), script)
+def write_python(path: Path, service: str, before: str = "") -> None:
+    """Write a Python that spares its imports: all but torchrun itself is forked by a service (warm_python.py)."""
+    client = Path(warm_python.__file__)
     path.write_text(
-        f"#!/bin/bash\n{before}"
-        f'[ "$1 $2" != "-m torch.distributed.run" ] || set -- "{script}" "${{@:3}}"\n'
-        f'exec "{sys.executable}" "$@"\n'
+        f'#!/bin/bash\n{before}if [ "$1 $2" = "-m torch.distributed.run" ]; then\n'
+        f'    exec "{sys.executable}" -m tests.slurm.warm_torchrun "{service}" "${{@:3}}"\nfi\n'
+        f'exec "{sys.executable}" -IS "{client}" "{service}" "$@"\n'
     )
     path.chmod(0o755)
 
 
 @pytest.fixture
-def user(cluster, tmp_path: Path) -> User:
-    return User(cluster, tmp_path)
+def service(tmp_path: Path) -> Iterator[str]:
+    with warm_python.service(tmp_path / "warm") as path:
+        yield path
+
+
+@pytest.fixture
+def user(cluster, tmp_path: Path, service: str) -> User:
+    return User(cluster, tmp_path, service)
 
 
 class User:
     """Somebody with the repository, who submits from a folder of it."""
 
-    def __init__(self, cluster, folder: Path) -> None:
+    def __init__(self, cluster, folder: Path, service: str) -> None:
         self.cluster, self.folder = cluster, folder
         for name in ("slurm", "recipes", "tools", "megatron_vapo", "tests", "benchmarks"):
             (folder / name).symlink_to(REPOSITORY / name)
-        write_python(folder / "python")
+        write_python(folder / "python", service)
         self.environment = {"VAPO_PYTHON": str(folder / "python"), "PYTHONPATH": f"{folder}:{REPOSITORY}"}
         self.site: dict[str, object] = {}
 
@@ -186,15 +191,16 @@ def test_a_pre_empted_run_goes_on_where_it_was(user: User, settings: list[str], 
 
 
 @pytest.mark.slow
-def test_the_time_limit_requeues_with_a_checkpoint(user: User, settings: list[str], sglang_python: str) -> None:
+def test_the_time_limit_requeues_with_a_checkpoint(user: User, settings: list[str], forking_sglang_python: str) -> None:
     """Slurm looks at time limits twice a minute; here its signal comes at once, and to all processes of the step.
 
     So do those that a user sends. They are the run's to answer: its rollout server goes on until the run has stopped.
     """
+    user.environment["VAPO_PYTHON"] = sys.executable  # all processes are the step's
     run = user.folder / "run"
     script = (REPOSITORY / "slurm" / "vapo_tiny.sh").read_text().replace("recipes/tiny.yaml 2", "recipes/tiny.yaml 1")
     (user.folder / "one_process.sh").write_text(script)
-    engine = ["rollout.engine=sglang", f"rollout.sglang.python={sglang_python}"]
+    engine = ["rollout.engine=sglang", f"rollout.sglang.python={forking_sglang_python}"]
     job = user.submit("--nodes=1", "one_process.sh", *settings, *engine, f"run_dir={run}")
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
     with user.cluster.signals_to_all_processes():
@@ -234,6 +240,7 @@ def test_a_lost_node_requeues_the_job(user: User, settings: list[str], local: li
 
 @pytest.mark.slow
 def test_a_cancelled_job_leaves_nothing_running(user: User, settings: list[str]) -> None:
+    user.environment["VAPO_PYTHON"] = sys.executable  # all processes are the step's
     run = user.folder / "run"
     job = user.submit("slurm/vapo_tiny.sh", *settings, f"run_dir={run}")
     wait(lambda: train_steps(run) >= 1, 300, job.outputs)
@@ -397,14 +404,15 @@ def pyxis(cluster) -> Iterator[None]:
 
 
 @pytest.fixture
-def contained(pyxis: None, user: User, checkpoint: Path, tiny_problems: Path) -> User:
+def contained(pyxis: None, user: User, service: str, checkpoint: Path, tiny_problems: Path) -> User:
     """A user whose site.env names an image, whose Python tells what each node's container is."""
     (user.folder / "slurm").unlink()
     shutil.copytree(REPOSITORY / "slurm", user.folder / "slurm")
     (user.folder / "image.sqsh").touch()
     (user.folder / "seen").mkdir()
     python = user.folder / "python"
-    write_python(python, f"(env | grep ^STAND_IN; echo PWD=$PWD) > {user.folder}/seen/$SLURM_NODEID-$SLURM_STEP_ID\n")
+    seen = f"{user.folder}/seen/$SLURM_NODEID-$SLURM_STEP_ID"
+    write_python(python, service, f"(env | grep ^STAND_IN; echo PWD=$PWD) > {seen}\n")
     outside = [f"{folder}:{folder}" for folder in (REPOSITORY, sys.prefix, tiny_problems.parent)]
     user.site = {
         "VAPO_CONTAINER": user.folder / "image.sqsh",
@@ -508,11 +516,12 @@ def test_a_mistake_is_in_the_first_lines_of_the_log(
 
 
 @pytest.fixture
-def recorder(user: User) -> Path:
+def recorder(user: User, service: str) -> Path:
     """A Python that checks recipes like any other, and writes down what it would have launched on each node."""
     calls = user.folder / "calls"
     calls.mkdir()
-    script = user.folder / "python"
+    write_python(user.folder / "warm_python", service)
+    script = user.folder / "recorder"
     script.write_text(
         f"""#!/bin/bash
 if [ "$2" = torch.distributed.run ]; then
@@ -523,7 +532,7 @@ elif [ "$3" = plan ] && [ -n "$CUDA_VISIBLE_DEVICES" ]; then
     echo "the plan is given GPUs"
     exit 1
 else
-    exec {sys.executable} "$@"
+    exec {user.folder}/warm_python "$@"
 fi
 """
     )
