@@ -1,4 +1,4 @@
-"""The tools that make the tiny models, as processes, with a few training steps."""
+"""The tools that make the tiny models, as processes, with a few training steps. Most are forked from a warm one."""
 
 import json
 import os
@@ -7,29 +7,33 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_vapo.data.derivation import VOCABULARY, Mixture, demonstrate, make_problem
+from tests.ranks import run_world
 
 TOOLS = Path(__file__).parents[2] / "tools"
 MAKE_BASE = [sys.executable, str(TOOLS / "make_tiny_base.py")]
-MAKE_REWARD_MODEL = [sys.executable, str(TOOLS / "make_tiny_reward_model.py")]
 
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command: object) -> str:
-    return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+@pytest.fixture
+def fork(tmp_path_factory) -> Callable[..., str]:
+    """`fork("make_tiny_base.py", *arguments)` -> its output."""
+    log = tmp_path_factory.mktemp("logs") / "log"
+    return lambda name, *arguments: run_world(1, [TOOLS / name, *map(str, arguments)], log)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """What `make_tiny_base.py` writes after 5 steps of each stage."""
     out = tmp_path_factory.mktemp("tiny") / "tiny"
-    run(*MAKE_BASE, "--out", out, "--steps", 5)
+    subprocess.run([*MAKE_BASE, "--out", str(out), "--steps", "5"], check=True)
     return out
 
 
@@ -105,12 +109,12 @@ def test_complete_base_is_left_alone_unless_forced(made, run_tool):
     assert (made / "base" / "model.safetensors").stat().st_ino == before
 
 
-def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
+def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path, fork):
     from safetensors.torch import load_file
 
     out = tmp_path / "again"
     (out / "base").mkdir(parents=True)
-    run(*MAKE_BASE, "--out", out, "--steps", 5, "--force")
+    fork("make_tiny_base.py", "--out", out, "--steps", 5, "--force")
     first, second = (load_file(folder / "base" / "model.safetensors") for folder in (made, out))
     assert all(first[name].equal(second[name]) for name in first)
     assert [path.name for path in tmp_path.iterdir()] == ["again"]
@@ -120,14 +124,14 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path):
     ("task", "more", "prompt", "answer"),
     [("chained_arithmetic", ("--sloppy", 0.2), r"\^.*=", r"\d\d"), ("products", (), r"\^\d+(\*\d+)+=", r"\d+")],
 )
-def test_the_bases_of_other_tasks(tmp_path, task, more, prompt, answer):
-    run(*MAKE_BASE, "--task", task, *more, "--out", tmp_path / "tiny", "--steps", 1)
+def test_the_bases_of_other_tasks(tmp_path, fork, task, more, prompt, answer):
+    fork("make_tiny_base.py", "--task", task, *more, "--out", tmp_path / "tiny", "--steps", 1)
     row = json.loads((tmp_path / "tiny" / "heldout.jsonl").read_text().partition("\n")[0])
     assert re.fullmatch(prompt, row["prompt"]) and re.fullmatch(answer, row["answer"])
 
 
-def test_a_share_of_the_other_task_is_refused(tmp_path):
-    done = subprocess.run([*MAKE_BASE, "--sloppy", "0.2", "--out", str(tmp_path)], capture_output=True, text=True)
+def test_a_share_of_the_other_task_is_refused(tmp_path, run_tool):
+    done = run_tool("make_tiny_base.py", "--sloppy", 0.2, "--out", tmp_path)
     assert done.returncode == 2 and "for --task chained_arithmetic" in done.stderr
 
 
@@ -151,14 +155,13 @@ def test_interruption_leaves_no_half_made_base(tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_reward_model_scores_at_the_last_token(made, tokenizer, rows, tmp_path):
+def test_reward_model_scores_at_the_last_token(made, tokenizer, rows, tmp_path, fork):
     import torch
     from transformers import AutoModelForSequenceClassification
 
     out = tmp_path / "reward_model"
-    printed = run(
-        *MAKE_REWARD_MODEL, made / "base", out, "--data", made / "train.jsonl", "--samples", 64, "--epochs", 1
-    )
+    data = ["--data", made / "train.jsonl", "--samples", 64, "--epochs", 1]
+    printed = fork("make_tiny_reward_model.py", made / "base", out, *data)
     assert "AUC" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["reward_model"]
 
