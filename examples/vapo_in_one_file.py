@@ -15,6 +15,8 @@ place:
   The package keeps responses one after another: with lengths up to 20,000 most of a rectangle is padding.
 * micro-batches: a minibatch is one forward pass. The package cuts it up, with the denominators of the whole minibatch.
 * the actor's log-probs computed again by the trainer: sampler and trainer are the same model here.
+* turns: here nothing answers a response, so its mask leaves out padding alone. The package's (`Experience.trained`)
+  leaves out what tools and users said, too.
 * checkpoints, evaluation, switches for ablations, other algorithms.
 
 Legend: B responses, L response tokens at most, P prompt tokens, V vocabulary. Sections are those of the VAPO paper.

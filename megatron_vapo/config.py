@@ -10,6 +10,7 @@ Where a setting has no effect whatever its value is metadata too (`Condition`).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -695,13 +696,25 @@ class RolloutConfig:
 class PromptFile:
     """A file of prompts, in a list of `data.train` or `evaluation.data`; a path alone is one with the defaults."""
 
-    path: str = setting(MISSING, "File or folder.")
+    path: str = setting(
+        MISSING,
+        "File or folder. Training: also package.module:Class of a source of one's own, which makes prompts without end "
+        "(docs/add_a_prompt_source.md).",
+    )
     weight: float = setting(
         1.0,
         "Training: its share of the prompts drawn is weight / sum of weights, whatever the files' sizes.",
         ABOVE_0,
     )
-    name: str = setting("", "Stands in metrics and messages; by default the file's name without its ending.")
+    name: str = setting(
+        "", "Stands in metrics and messages; by default the file's name without its ending, a source's class."
+    )
+    options: dict[str, Any] = group(dict, "Arguments of a source's class, by name, besides the seed.")
+
+    @property
+    def is_source(self) -> bool:
+        """Whether it is no file but a source of one's own."""
+        return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.path) is not None
 
 
 @dataclass(frozen=True)
@@ -709,7 +722,9 @@ class DataConfig:
     """The prompts: JSON, CSV, Parquet, or a Hugging Face datasets folder, in the schemas of docs/recipes.md."""
 
     train: Any = setting(  # noqa: RUF009  # OmegaConf has no type for text or a list
-        MISSING, "Prompts that steps draw from: a path, or a list of paths or `PromptFile`s."
+        MISSING,
+        "Prompts that steps draw from: a path, package.module:Class of a source of one's own, or a list of these or "
+        "of `PromptFile`s.",
     )
     template: Literal["none", "math"] = setting(
         "none", "math: render problems with the paper's template. Rows that are messages are taken as they are."

@@ -74,8 +74,7 @@ def check_data(recipe: Recipe, inputs: Inputs, note: Callable[[str], None]) -> N
     before = next((prompts for prompts in map(_fingerprint, reversed(usable)) if prompts is not None), None)
     if before is None:
         return
-    read = {"data.train": inputs.prompts, "evaluation.data": inputs.held_out}
-    changed = [f"{key}, {text}" for key, prompts in read.items() for text in changes(before[key], prompts)]
+    changed = [f"{key}, {text}" for key, prompts in inputs.read.items() for text in changes(before[key], prompts)]
     if changed and recipe.checkpoint.changed_data == "stop":
         raise CheckpointError(
             f"{recipe.run_dir} was trained with other prompts: {'; '.join(changed)}. Bring the first run's files back, "

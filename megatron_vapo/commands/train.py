@@ -154,9 +154,10 @@ def _pretrain(run: Run) -> None:
 def _description(recipe: Recipe, inputs: Inputs) -> str:
     a = inputs.architecture
     dropped = f" ({inputs.dropped} too long, dropped)" if inputs.dropped else ""
+    prompts = " and ".join([f"{len(inputs.prompts)} prompts{dropped}", *(f"those of {n}" for n in inputs.sources)])
     return (
         f"{recipe.name}: {a.family}, {a.layers} layers, hidden {a.hidden}, vocabulary {a.vocab}; "
-        f"{len(inputs.prompts)} prompts{dropped}, {len(inputs.held_out)} held out; "
+        f"{prompts}, {len(inputs.held_out)} held out; "
         f"{recipe.responses_per_step} responses a step in minibatches of {recipe.minibatch_size}; "
         f"{world_size()} process(es): ready to run"
     )

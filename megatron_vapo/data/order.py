@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any
@@ -24,30 +24,42 @@ class PromptOrder:
     A group of k prompts that spans two epochs may hold a prompt twice.
 
     Args:
-        sizes: prompts of each set.
+        sizes: prompts of each set; None: it has no end, and no prompt of it has an index (`data.source`).
         weights: the sets' shares of the prompts drawn, up to a factor; equal ones by default.
         prompts: stands for what the prompts are; a state is not loaded where it differs.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] = (), prompts: str = "") -> None:
-        if not sizes or min(sizes) < 1 or seed < 0:
+    def __init__(
+        self, sizes: Sequence[int | None], seed: int, weights: Sequence[float] = (), prompts: str = ""
+    ) -> None:
+        if not sizes or any(size is not None and size < 1 for size in sizes) or seed < 0:
             raise ValueError(f"an order needs sets of 1 or more prompts and seed >= 0, not {sizes}, seed = {seed}")
         exact = [Fraction(str(weight)) for weight in weights or [1.0] * len(sizes)]
         self._shares = [weight / sum(exact) for weight in exact]
-        self._starts = [0, *accumulate(sizes)]
+        self._starts = [0, *accumulate(size or 0 for size in sizes)]
         self.seed, self.prompts = seed, prompts
         self.drawn = [0] * len(sizes)
         """Prompts drawn from each set."""
-        self._sets = [_Epochs(size, seed, number) for number, size in enumerate(sizes)]
+        self._sets = [None if size is None else _Epochs(size, seed, number) for number, size in enumerate(sizes)]
 
     def take(self, k: int) -> list[int]:
         """Return the next k prompt indices. Past the end of an epoch the next begins, so k may exceed n."""
-        return [self._next() for _ in range(k)]
+        return [self.next_in(number) for number in self.due(k)]
 
-    def _next(self) -> int:
+    def due(self, k: int) -> list[int]:
+        """Return the numbers of the sets that the next k prompts come from, which count as drawn."""
+        return [self._next_set() for _ in range(k)]
+
+    def next_in(self, number: int) -> int:
+        """Return the index of the next prompt of a set."""
+        epochs = self._sets[number]
+        assert epochs is not None, "an endless set has no indices"
+        return self._starts[number] + epochs.next()
+
+    def _next_set(self) -> int:
         number = self._due() if len(self._sets) > 1 else 0
         self.drawn[number] += 1
-        return self._starts[number] + self._sets[number].next()
+        return number
 
     def _due(self) -> int:
         total = sum(self.drawn) + 1
@@ -56,12 +68,12 @@ class PromptOrder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the order, for a checkpoint."""
-        places = [{"n": set_.n, "epoch": set_.epoch, "position": set_.position} for set_ in self._sets]
+        places = [_ENDLESS if one is None else one.place() for one in self._sets]
         return {"seed": self.seed, "prompts": self.prompts, "drawn": list(self.drawn), "sets": places}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Raises CheckpointError if it belongs to other prompt sets or another seed."""
-        before, now = [place["n"] for place in state["sets"]], [set_.n for set_ in self._sets]
+        before, now = [place["n"] for place in state["sets"]], [None if one is None else one.n for one in self._sets]
         if (before, state["seed"], state["prompts"]) != (now, self.seed, self.prompts):
             raise CheckpointError(
                 f"the checkpoint's order is over {_sum(before)} prompts with seed {state['seed']}, this run's is over "
@@ -69,14 +81,16 @@ class PromptOrder:
                 f"prompt files and seed, start anew, or set checkpoint.changed_data=continue"
             )
         self.drawn = list(state["drawn"])
-        for set_, place in zip(self._sets, state["sets"], strict=True):
-            set_.go_to(place["epoch"], place["position"])
+        for one, place in zip(self._sets, state["sets"], strict=True):
+            if one is not None:
+                one.go_to(place["epoch"], place["position"])
 
-    def begin_epoch_after(self, state: dict[str, Any]) -> None:
+    def begin_epoch_after(self, state: Mapping[str, Any]) -> None:
         """Begin the epochs after those of `state`, which was taken over other prompts of these sets."""
         self.drawn = [0] * len(self._sets)
-        for set_, place in zip(self._sets, state["sets"], strict=True):
-            set_.go_to(place["epoch"] + 1, position=0)
+        for one, place in zip(self._sets, state["sets"], strict=True):
+            if one is not None:
+                one.go_to(place["epoch"] + 1, position=0)
 
 
 class _Epochs:
@@ -93,6 +107,10 @@ class _Epochs:
         self.position += 1
         return int(self._permutation[self.position - 1])
 
+    def place(self) -> dict[str, Any]:
+        """Return the number of prompts and the place in the order."""
+        return {"n": self.n, "epoch": self.epoch, "position": self.position}
+
     def go_to(self, epoch: int, position: int) -> None:
         """Go to a place in the order."""
         self.epoch, self.position = epoch, position
@@ -101,5 +119,8 @@ class _Epochs:
         self._permutation = np.random.default_rng(key).permutation(self.n)
 
 
-def _sum(sizes: Sequence[int]) -> str:
-    return " + ".join(map(str, sizes))
+_ENDLESS: dict[str, Any] = {"n": None}
+
+
+def _sum(sizes: Sequence[int | None]) -> str:
+    return " + ".join("endless" if size is None else str(size) for size in sizes)

@@ -11,6 +11,6 @@ class SamplingPosition:
     """The place in the order of prompts, and the groups of responses that were begun and not finished."""
 
     order: dict[str, Any]
-    """`PromptOrder.state_dict`."""
+    """`TrainingPrompts.state_dict`."""
     unfinished: list[dict[str, Any]]
     """`Group.state` of each; the same on all processes."""

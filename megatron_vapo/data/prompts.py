@@ -52,6 +52,7 @@ class Prompt:
     row: all columns of the row it was read from, as they were, for rewards (`rewards.RewardInput.row`). Of identical
         prompts it is the first one's.
     dataset: the name of its file in the recipe.
+    made: a source made it (`data.source`); its index counts the source's rows.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Prompt:
     token_ids: tuple[int, ...] = ()
     row: Mapping[str, object] = field(default_factory=dict, compare=False)
     dataset: str = ""
+    made: bool = False
 
 
 def read_prompts(

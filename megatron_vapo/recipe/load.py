@@ -21,6 +21,7 @@ from yaml import YAMLError
 
 from megatron_vapo.config import Recipe
 from megatron_vapo.errors import RecipeError
+from megatron_vapo.plugins import LOSSES
 from megatron_vapo.recipe.schema import SCHEMA
 from megatron_vapo.recipe.validate import validate
 
@@ -97,9 +98,21 @@ def _vain(source: Source, recipe: Recipe) -> list[str]:
     sentences = []
     for key in _leaves(content, ""):
         missing = [condition.words for condition in SCHEMA[key].acts if not condition.holds(recipe)]
+        if key == "algorithm.loss_reduction":
+            missing += _without_means(recipe)
         if missing:
             sentences.append(f"{where}: {key} has no effect: it acts where {' and '.join(missing)}")
     return sentences
+
+
+def _without_means(recipe: Recipe) -> list[str]:
+    """Return what algorithm.loss_reduction needs to act, where the recipe has it not; only the loss itself shows."""
+    if recipe.algorithm.loss in LOSSES:
+        return []
+    from megatron_vapo.recipe.plugins import reduction_acts  # imports PyTorch
+
+    needed = "algorithm.loss takes means by part.mean, or algorithm.kl_coefficient is above 0"
+    return [] if reduction_acts(recipe) else [needed]
 
 
 def _leaves(content: Mapping[str, Any], group: str) -> Iterator[str]:

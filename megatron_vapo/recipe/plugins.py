@@ -38,6 +38,21 @@ def check_plugins(recipe: Recipe) -> None:
         _try_loss(loss, chosen[-1])
 
 
+def reduction_acts(recipe: Recipe) -> bool:
+    """Return whether algorithm.loss_reduction changes the actor's loss: a loss of one's own may weigh tokens itself.
+
+    Raises:
+        RecipeError: as `check_plugins`, of the loss.
+    """
+    algorithm = recipe.algorithm
+    if algorithm.loss in LOSSES or algorithm.kl_coefficient > 0:
+        return True
+    loss = Plugin.load("loss", algorithm.loss, LOSSES, LOSS_READS)
+    options = loss.chosen(algorithm.options)
+    by_token, by_sample = (_made_up(weights) for weights in (_BY_TOKEN, _BY_SAMPLE))
+    return not torch.equal(_called(loss, options, by_token)[0], _called(loss, options, by_sample)[0])
+
+
 def _check_critic(advantage: Plugin, uses_critic: bool) -> None:
     reads = "values" in advantage.reads
     if reads != uses_critic:
@@ -72,23 +87,8 @@ def _check_options(plugins: list[Plugin], options: dict[str, Any]) -> None:
 
 
 def _try_loss(loss: Plugin, options: dict[str, Any]) -> None:
-    """Call a loss on two made-up responses of two tokens."""
-    tokens = torch.tensor([-1.0, -2.0, -0.5, -1.5])
-    tensors = dict.fromkeys(loss.reads, tokens) | {
-        "logprobs": (tokens + 0.1).requires_grad_(),
-        "entropy": (-tokens).requires_grad_(),
-        "correct": torch.tensor([True, True, False, False]),
-        "groups": torch.zeros(4, dtype=torch.int64),
-    }
-    part = MinibatchPart(
-        weights=torch.full((4,), 0.25),
-        lengths=torch.full((4,), 2),
-        tokens=4,
-        responses=2,
-        response=torch.tensor([0, 0, 1, 1]),
-        responses_here=2,
-    )
-    returned = loss.function(part, *(tensors[name] for name in loss.reads), **options)
+    """Call a loss on made-up responses."""
+    returned = _called(loss, options, _made_up(_BY_TOKEN))
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         raise RecipeError(f"{loss.title}: return a pair, the share of the loss and a dict of statistics")
     share, statistics = returned
@@ -100,3 +100,30 @@ def _try_loss(loss: Plugin, options: dict[str, Any]) -> None:
     taken = [name for name in statistics if name in TAKEN or name.startswith("importance_")]
     if taken:
         raise RecipeError(f"{loss.title}: another metric is called actor/{taken[0]}: call this statistic otherwise")
+
+
+_BY_TOKEN, _BY_SAMPLE = [1 / 4] * 4, [1 / 2] + [1 / 6] * 3
+"""The weights of the tokens of two responses, of one token and of three, with either algorithm.loss_reduction."""
+
+
+def _made_up(weights: list[float]) -> MinibatchPart:
+    return MinibatchPart(
+        weights=torch.tensor(weights),
+        lengths=torch.tensor([1, 3, 3, 3]),
+        tokens=4,
+        responses=2,
+        response=torch.tensor([0, 1, 1, 1]),
+        responses_here=2,
+    )
+
+
+def _called(loss: Plugin, options: dict[str, Any], part: MinibatchPart) -> Any:
+    """Return what a loss returns for made-up tokens."""
+    tokens = torch.tensor([-1.0, -2.0, -0.5, -1.5])
+    tensors = dict.fromkeys(loss.reads, tokens) | {
+        "logprobs": (tokens + 0.1).requires_grad_(),
+        "entropy": (-tokens).requires_grad_(),
+        "correct": torch.tensor([True, False, False, False]),
+        "groups": torch.zeros(4, dtype=torch.int64),
+    }
+    return loss.function(part, *(tensors[name] for name in loss.reads), **options)

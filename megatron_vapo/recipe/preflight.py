@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ import torch
 from megatron_vapo.config import ActorConfig, CriticConfig, PromptFile, Recipe, RoleConfig, SGLangConfig
 from megatron_vapo.data.fingerprint import fingerprint
 from megatron_vapo.data.prompts import MATH_TEMPLATE, Prompt, read_prompts, refuse_two_answers
+from megatron_vapo.data.source import SourcePrompts, make_source
 from megatron_vapo.data.tokens import tokenize_prompts
 from megatron_vapo.data.turns import TurnTokens
 from megatron_vapo.errors import CheckpointError, DataError, LayoutError, MachineError, RecipeError, few, first_line
@@ -55,11 +57,20 @@ class Inputs:
     environment: EnvironmentClass | None = None
     dropped: int = 0
     """Training prompts left out for their length (data.long_prompts)."""
+    sources: Mapping[str, SourcePrompts] = field(default_factory=dict)
+    """By their names in data.train."""
+    first_made: list[Prompt] = field(default_factory=list)
+    """The first prompts of each source."""
+
+    @property
+    def read(self) -> dict[str, list[Prompt]]:
+        """The prompts that say whether those of a run are the same, by the setting that lists their files."""
+        return {"data.train": self.prompts + self.first_made, "evaluation.data": self.held_out}
 
     @cached_property
     def fingerprint(self) -> dict[str, dict[str, str]]:
         """The fingerprint of the prompts, by the setting that lists their files."""
-        return {"data.train": fingerprint(self.prompts), "evaluation.data": fingerprint(self.held_out)}
+        return {key: fingerprint(prompts) for key, prompts in self.read.items()}
 
     @property
     def digest(self) -> str:
@@ -100,11 +111,22 @@ def read_inputs(recipe: Recipe) -> Inputs:
         check_model(name, role, architecture)
         check_precision(name, role, architecture)
     prompts, dropped = _training_prompts(recipe, inputs.tokenizer, inputs.end_ids)
+    sources = _sources(recipe, inputs.tokenizer, inputs.end_ids)
+    first_made = [prompt for source in sources.values() for prompt in source.first_prompts()]
     longest = _longest_sequence(recipe, prompts + inputs.held_out)
+    if sources:
+        longest = max(longest, recipe.data.max_prompt_tokens + recipe.rollout.max_response_tokens)
     for name, (role, architecture) in roles.items():
         _check_positions(recipe, name, architecture, longest)
         _check_budget(name, role, longest)
-    return replace(inputs, critic_architecture=critic, prompts=prompts, dropped=dropped)
+    return replace(
+        inputs,
+        critic_architecture=critic,
+        prompts=prompts,
+        dropped=dropped,
+        sources=sources,
+        first_made=first_made,
+    )
 
 
 def read_evaluation_inputs(recipe: Recipe) -> Inputs:
@@ -194,7 +216,7 @@ def _training_prompts(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: tuple[int, ...]
 ) -> tuple[list[Prompt], int]:
     """Return the prompts of all training files, and how many were dropped for their length."""
-    files = prompt_files("data.train", recipe.data.train)
+    files = [file for file in prompt_files("data.train", recipe.data.train) if not file.is_source]
     read = _read(recipe, files)
     first: dict[object, Prompt] = {}
     for prompt in read:  # in one file `read_prompts` has seen to it
@@ -213,9 +235,23 @@ def _training_prompts(
 
 def _read(recipe: Recipe, files: list[PromptFile], limit: int | None = None) -> list[Prompt]:
     """Return the prompts of files, rendered as the recipe says, one file after another."""
-    template = MATH_TEMPLATE if recipe.data.template == "math" else None
+    template = _template(recipe)
     sets = [read_prompts(file.path, template=template, limit=limit, dataset=file.name) for file in files]
     return [replace(prompt, index=index) for index, prompt in enumerate(chain.from_iterable(sets))]
+
+
+def _template(recipe: Recipe) -> str | None:
+    return MATH_TEMPLATE if recipe.data.template == "math" else None
+
+
+def _sources(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, end_ids: tuple[int, ...]) -> dict[str, SourcePrompts]:
+    """Return the sources among the training files, by name."""
+    files = [file for file in prompt_files("data.train", recipe.data.train) if file.is_source]
+    template = _template(recipe)
+    return {
+        file.name: SourcePrompts(file.name, make_source(file, recipe.seed), tokenizer, recipe.data, template, end_ids)
+        for file in files
+    }
 
 
 def _check_engine(recipe: Recipe, architecture: Architecture) -> None:

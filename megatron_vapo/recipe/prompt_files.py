@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,5 +46,8 @@ def _prompt_file(where: str, entry: Any) -> PromptFile:
         raise RecipeError(f"{where}: {reason}; a file has path, weight and name") from error
     if not 0 < file.weight < float("inf"):
         raise RecipeError(f"{where}: weight={file.weight}: must be a number above 0")
-    name = file.name or Path(file.path.removesuffix(".gz")).stem
-    return PromptFile(file.path, file.weight, name)
+    if file.options and not file.is_source:
+        raise RecipeError(f"{where}: options are for a source of one's own, and {file.path} is a file: leave them out")
+    if file.is_source:
+        return replace(file, name=file.name or file.path.rpartition(":")[2])
+    return replace(file, name=file.name or Path(file.path.removesuffix(".gz")).stem)

@@ -55,8 +55,13 @@ def _validate_value(key: str, value: object, bounds: Bounds | None) -> None:
 def _validate_data(recipe: Recipe) -> None:
     if not prompt_files("data.train", recipe.data.train):
         raise RecipeError("data.train=null: name a file, or several")
-    if any(file.weight != 1 for file in prompt_files("evaluation.data", recipe.evaluation.data)):
+    tests = prompt_files("evaluation.data", recipe.evaluation.data)
+    if any(file.weight != 1 for file in tests):
         raise RecipeError("evaluation.data: every problem is evaluated: leave out `weight`")
+    if any(file.is_source for file in tests):
+        raise RecipeError(
+            "evaluation.data: a source has no end, and may make what was trained on: write problems to a file"
+        )
     if recipe.data.chat_arguments and not recipe.data.chat:
         raise RecipeError(
             "data.chat_arguments are variables of the chat template: set data.chat=true, or leave them out"

@@ -29,7 +29,7 @@ class RewardInput:
     """All columns of the row of data that the prompt was read from."""
     prompt_tokens: int
     response_tokens: int
-    """Tokens of the response, the end token included."""
+    """Tokens of the response that the policy wrote, in all turns, end tokens included."""
     finish_reason: str
     """`stop`: it ended by itself. `length`: it was cut off."""
     source: str = ""

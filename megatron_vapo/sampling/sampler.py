@@ -18,8 +18,8 @@ from megatron_vapo.algorithm.advantages import soft_overlong_penalty
 from megatron_vapo.config import RewardConfig, RolloutConfig, SamplingConfig
 from megatron_vapo.data.exchange import Exchange, Placement, homes
 from megatron_vapo.data.experience import Experience, Responses, share_of
-from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.rewards import RewardInput
 from megatron_vapo.rewards.scorer import Failures, RewardScorer
 from megatron_vapo.rewards.worker import FAILURE_SCORE
@@ -90,19 +90,19 @@ class Sampler:
     ) -> list[Scored]:
         """Return `samples` scored responses to each prompt, those of a prompt one after another. Each process has the
         tokens and the text of those that it holds."""
-        groups = self._begin(range(len(prompts)), prompts, samples, purpose, step)
+        groups = self._begin(prompts, samples, purpose, step)
         here(self._write(groups, sampling, quota=None))
         self._judge_failures()
         return [sample.result for group in groups for sample in group.samples]
 
     def experience(
-        self, prompts: list[Prompt], order: PromptOrder, purpose: str, step: int
+        self, prompts: TrainingPrompts, purpose: str, step: int
     ) -> Sampling[tuple[Experience, list[tuple[Prompt, Scored]]]]:
         """Sample the responses of one step as experience, at their homes, and each of them with its prompt, as they
         were written: tokens and text are where the engine is. With rollout.window_tokens the batch holds unfinished
         ones too, which have no score and are not among the second."""
         if purpose == "train" and self._rollout.window_tokens is not None:
-            return (yield from self._windows(prompts, order, step, self._rollout.window_tokens))
+            return (yield from self._windows(prompts, step, self._rollout.window_tokens))
         settings = self._rollout
         count, samples = settings.prompts_per_step, settings.samples_per_prompt
         kept: list[Group] = []
@@ -113,10 +113,11 @@ class Sampler:
         sampled = -sum(group.tokens for group in carried)
         for number in range(rounds):
             missing = count - len(kept)
-            fresh = order.take(max(0, math.ceil(settings.over_sampling * missing) - len(carried)))
-            groups = carried + self._begin(fresh, prompts, samples, purpose, step * rounds + number)
-            carried = []
+            fresh = prompts.take(max(0, math.ceil(settings.over_sampling * missing) - len(carried)))
+            groups = carried + self._begin(fresh, samples, purpose, step * rounds + number)
+            carried, open_ = [], [group for group in groups if not group.complete]
             yield from self._write(groups, settings.sampling, quota=missing if len(groups) > missing else None)
+            prompts.update((group.prompt, group.outcomes) for group in open_ if group.complete)
             sampled += sum(group.tokens for group in groups)
             for group in groups:
                 taught = not settings.dynamic_sampling or (group.complete and group.teaches)
@@ -133,14 +134,14 @@ class Sampler:
         return self._pack(written, places), [(prompt, sample.result) for prompt, sample in written]
 
     def _windows(
-        self, prompts: list[Prompt], order: PromptOrder, step: int, window: int
+        self, prompts: TrainingPrompts, step: int, window: int
     ) -> Sampling[tuple[Experience, list[tuple[Prompt, Scored]]]]:
         """Write a window of each of a step's responses: of unfinished ones first, then of new ones in their place."""
         settings = self._rollout
         count, samples = settings.prompts_per_step * settings.samples_per_prompt, settings.samples_per_prompt
         carried, self.unfinished = self.unfinished, []
         free = max(0, count - sum(len(group.samples) for group in carried))
-        groups = carried + self._begin(order.take(math.ceil(free / samples)), prompts, samples, "train", step)
+        groups = carried + self._begin(prompts.take(math.ceil(free / samples)), samples, "train", step)
         places = [(place, group, sample) for place, group in enumerate(groups) for sample in group.samples]
         now, later = places[:count], places[count:]  # those that have begun are among the first
         starts = [sample.length for _, _, sample in now]
@@ -149,6 +150,7 @@ class Sampler:
         for _, _, sample in later:
             sample.until = 0
         yield from self._write(groups, settings.sampling, quota=None)
+        prompts.update((group.prompt, group.outcomes) for group in groups if group.outcomes)
         self._judge_failures()
         self._count("rollout/sampled_tokens", sum(sample.length for _, _, sample in now) - sum(starts))
         written = [(group.prompt, sample) for _, group, sample in now]
@@ -187,11 +189,9 @@ class Sampler:
         )
         self._limit.check(total)
 
-    def _begin(
-        self, indices: Sequence[int], prompts: Sequence[Prompt], samples: int, purpose: str, step: int
-    ) -> list[Group]:
-        drawn = iter(seeds(self.seed, purpose, step, len(indices) * samples))
-        return [Group(i, prompts[i], [Sample(next(drawn)) for _ in range(samples)]) for i in indices]
+    def _begin(self, prompts: Sequence[Prompt], samples: int, purpose: str, step: int) -> list[Group]:
+        drawn = iter(seeds(self.seed, purpose, step, len(prompts) * samples))
+        return [Group(prompt.index, prompt, [Sample(next(drawn)) for _ in range(samples)]) for prompt in prompts]
 
     def _young_enough(self, groups: list[Group], trained_at: int) -> list[Group]:
         """Return carried groups; responses in them that too old weights began are begun anew.
@@ -350,7 +350,7 @@ class Sampler:
                 answer=prompt.answer,
                 row=prompt.row,
                 prompt_tokens=len(prompt.token_ids),
-                response_tokens=len(response.token_ids),
+                response_tokens=len(response.token_ids) - sample.observed,
                 finish_reason=response.finish_reason,
                 source=prompt.source,
                 turns=turns,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.rewards.scorer import Begun
 from megatron_vapo.rollout import FinishReason, Request, Response
 from megatron_vapo.runtime import collectives
@@ -202,19 +203,20 @@ class Group:
     """The samples of one prompt."""
 
     index: int
-    """The prompt's index in its set."""
+    """The prompt's (`Prompt.index`)."""
     prompt: Prompt
     samples: list[Sample] = field(default_factory=list)
 
     def state(self) -> dict[str, Any]:
         """Return what `of` takes."""
-        return {"index": self.index, "samples": [sample.state() for sample in self.samples]}
+        made = {"made": {"dataset": self.prompt.dataset, "row": self.prompt.row}} if self.prompt.made else {}
+        return {"index": self.index, "samples": [sample.state() for sample in self.samples]} | made
 
     @classmethod
-    def of(cls, state: dict[str, Any], prompts: Sequence[Prompt]) -> Self:
+    def of(cls, state: dict[str, Any], prompts: TrainingPrompts) -> Self:
         """Return the group that `state` was taken of, in the same prompt set."""
-        index = state["index"]
-        return cls(index, prompts[index], [Sample.of(sample) for sample in state["samples"]])
+        prompt = prompts.find(state["index"], state.get("made"))
+        return cls(prompt.index, prompt, [Sample.of(sample) for sample in state["samples"]])
 
     @property
     def complete(self) -> bool:
@@ -228,9 +230,14 @@ class Group:
         return sum(len(sample.written.token_ids) - sample.observed for sample in begun)
 
     @property
+    def outcomes(self) -> list[float]:
+        """The outcome of each response that has ended."""
+        return [sample.result.outcome for sample in self.samples if sample.finished]
+
+    @property
     def teaches(self) -> bool:
         """Whether a complete group has right responses and others."""
-        return len({sample.result.outcome > 0 for sample in self.samples}) > 1
+        return len({outcome > 0 for outcome in self.outcomes}) > 1
 
 
 class Tokens(NamedTuple):

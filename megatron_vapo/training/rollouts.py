@@ -16,6 +16,7 @@ from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.position import SamplingPosition
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.data.rollout import Rollout
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.errors import DataError
 from megatron_vapo.models.generators import read_generators, write_generators
 from megatron_vapo.models.layout import ParallelLayout
@@ -45,13 +46,15 @@ class Rollouts:
         sleep: Callable[[], None],
     ) -> None:
         self._recipe, self._inputs, self._sampler, self._layouts = recipe, inputs, sampler, layouts
-        self._prompts, self._sleep, self._folder = inputs.prompts, sleep, Path(recipe.run_dir)
+        self._sleep, self._folder = sleep, Path(recipe.run_dir)
         files = prompt_files("data.train", recipe.data.train)
         sizes = Counter(prompt.dataset for prompt in inputs.prompts)
-        self._sizes = {file.name: sizes[file.name] for file in files}
+        self._sizes = {file.name: None if file.is_source else sizes[file.name] for file in files}
         self._order = PromptOrder(
             list(self._sizes.values()), recipe.seed, [file.weight for file in files], inputs.digest
         )
+        sources = {number: inputs.sources[file.name] for number, file in enumerate(files) if file.is_source}
+        self._prompts = TrainingPrompts(inputs.prompts, self._order, sources)
         self._store = RolloutStore(self._folder / "kept_rollouts")
         self.ahead: deque[Rollout] = deque()
         """The rollouts of later steps that are sampled already, in their order."""
@@ -59,7 +62,7 @@ class Rollouts:
     @property
     def position(self) -> SamplingPosition:
         """The position of sampling."""
-        return SamplingPosition(self._order.state_dict(), [group.state() for group in self._sampler.unfinished])
+        return SamplingPosition(self._prompts.state_dict(), [group.state() for group in self._sampler.unfinished])
 
     def missing(self, purpose: StepKind, step: int) -> range:
         """Return the steps whose rollouts are to be sampled now: those until `rollout.lag` steps after `step`."""
@@ -88,16 +91,17 @@ class Rollouts:
             self._sampler.unfinished = []
             self.ahead.clear()
             return
-        self._order.load_state_dict(position.order)
+        self._prompts.load_state_dict(position.order)
         self._sampler.unfinished = spread([Group.of(state, self._prompts) for state in position.unfinished])
 
     def metrics(self) -> dict[str, float]:
-        """Return the epochs of each training file so far, where there are several, the prompts that were dropped, where
-        they may be, and the rollouts that wait for their steps, where they run ahead."""
-        epochs = {f"data/{n}/epochs": drawn / size for (n, size), drawn in zip(self._sizes.items(), self._order.drawn)}
-        shown = epochs if len(epochs) > 1 else {}
+        """Return the epochs of each training file so far, where there are several, what sources log, the prompts that
+        were dropped, where they may be, and the rollouts that wait for their steps, where they run ahead."""
+        drawn = zip(self._sizes.items(), self._order.drawn)
+        epochs = {f"data/{name}/epochs": count / size for (name, size), count in drawn if size is not None}
+        shown = (epochs if len(self._sizes) > 1 else {}) | self._prompts.metrics()
         if self._recipe.data.long_prompts == "drop":
-            shown |= {"data/dropped_prompts": float(self._inputs.dropped)}
+            shown |= {"data/dropped_prompts": float(self._inputs.dropped + self._prompts.dropped)}
         if self._recipe.rollout.lag:
             shown |= {"rollout/ahead": float(len(self.ahead))}
         return shown
@@ -131,7 +135,7 @@ class Rollouts:
             The rollout, and each response with its prompt, as its holder has it.
         """
         before = self.position
-        batch, rows = yield from self._sampler.experience(self._prompts, self._order, purpose, step)
+        batch, rows = yield from self._sampler.experience(self._prompts, purpose, step)
         self._sleep()  # before its metrics are read
         metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows]) | self._accuracies(rows)
         rollout = Rollout(batch, metrics, self._sampler.new_failures())

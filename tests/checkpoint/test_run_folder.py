@@ -323,15 +323,15 @@ def with_prompts(checkpoint: Path, train: list[Prompt], held_out: list[Prompt]) 
 
 def test_other_prompts_than_the_checkpoints(recipe_file: Path, folder: Path) -> None:
     prompts = PROMPTS
-    inputs = SimpleNamespace(prompts=prompts, held_out=prompts[:2])
+    inputs = SimpleNamespace(read={"data.train": prompts, "evaluation.data": prompts[:2]})
     notes: list[str] = []
     recipe = load_recipe(recipe_file)
     check_data(recipe, inputs, notes.append)  # no checkpoint yet
     with_prompts(folder / "checkpoints" / "step_000001", prompts, prompts[:2])
     check_data(recipe, inputs, notes.append)
 
-    inputs.prompts = [*prompts[:2], replace(prompts[2], answer="5"), prompts[3]]
-    inputs.held_out = prompts[:1]
+    changed_row = replace(prompts[2], answer="5")
+    inputs.read = {"data.train": [*prompts[:2], changed_row, prompts[3]], "evaluation.data": prompts[:1]}
     with pytest.raises(CheckpointError) as caught:
         check_data(recipe, inputs, notes.append)
     changed = (
@@ -348,7 +348,8 @@ def test_a_damaged_list_of_prompts_is_left_to_the_loading_of_the_checkpoint(
     recipe_file: Path, folder: Path, harm: str
 ) -> None:
     """Where the run may go on from an older checkpoint, that one's prompts are compared."""
-    newest, inputs = folder / "checkpoints" / "step_000002", SimpleNamespace(prompts=PROMPTS, held_out=[])
+    newest = folder / "checkpoints" / "step_000002"
+    inputs = SimpleNamespace(read={"data.train": PROMPTS, "evaluation.data": []})
     with_prompts(folder / "checkpoints" / "step_000001", PROMPTS[:3], [])
     with_prompts(newest, PROMPTS, [])
     if harm == "gone":

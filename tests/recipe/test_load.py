@@ -268,6 +268,18 @@ def test_settings_without_effect_are_named_with_what_they_need(recipe_file: Path
     assert all(str(own) in sentence and "algorithm.advantage=gae" in sentence for sentence in of_file)
 
 
+def test_a_reduction_that_a_loss_of_ones_own_does_without(recipe_file: Path) -> None:
+    reduction, summed = "algorithm.loss_reduction=sample", "algorithm.loss=examples.dr_grpo:summed"
+    dr_grpo = [summed, "algorithm.options.max_tokens=128", "algorithm.positive_lm_coefficient=0"]
+    assert vain(recipe_file, [reduction]) == vain(recipe_file, dr_grpo) == []
+    assert vain(recipe_file, [*dr_grpo, reduction]) == [
+        f"{reduction}: algorithm.loss_reduction has no effect: it acts where algorithm.loss takes means by part.mean, "
+        "or algorithm.kl_coefficient is above 0"
+    ]
+    assert vain(recipe_file, [*dr_grpo, reduction, "algorithm.kl_coefficient=0.1"]) == []
+    assert vain(recipe_file, ["algorithm.loss=examples.gspo:gspo", reduction]) == []
+
+
 def test_a_file_does_not_answer_for_what_an_override_did_to_it(recipe_file: Path, tmp_path: Path) -> None:
     """It names settings of a critic, which `algorithm=grpo` leaves without one; nor for its bases and algorithms."""
     assert "critic" in GOOD and vain(recipe_file, ["algorithm=grpo"]) == []

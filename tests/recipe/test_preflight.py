@@ -399,6 +399,26 @@ def test_several_files_lie_one_after_another(read: Callable[..., Inputs], tmp_pa
     assert [(p.index, p.dataset, p.text) for p in inputs.held_out] == [(0, "two", "^2"), (1, "one", "^1")]
 
 
+def test_a_source_is_asked_for_its_first_prompts(
+    read: Callable[..., Inputs], refusal: Callable[..., str], tiny_problems: Path
+) -> None:
+    source = "{path: examples.levels:Levels, options: {first: 5}, weight: 2}"
+    inputs = read(f"data.train=[{source},{tiny_problems}]", "data.max_prompt_tokens=32")
+    assert (len(inputs.prompts), len(inputs.first_made), list(inputs.sources)) == (40, 32, ["Levels"])
+    assert [prompt.index for prompt in inputs.prompts] == list(range(40))
+    assert all(prompt.made and 8 < len(prompt.text) < 15 for prompt in inputs.first_made)
+    short = "data.max_prompt_tokens=32"
+    others = read(f"data.train=[{source},{tiny_problems}]", "seed=1", short)
+    assert others.fingerprint["data.train"].keys() == inputs.fingerprint["data.train"].keys()
+    assert others.digest != inputs.digest == read(f"data.train=[{source},{tiny_problems}]", short).digest
+    # What it will make is not known: room is needed for the longest prompt that may come.
+    text = refusal(RecipeError, f"data.train=[{source}]", "actor.micro_batch_tokens=40", short)
+    assert "actor.micro_batch_tokens=40: smaller than the longest sequence" in text
+    assert "does not take seed and its options" in refusal(
+        RecipeError, "data.train={path: examples.levels:Levels, options: {level: 5}}"
+    )
+
+
 def test_one_prompt_with_two_answers_in_two_files(refusal: Callable[..., str], tmp_path: Path) -> None:
     one, two = written(tmp_path / "one.jsonl", "^1"), written(tmp_path / "two.jsonl", "^1", answer="13")
     assert f"{two}, line 1: answer '13', but the same prompt has answer '12' at {one}, line 1" in refusal(

@@ -28,6 +28,8 @@ def loaded(tmp_path: Path, *overrides: str, train: Any = "t.jsonl") -> Recipe:
         ("data/gsm8k.jsonl.gz", [PromptFile("data/gsm8k.jsonl.gz", 1.0, "gsm8k")]),
         ({"path": "a.csv", "weight": 2}, [PromptFile("a.csv", 2.0, "a")]),
         (["a.b.json", "folder"], [PromptFile("a.b.json", 1.0, "a.b"), PromptFile("folder", 1.0, "folder")]),
+        ("my.prompts:Mine", [PromptFile("my.prompts:Mine", 1.0, "Mine")]),
+        ({"path": "p:M", "options": {"n": 2}, "name": "x"}, [PromptFile("p:M", 1.0, "x", {"n": 2})]),
         (["a", {"path": "x/a", "name": "b"}], [PromptFile("a", 1.0, "a"), PromptFile("x/a", 1.0, "b")]),
     ],
 )
@@ -50,6 +52,8 @@ def test_what_may_be_listed(value: Any, files: list[PromptFile]) -> None:
         ("data.train=[5]", "data.train[0]=5: write a path"),
         ("data.train=[[a]]", "data.train[0]=['a']: write a path"),
         ("evaluation.data=[{path: a, weight: 2}]", "evaluation.data: every problem is evaluated"),
+        ("evaluation.data=my.prompts:Mine", "evaluation.data: a source has no end"),
+        ("data.train={path: a, options: {n: 1}}", "options are for a source of one's own, and a is a file"),
         ("data.chat_arguments.enable_thinking=false", "set data.chat=true"),
     ],
 )

@@ -22,6 +22,7 @@ from megatron_vapo.data.exchange import Placement
 from megatron_vapo.data.experience import Experience, offsets, ranges
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.errors import RewardError
 from megatron_vapo.rewards import RewardInput, get_rewards
 from megatron_vapo.rewards.scorer import Begun, RewardScorer
@@ -171,7 +172,7 @@ class Steps:
     def step(self, number: int) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
         """One step with weights of version number - 1."""
         self.engine.version = number - 1
-        batch, rows = everything(*here(self.sampler.experience(PROMPTS, self.order, "train", number)))
+        batch, rows = everything(*here(self.sampler.experience(TrainingPrompts(PROMPTS, self.order), "train", number)))
         check(batch, rows)
         return batch, rows
 
@@ -567,7 +568,7 @@ def test_an_engine_that_failed_beside_training_and_was_started_again_is_asked_fo
     """The next weight sync mends it before anybody waits for the responses."""
     whole = Steps(FakeEngine(some_length)).step(1)
     steps = Steps(FakeEngine(some_length, failing((0, 3))))
-    beside = InBackground(steps.sampler.experience(PROMPTS, steps.order, "train", 1))
+    beside = InBackground(steps.sampler.experience(TrainingPrompts(PROMPTS, steps.order), "train", 1))
     beside._work.result()
     assert steps.engine.failure == "the server ended"
     steps.engine.failure = None
@@ -703,7 +704,9 @@ def test_what_no_engine_wrote_goes_with_a_response_and_is_not_trained_on(
     def work(mine: Steps) -> Callable[[], object]:
         def run() -> object:
             mine.engine.version = 0
-            return everything(*here(mine.sampler.experience(PROMPTS, mine.order, "train", 1))), mine.sampler.metrics()
+            return everything(
+                *here(mine.sampler.experience(TrainingPrompts(PROMPTS, mine.order), "train", 1))
+            ), mine.sampler.metrics()
 
         return run
 
@@ -828,7 +831,7 @@ def test_rewards_see_the_whole_row_and_add_to_what_is_trained_on() -> None:
     prompts = [replace(prompt, row={"weight": prompt.index / 2}) for prompt in PROMPTS]
     settings = RewardConfig("chained_arithmetic", add={f"{__name__}:counts_tokens": 3.0})
     steps = Steps(FakeEngine(some_length), replace(settings, overlong=OverlongConfig(cache_tokens=4)))
-    batch, rows = here(steps.sampler.experience(prompts, steps.order, "train", 1))
+    batch, rows = here(steps.sampler.experience(TrainingPrompts(prompts, steps.order), "train", 1))
     added = torch.tensor([3 * prompt.index / 2 for prompt, _ in rows])
     penalty = torch.tensor([min(0.0, (8 - length) / 4) for length in batch.response_lengths.tolist()])
     torch.testing.assert_close(batch.rewards, batch.outcomes + added + penalty)
@@ -853,7 +856,7 @@ def test_rewards_see_the_whole_row_and_add_to_what_is_trained_on() -> None:
     )
     for prompt, scored in rows:  # what a checkpoint keeps of a carried response
         carried = Group(prompt.index, prompt, [Sample(1, scored.response, scored)])
-        assert Group.of(carried.state(), prompts) == carried
+        assert Group.of(carried.state(), TrainingPrompts(prompts, steps.order)) == carried
 
 
 @pytest.mark.parametrize("evaluation", [False, True])

@@ -16,6 +16,7 @@ from megatron_vapo.data.exchange import Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.order import PromptOrder
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.errors import DataError, RewardError
 from megatron_vapo.rewards import Reward, RewardInput
 from megatron_vapo.rewards.environment import EnvironmentClass, Step
@@ -74,10 +75,11 @@ def tokens_of(observation: object) -> list[int]:
     return observation
 
 
-def last_is_even(sample: RewardInput) -> float:
+def last_is_even(sample: RewardInput) -> dict[str, float]:
     """Judges the last turn; knows all of them."""
     assert sample.response == sample.turns[-1] and len(sample.turns) % 2 == 1
-    return 1.0 if int(sample.response.split()[-1]) % 2 == 0 else -1.0
+    even = int(sample.response.split()[-1]) % 2 == 0
+    return {"score": 1.0 if even else -1.0, "tokens": sample.response_tokens}
 
 
 class Expected(NamedTuple):
@@ -216,6 +218,7 @@ def check(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> list[Expected
         last = [token for token in loop.tokens if token != END][-1]
         right = not loop.failed and last % 2 == 0
         assert scored.outcome == (1.0 if right else -1.0)
+        assert loop.failed or scored.parts["even/tokens"] == sum(loop.trained)
         assert float(batch.rewards[i]) == pytest.approx(scored.outcome + sum(loop.rewards.values()))
         expected_rewards = [loop.rewards.get(at, 0.0) for at in range(lengths[i])]
         assert batch.token_rewards.split(lengths)[i].tolist() == expected_rewards
@@ -230,7 +233,7 @@ def test_every_response_is_what_a_plain_loop_makes_of_it(
     refreshed: list[int] = []
     engine = TurnEngine(waves, fails=fails)
     mine = sampler(engine, monkeypatch, refreshed)
-    loops = check(*here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
+    loops = check(*here(mine.experience(TrainingPrompts(PROMPTS, PromptOrder([len(PROMPTS)], 0)), "train", 1)))
     kinds = {(loop.reason, loop.failed, len(loop.tokens) == LONGEST, all(loop.trained)) for loop in loops}
     assert {reason for reason, *_ in kinds} == {"stop", "length"} and len(kinds) >= 5
     assert refreshed == ([] if fails is None else [fails])
@@ -241,7 +244,13 @@ def test_every_response_is_what_a_plain_loop_makes_of_it(
 
 def test_no_turn_is_written_twice_and_each_goes_on_where_the_last_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = TurnEngine(waves=True)
-    check(*here(sampler(engine, monkeypatch).experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
+    check(
+        *here(
+            sampler(engine, monkeypatch).experience(
+                TrainingPrompts(PROMPTS, PromptOrder([len(PROMPTS)], 0)), "train", 1
+            )
+        )
+    )
     seen: dict[int, tuple[int, ...]] = {}
     for request in engine.asked:
         before = seen.get(request.seed, ())
@@ -256,7 +265,7 @@ def test_an_environment_that_always_fails_stops_the_run(monkeypatch: pytest.Monk
     monkeypatch.setattr(Tool, "step", broken)
     mine = sampler(TurnEngine(), monkeypatch)
     with pytest.raises(RewardError, match=r"the environment failed on 32 of this step's 32 responses.*broken.*turn '"):
-        here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1))
+        here(mine.experience(TrainingPrompts(PROMPTS, PromptOrder([len(PROMPTS)], 0)), "train", 1))
 
 
 @pytest.mark.parametrize("waves", [False, True])
@@ -266,9 +275,9 @@ def test_enough_groups_are_complete_once_the_environment_has_ended_them(
     """Nothing is written after that; the environment's answers to turns that nobody goes on after count too."""
     engine, whole = TurnEngine(waves), TurnEngine(waves)
     mine = sampler(engine, monkeypatch, prompts_per_step=4, over_sampling=4.0)
-    check(*here(mine.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
+    check(*here(mine.experience(TrainingPrompts(PROMPTS, PromptOrder([len(PROMPTS)], 0)), "train", 1)))
     everything = sampler(whole, monkeypatch, prompts_per_step=16)
-    loops = check(*here(everything.experience(PROMPTS, PromptOrder([len(PROMPTS)], 0), "train", 1)))
+    loops = check(*here(everything.experience(TrainingPrompts(PROMPTS, PromptOrder([len(PROMPTS)], 0)), "train", 1)))
     assert len(engine.asked) < len(whole.asked) and 0 < mine.new_failures()[0] <= sum(loop.failed for loop in loops)
     if not waves:
         assert len({request.seed for request in engine.asked}) == 16
@@ -285,7 +294,7 @@ def test_episodes_go_on_with_other_engines_in_later_steps(
         def run() -> object:
             order, steps = PromptOrder([len(PROMPTS)], 0), []
             for step in (1, 2, 3):
-                batch, rows = here(mine.experience(PROMPTS, order, "train", step))
+                batch, rows = here(mine.experience(TrainingPrompts(PROMPTS, order), "train", step))
                 everywhere = Placement.everywhere(len(rows))
                 steps.append((batch.moved(everywhere, dict.fromkeys(batch.ragged, everywhere)), rows))
             return steps, engine.asked

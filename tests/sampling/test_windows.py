@@ -14,6 +14,7 @@ from megatron_vapo.config import OverlongConfig, RewardConfig
 from megatron_vapo.data.exchange import Placement
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.prompts import Prompt
+from megatron_vapo.data.training_prompts import TrainingPrompts
 from megatron_vapo.sampling.background import here
 from megatron_vapo.sampling.trajectory import Group, Scored
 from tests.sampling.conftest import INDICES, Meeting
@@ -36,7 +37,7 @@ COUNT = 12
 def step(steps: Steps, number: int) -> tuple[Experience, list[tuple[Prompt, Scored]]]:
     """A step with weights of version number - 1: its whole batch, and this process's rows."""
     steps.engine.version = number - 1
-    batch, rows = here(steps.sampler.experience(PROMPTS, steps.order, "train", number))
+    batch, rows = here(steps.sampler.experience(TrainingPrompts(PROMPTS, steps.order), "train", number))
     return batch, rows
 
 
@@ -124,7 +125,8 @@ def test_what_goes_on_is_held_by_a_checkpoint() -> None:
     for number in (1, 2):
         step(one, number)
     other.order.load_state_dict(one.order.state_dict())
-    other.sampler.unfinished = [Group.of(group.state(), PROMPTS) for group in one.sampler.unfinished]
+    prompts = TrainingPrompts(PROMPTS, other.order)
+    other.sampler.unfinished = [Group.of(group.state(), prompts) for group in one.sampler.unfinished]
     assert all(not sample.finished for group in one.sampler.unfinished for sample in group.samples)
     for number in (3, 4):
         ours, theirs = step(one, number)[0].tensors(), step(other, number)[0].tensors()

@@ -387,6 +387,42 @@ def test_a_run_ahead_repeats_itself_whatever_happens_to_it(
 
 
 @pytest.mark.slow
+def test_a_source_of_ones_own_goes_on_where_it_was(
+    start: Callable[..., bool], tmp_path: Path, tiny_problems: Path
+) -> None:
+    """It learns from outcomes, beside a file; groups that are carried over and batches that wait have its prompts."""
+    levels = "{path: examples.levels:Levels, weight: 2, options: {window: 2}}"
+    settings = (f"data.train=[{levels},{tiny_problems}]", "data.max_prompt_tokens=48", "rollout.lag=1")
+    settings += ("rollout.over_sampling=1.5", "rollout.partial=true", "rollout.max_version_lag=3")
+    assert start(tmp_path / "whole", *settings)
+    reached = [record["data/Levels/level"] for record in timeless(tmp_path / "whole", "train")]
+    assert reached[0] < reached[-1], "responses decide what is drawn"
+    for crash in (("rollout", 3), ("actor_update", 2)):
+        with pytest.raises(Crash):
+            start(tmp_path / "pieces", *settings, crash=crash)
+    assert not start(tmp_path / "pieces", *settings, stop=("values", 2))
+    assert start(tmp_path / "pieces", *settings)
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_an_environment_may_be_ahead(start: Callable[..., bool], tmp_path: Path) -> None:
+    """Batches that wait hold turns, marks of what the policy wrote, and rewards of turns."""
+    settings = (f"environment.name={__name__}:Talks", "environment.options.start=3", "environment.max_turns=3")
+    settings += ("rollout.lag=1", "rollout.max_response_tokens=32")
+    assert start(tmp_path / "whole", *settings)
+    trained = timeless(tmp_path / "whole", "train")
+    assert [record["rollout/age_max"] for record in trained] == [0, 1, 1, 1]
+    assert all(record["rewards/environment/turns"] > 1 for record in trained)
+    for crash in (("rollout", 3), ("actor_update", 2)):
+        with pytest.raises(Crash):
+            start(tmp_path / "pieces", *settings, crash=crash)
+    assert not start(tmp_path / "pieces", *settings, stop=("critic_update", 1))
+    assert start(tmp_path / "pieces", *settings)
+    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_rollouts_beside_training_are_those_of_before_it(
     start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
