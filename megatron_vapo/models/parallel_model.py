@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vapo.algorithm.types import Outputs
-from megatron_vapo.config import RoleConfig
+from megatron_vapo.config import CriticConfig, RoleConfig
 from megatron_vapo.data.exchange import Exchange, Placement
 from megatron_vapo.data.experience import Experience, Responses
 from megatron_vapo.data.packing import MicroBatch, MicroBatches, PackingRule, plan_micro_batches, tightened
@@ -32,9 +32,15 @@ from megatron_vapo.models.transformer_config import transformer_config
 from megatron_vapo.runtime.kernels import machine_backend
 from megatron_vapo.runtime.work import working
 from megatron_vapo.weights.architecture import Architecture
+from megatron_vapo.weights.table import table_name
 
 Finish = Callable[[Outputs, Tensor], tuple[Tensor, dict[str, Any]]]
 """From outputs [t] and their token index [t] to a loss and what the schedule returns of the micro-batch."""
+
+
+def is_trained(role: RoleConfig, name: str) -> bool:
+    """Return whether a role's parameter of this name (`weights.table`) is trained, not frozen (critic.frozen)."""
+    return not (isinstance(role, CriticConfig) and role.frozen == "attention" and ".self_attention." in name)
 
 
 class ParallelModel(ABC):
@@ -73,6 +79,10 @@ class ParallelModel(ABC):
             self.modules: list[GPTModel] = build_chunks(
                 self.config, architecture, self._module, self.device, role.precision
             )
+        # Megatron makes gradient buffers and optimizer states only for what has a gradient, so before a trainer does.
+        for name, parameter in (item for module in self.modules for item in module.named_parameters()):
+            if not is_trained(role, table_name(name)):
+                parameter.requires_grad_(False)
         self.offloader = Offloader(role.offload)
         self.offloader.add("parameters", lambda: parameter_memory(self.modules))
 

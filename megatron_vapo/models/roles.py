@@ -17,13 +17,12 @@ from torch import Tensor
 
 from megatron_vapo.algorithm.categorical import bin_edges, expected_value
 from megatron_vapo.algorithm.types import Outputs
-from megatron_vapo.config import ActorConfig, CriticConfig, RoleConfig, ValueHeadConfig
+from megatron_vapo.config import ActorConfig, CriticConfig, ValueHeadConfig
 from megatron_vapo.data.packing import MicroBatch
 from megatron_vapo.models.layout import ParallelLayout
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.vocab_parallel import fused_logprob_and_entropy, logprob_and_entropy
 from megatron_vapo.weights.architecture import Architecture
-from megatron_vapo.weights.table import table_name
 
 
 class Actor(ParallelModel):
@@ -92,11 +91,6 @@ class HiddenStatesOutput(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(input_, group=self.tp_group), None
 
 
-def is_trained(role: RoleConfig, name: str) -> bool:
-    """Return whether a role's parameter of this name (`weights.table`) is trained, not frozen (critic.frozen)."""
-    return not (isinstance(role, CriticConfig) and role.frozen == "attention" and ".self_attention." in name)
-
-
 class Critic(ParallelModel):
     """The value model. Its output is the value of the state in which each response token is drawn, never scaled by the
     sampling temperature; with a head of bins (critic.head) losses get its logits [t, K] too."""
@@ -104,24 +98,12 @@ class Critic(ParallelModel):
     name = "critic"
     output_count = 1
 
-    def __init__(
-        self,
-        role: RoleConfig,
-        architecture: Architecture,
-        dtype: torch.dtype,
-        layout: ParallelLayout,
-        device: torch.device | None = None,
-        config: TransformerConfig | None = None,
-    ) -> None:
-        head = role.head if isinstance(role, CriticConfig) else ValueHeadConfig()
-        assert architecture.labels == head.outputs, (architecture.labels, head)
-        self._head, self._edges = head, bin_edges(head.low, head.high, head.bins)
-        super().__init__(role, architecture, dtype, layout, device, config)
-        # Megatron makes gradient buffers and optimizer states only for what has a gradient, so before a trainer does.
-        for name, parameter in (item for module in self.modules for item in module.named_parameters()):
-            parameter.requires_grad_(is_trained(role, table_name(name)))
+    @property
+    def _head(self) -> ValueHeadConfig:
+        return self.role.head if isinstance(self.role, CriticConfig) else ValueHeadConfig()
 
     def _module(self, config: TransformerConfig, **stage: object) -> GPTModel:
+        assert self.architecture.labels == self._head.outputs, (self.architecture.labels, self._head)
         return ValueModel(config=config, outputs=self.architecture.labels, **stage)
 
     @property
@@ -146,7 +128,8 @@ class Critic(ParallelModel):
         rows = output[0].index_select(0, micro.predictors.to(self.device)).float()
         if self._head.kind == "scalar":
             return (rows[:, 0],)
-        return expected_value(rows, self._edges.to(self.device)), rows
+        edges = bin_edges(self._head.low, self._head.high, self._head.bins)
+        return expected_value(rows, edges.to(self.device)), rows
 
 
 class ValueModel(GPTModel):

@@ -17,7 +17,8 @@ from functools import cache
 
 from megatron_vapo.config import CriticConfig, Recipe, RoleConfig
 from megatron_vapo.models.offload import NEEDED, Kind
-from megatron_vapo.models.roles import Actor, Critic, is_trained
+from megatron_vapo.models.parallel_model import is_trained
+from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.plan.hardware import GIB, GPU, Assumptions
 from megatron_vapo.plan.meta_step import StepMeasurement, measure_step, parameter_shapes
 from megatron_vapo.plan.pretended import smallest_world
