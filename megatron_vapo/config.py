@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 MISSING: Any = "???"
@@ -97,6 +97,11 @@ def setting(
         acts: conditions that must all hold for the setting to act.
     """
     return field(default=default, metadata={"doc": doc, "bounds": bounds, "resume": resume, "acts": acts})
+
+
+def of_reference(default: T, doc: str, bounds: Bounds | None = None) -> T:
+    """Return a field of the reference policy's own layout."""
+    return setting(default, f"{doc} null: the actor's.", bounds, resume=True, acts=(REFERENCE,))
 
 
 def group(settings: Callable[[], T], doc: str, *, resume: bool = False, acts: tuple[Condition, ...] = ()) -> T:
@@ -326,7 +331,10 @@ class CriticConfig(RoleConfig):
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The reference policy: a frozen model, laid out and computed as the actor, whose log-probs losses may read."""
+    """The reference policy: a frozen model, computed as the actor, whose log-probs losses may read.
+
+    Its layout is the actor's but for what is set here: one that is only ever read forward may need fewer ranks.
+    """
 
     enabled: bool = setting(
         False, "Have one, for a loss of one's own. There is one wherever algorithm.kl_coefficient is above 0, too."
@@ -339,6 +347,25 @@ class ReferenceConfig:
     offload: bool = setting(
         False, "Its parameters wait in host memory while other phases have the device.", resume=True, acts=(REFERENCE,)
     )
+    tensor_parallel: int | None = of_reference(None, "Ranks that share each layer's matrices.", AT_LEAST_1)
+    sequence_parallel: bool | None = of_reference(
+        None, "Split norms and residuals along the sequence over the tensor-parallel ranks."
+    )
+    pipeline_parallel: int | None = of_reference(
+        None,
+        "Stages that the layers are spread over; if set, in equal parts but for the next two, without chunks.",
+        AT_LEAST_1,
+    )
+    first_stage_layers: int | None = of_reference(None, "Layers on the first pipeline stage.", AT_LEAST_1)
+    last_stage_layers: int | None = of_reference(None, "Layers on the last pipeline stage.", AT_LEAST_1)
+    context_parallel: int | None = of_reference(None, "Ranks that share each sequence.", AT_LEAST_1)
+    expert_parallel: int | None = of_reference(None, "Ranks that share the experts of a layer.", AT_LEAST_1)
+    expert_tensor_parallel: int | None = of_reference(None, "Ranks that share each expert's matrices.", AT_LEAST_1)
+    micro_batch_tokens: int | None = of_reference(None, "Tokens that one packed micro-batch holds at most.", AT_LEAST_1)
+
+
+_OF_LAYOUT = tuple(f.name for f in fields(ReferenceConfig) if f.name not in ("enabled", "path", "offload"))
+"""The settings of `RoleConfig` that the reference policy has itself."""
 
 
 @dataclass(frozen=True)
@@ -1030,12 +1057,23 @@ class Recipe:
     @property
     def reference_role(self) -> ActorConfig:
         """The settings that the reference policy is built with."""
-        return replace(self.actor, offload=OffloadConfig(parameters=self.reference.offload))
+        own = {f.name: getattr(self.reference, f.name) for f in fields(self.reference) if f.name in _OF_LAYOUT}
+        if own["pipeline_parallel"] is not None:
+            stages = {"first_stage_layers": None, "last_stage_layers": None, "virtual_pipeline": None}
+        else:
+            stages = {}
+        chosen = stages | {name: value for name, value in own.items() if value is not None}
+        return replace(self.actor, **chosen, offload=OffloadConfig(parameters=self.reference.offload))
 
     @property
     def roles(self) -> dict[str, RoleConfig]:
         """The models that are trained."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.uses_critic else {})
+
+    @property
+    def models(self) -> dict[str, RoleConfig]:
+        """All models: those that are trained, and the reference policy where there is one."""
+        return self.roles | ({"reference": self.reference_role} if self.uses_reference else {})
 
     @property
     def resolved_algorithm(self) -> AlgorithmConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from megatron_vapo.config import CriticConfig, Recipe, RoleConfig
@@ -266,8 +266,8 @@ def resident(models: dict[str, Model], phase: Phase, rank: int, world: int) -> d
 
 def phases(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> list[PhaseMemoryUse]:
     """Return every phase of a step on its worst rank, in the order of the step."""
-    world = cluster.world
-    firsts = sorted({stage * world // m.role.pipeline_parallel for m in models.values() for stage in range(_depth(m))})
+    world, everything = cluster.world, (models | reference_of(recipe, models["actor"])).values()
+    firsts = sorted({stage * world // m.role.pipeline_parallel for m in everything for stage in range(_depth(m))})
     found = [use for rank in firsts for use in _phases_of(recipe, models, cluster, rank)]
     of_phases = [[use for use in found if use.phase == phase] for phase in Phase]
     return [max(uses, key=_need) for uses in of_phases if uses]
@@ -302,7 +302,8 @@ def _phases_of(recipe: Recipe, models: dict[str, Model], cluster: Cluster, rank:
         yield PhaseMemoryUse(update, rank, base(update) | resting | {n: 2 * c for n, c in copies.items()} | activations)
     for model in reference.values():
         stage = rank * model.role.pipeline_parallel // cluster.world
-        seen = models["actor"].step(stage)
+        like_actor = replace(model.role, offload=recipe.actor.offload) == recipe.actor
+        seen = (models["actor"] if like_actor else model).step(stage)  # what is measured once counts for both
         copied = model.workspaces(stage)
         copies = {"FP8 copies of weights": copied} if copied else {}
         memory = base(Phase.REFERENCE) | resting | copies | {"working memory": seen.forward_peak}

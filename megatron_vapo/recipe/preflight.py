@@ -104,7 +104,9 @@ def read_inputs(recipe: Recipe) -> Inputs:
         critic = _critic_architecture(recipe.critic, inputs.architecture)
         roles["critic"] = (recipe.critic, critic)
         _check_pretrained_critic(recipe.value_pretraining.checkpoint)
-    _check_reference(recipe, inputs.architecture)
+    if recipe.uses_reference:
+        _check_reference(recipe, inputs.architecture)
+        roles["reference"] = (recipe.reference_role, inputs.architecture)
     _check_kernels(recipe.actor)
     for name, (role, architecture) in roles.items():
         check_world(name, role, world_size())
@@ -379,9 +381,9 @@ def _critic_architecture(critic: CriticConfig, actor: Architecture) -> Architect
 
 
 def _check_reference(recipe: Recipe, actor: Architecture) -> None:
-    """Refuse a reference policy that is not of the actor's architecture, whose layout it has."""
+    """Refuse a reference policy that is not of the actor's architecture."""
     path = recipe.reference.path
-    if not recipe.uses_reference or path is None:
+    if path is None:
         return
     found, expected = asdict(checked_architecture(path)), asdict(actor)
     other = [f"{name} {found[name]} instead of {expected[name]}" for name in expected if found[name] != expected[name]]

@@ -29,7 +29,7 @@ def validate(recipe: Recipe) -> None:
     _validate_rollout(recipe)
     _validate_windows(recipe)
     _validate_alarms(recipe)
-    for name, role in recipe.roles.items():
+    for name, role in recipe.models.items():
         _validate_role(name, role)
         validate_precision(name, role, recipe.model.dtype)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +46,13 @@ def build_trainers(recipe: Recipe, inputs: Inputs) -> dict[str, Trainer]:
     return trainers
 
 
-def build_reference(recipe: Recipe, inputs: Inputs, actor: Actor) -> Reference:
-    """Build the reference policy, in the actor's process groups."""
+def build_reference(recipe: Recipe, inputs: Inputs, others: Iterable[ParallelModel]) -> Reference:
+    """Build the reference policy, in the process groups of another model if its layout is the same."""
     dtype, temperature = torch_dtype(recipe.model.dtype), recipe.rollout.sampling.temperature
-    model = Reference(recipe.reference_role, inputs.architecture, dtype, actor.layout, temperature)
+    role = recipe.reference_role
+    same = [other.layout for other in others if layout_sizes(other.role) == layout_sizes(role)]
+    layout = same[0] if same else ParallelLayout(role, recipe.seed)
+    model = Reference(role, inputs.architecture, dtype, layout, temperature)
     load_hf(model, recipe.reference.path or recipe.model.path)
     model.offloader.keep()
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from megatron_vapo.data.experience import Experience
 from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.errors import RewardError, RolloutError, TrainingError
 from megatron_vapo.models import generators
-from megatron_vapo.models.layout import init_world
+from megatron_vapo.models.layout import ParallelLayout, init_world
 from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic
 from megatron_vapo.observe.progress import ProgressDisplay
@@ -64,10 +64,11 @@ class Run:
             display.note(f"data: {inputs.dropped} training prompts are dropped, of more than data.max_prompt_tokens")
         self.trainers = build.build_trainers(recipe, inputs)
         models: dict[str, ParallelModel] = {role: trainer.model for role, trainer in self.trainers.items()}
+        self._layouts = _layouts_of(models)
         if recipe.uses_reference:
-            self.reference = build.build_reference(recipe, inputs, self.actor)
+            self.reference = build.build_reference(recipe, inputs, models.values())
             models[self.reference.name] = self.reference
-        self._layouts = list({id(model.layout): model.layout for model in models.values()}.values())
+        self._all_layouts = _layouts_of(models)
         self._memory, self._updates = PhaseMemory(models), MinibatchUpdates(recipe)
         self.engine = build.build_engine(recipe, inputs, self.actor.device, self.folder / "logs")
         opened.callback(self.engine.close)
@@ -264,7 +265,7 @@ class Run:
 
     def leave_groups(self) -> None:
         """Give the models' process groups back; nothing can be trained any more."""
-        for layout in self._layouts:
+        for layout in self._all_layouts:
             layout.close()
 
     def _begin(self, purpose: StepKind, step: int) -> None:
@@ -341,3 +342,7 @@ class Run:
         self._watchdog.phase = phase
         with self.timer(phase), self._memory(phase):
             yield
+
+
+def _layouts_of(models: Mapping[str, ParallelModel]) -> list[ParallelLayout]:
+    return list({id(model.layout): model.layout for model in models.values()}.values())

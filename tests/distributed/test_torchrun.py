@@ -44,26 +44,30 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 
 
 def test_replayed_rollouts_give_the_same_losses_on_1_2_and_4_processes(
-    tmp_path: Path, checkpoint: Path, tiny_problems: Path
+    tmp_path: Path, checkpoint: Path, tiny_problems: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
-    layouts = {
-        1: ["rollout.save=true"],
-        2: ["actor.tensor_parallel=2", "actor.sequence_parallel=true", "critic.distributed_optimizer=true"],
-        4: ["actor.tensor_parallel=2", "actor.pipeline_parallel=2", "critic.context_parallel=2"],
-    }
+    """With models in layouts of their own, a reference policy among them."""
+    kl = ["algorithm.kl_coefficient=0.05", f"reference.path={make_checkpoint('qwen2', seed=1)}"]
+    pipeline = ["reference.tensor_parallel=1", "reference.sequence_parallel=false", "reference.pipeline_parallel=2"]
+    context = ["reference.pipeline_parallel=1", "reference.context_parallel=2", "reference.micro_batch_tokens=128"]
+    sharded = ["actor.tensor_parallel=2", "actor.sequence_parallel=true", "critic.distributed_optimizer=true"]
+    spread = ["actor.tensor_parallel=2", "actor.pipeline_parallel=2", "critic.context_parallel=2"]
+    layouts = {1: ["rollout.save=true"], 2: sharded + pipeline, 4: spread + context}
     for world, overrides in layouts.items():
         replay = [] if world == 1 else [f"rollout.replay={tmp_path / '1' / 'rollouts'}"]
-        settings = _settings(tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *overrides, *replay)
+        settings = _settings(tmp_path / str(world), checkpoint, tiny_problems, "steps=3", *kl, *overrides, *replay)
         if world == 2:
             subprocess.run([*_torchrun(world), *settings], env=ENVIRONMENT, check=True, timeout=300)
         else:
             train(world, tmp_path / f"log {world}", *settings)
     alone = records(tmp_path / "1")
+    assert all(r["actor/kl_reference"] > 0.1 for r in alone if r["kind"] == "train")
     for world in (2, 4):
         together = records(tmp_path / str(world))
         assert [(r["kind"], r["step"]) for r in alone] == [(r["kind"], r["step"]) for r in together]
         for one, several in zip(alone, together):
-            for key in ("actor/policy_loss", "actor/lm_loss", "actor/entropy", "critic/loss", "critic/grad_norm"):
+            losses = ("actor/policy_loss", "actor/lm_loss", "actor/kl_reference", "critic/loss")
+            for key in (*losses, "actor/entropy", "critic/grad_norm"):
                 if key in one:
                     assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (world, one["step"], key)
         for path in (tmp_path / "1" / "tokens").iterdir():

@@ -16,7 +16,7 @@ from megatron_vapo.models.parallel_model import ParallelModel
 from megatron_vapo.models.roles import Actor, Critic, Reference
 from megatron_vapo.models.trainer import Trainer
 from megatron_vapo.plan.hardware import GPUS, Assumptions
-from megatron_vapo.plan.memory import Cluster, phases, roles_of
+from megatron_vapo.plan.memory import Cluster, phases, reference_of, roles_of
 from megatron_vapo.plan.search import smallest_change
 from megatron_vapo.plan.work import offload_bytes
 from megatron_vapo.recipe.load import with_overrides
@@ -90,6 +90,19 @@ def test_each_phase_holds_what_is_planned(recipe: Recipe) -> None:
             expected = parts.get(name, 0)
             padding = 0.02 * expected if recipe.actor.distributed_optimizer else 0
             assert expected <= size <= expected + padding, (phase, name)
+
+
+def test_a_reference_may_have_a_layout_of_its_own() -> None:
+    own = ReferenceConfig(enabled=True, pipeline_parallel=2)
+    recipe = replace(recipe_of("bfloat16", OffloadConfig(), OffloadConfig()), reference=own)
+    roles = roles_of(recipe, *SHAPES)
+    model = reference_of(recipe, roles["actor"])["reference"]
+    halves = [model.standing(stage, 2)["reference parameters"] for stage in (0, 1)]
+    whole = roles["actor"].standing(0, 2)["actor parameters"]
+    assert sum(halves) == whole and min(halves) > whole / 4
+    two = replace(ALONE, assumptions=replace(ALONE.assumptions, gpus_per_node=2))
+    (use,) = (use for use in phases(recipe, roles, two) if use.phase == Phase.REFERENCE)
+    assert use.parts["reference parameters"] in halves and use.parts["actor parameters"] == whole
 
 
 def test_bytes_on_the_way_are_those_that_phases_bring_back() -> None:

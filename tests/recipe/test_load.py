@@ -402,10 +402,11 @@ OUT_OF_BOUNDS = {
 
 
 def test_every_bound_of_a_setting_is_tested() -> None:
-    """Those that both roles have, with one of them."""
+    """Those that roles have, with one of them."""
     tested = {key for keys in OUT_OF_BOUNDS.values() for key in keys}
     tested |= {"limits.silent_seconds", "algorithm.dual_clip", "alarms.critic_gradient", "critic.head.bins"}
     tested |= {k.replace("critic.", "actor.") for k in tested} | {key.replace("actor.", "critic.") for key in tested}
+    tested |= {key.replace("actor.", "reference.") for key in tested}
     assert {key for key, setting in SCHEMA.items() if setting.bounds is not None} <= tested
 
 
