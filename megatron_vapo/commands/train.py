@@ -154,7 +154,8 @@ def _pretrain(run: Run) -> None:
 def _description(recipe: Recipe, inputs: Inputs) -> str:
     a = inputs.architecture
     dropped = f" ({inputs.dropped} too long, dropped)" if inputs.dropped else ""
-    prompts = " and ".join([f"{len(inputs.prompts)} prompts{dropped}", *(f"those of {n}" for n in inputs.sources)])
+    of_files = [f"{len(inputs.prompts)} prompts{dropped}"] if inputs.prompts else []
+    prompts = " and ".join([*of_files, *(f"prompts of {name}" for name in inputs.sources)])
     return (
         f"{recipe.name}: {a.family}, {a.layers} layers, hidden {a.hidden}, vocabulary {a.vocab}; "
         f"{prompts}, {len(inputs.held_out)} held out; "
