@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -336,6 +336,34 @@ def test_over_sampling_takes_whole_prompts() -> None:
     engine = FakeEngine(some_length)
     Steps(engine, over_sampling=1.1).step(1)
     assert len(engine.asked[0]) == 5 * 3
+
+
+class Listening(TrainingPrompts):
+    """Prompts that keep what they are told."""
+
+    def __init__(self, order: PromptOrder) -> None:
+        super().__init__(PROMPTS, order)
+        self.told: list[tuple[Prompt, Sequence[float]]] = []
+
+    def update(self, answered: Iterable[tuple[Prompt, Sequence[float]]]) -> None:
+        self.told += answered
+
+
+def test_prompts_are_told_of_each_group_once() -> None:
+    """Complete ones may wait for a later step beside those that are not."""
+    steps = Steps(FakeEngine(some_length), over_sampling=2.5, partial=True, max_version_lag=9)
+    prompts, waiting = Listening(steps.order), 0
+    trained: list[tuple[int, float]] = []
+    for number in range(1, 7):
+        steps.engine.version = number - 1
+        batch, rows = here(steps.sampler.experience(prompts, "train", number))
+        trained += zip((prompt.index for prompt, _ in rows), batch.whole.outcomes.tolist(), strict=True)
+        unfinished = [group for group in steps.sampler.unfinished if not group.complete]
+        waiting += len(steps.sampler.unfinished) - len(unfinished)
+        assert len(prompts.told) == steps.order.drawn[0] - len(unfinished)
+    assert waiting > 0
+    heard = [(prompt.index, outcome) for prompt, outcomes in prompts.told for outcome in outcomes]
+    assert Counter(trained) <= Counter(heard) and len(heard) == 3 * len(prompts.told)
 
 
 def test_what_is_unfinished_goes_on_in_the_next_step() -> None:
