@@ -162,8 +162,10 @@ def test_a_stop_that_one_rank_hears_stops_all_and_the_resumed_run_is_the_run(
 
 
 def test_a_run_goes_on_in_another_layout(forked: Callable[..., str], tmp_path: Path) -> None:
-    """1 process, 2 (tensor-parallel), 4 (data-, pipeline- and context-parallel), a step each, as 1 process alone."""
-    assert forked(1, tmp_path / "whole", "steps=3", "rollout.save=true")
+    """1 process, 2 (tensor-parallel), 4 (data-, pipeline- and context-parallel), a step each, as 1 process alone. Most
+    responses are in windows: the policy is trained on a part of them, and the critic on few."""
+    windows = "rollout.window_tokens=8"
+    assert forked(1, tmp_path / "whole", "steps=3", "rollout.save=true", windows)
     replay = f"rollout.replay={tmp_path / 'whole' / 'rollouts'}"
     layouts = {
         1: [],
@@ -171,13 +173,14 @@ def test_a_run_goes_on_in_another_layout(forked: Callable[..., str], tmp_path: P
         4: ["actor.pipeline_parallel=2", "critic.context_parallel=2", "actor.micro_batch_tokens=256"],
     }
     for step, (world, layout) in enumerate(layouts.items(), start=1):
-        output = forked(world, tmp_path / "run", f"steps={step}", replay, *layout)
+        output = forked(world, tmp_path / "run", f"steps={step}", replay, windows, *layout)
         assert step == 1 or "resumed from" in output
     trained = [records(tmp_path / name, "train") for name in ("whole", "run")]
     keys = ["actor/policy_loss", "actor/entropy", "actor/grad_norm", "critic/loss", "critic/grad_norm"]
     # Of tokens that are at home on one process, and on several.
-    keys += ["critic/explained_variance", "critic/value_deviation_within", "critic/value_tenth_10", "advantage/mean"]
-    keys += ["actor/entropy_before", "critic/relative_error"]
+    keys += ["critic/explained_variance", "critic/value_deviation_within", "critic/value_tenth_1", "advantage/mean"]
+    keys += ["actor/entropy_before", "critic/relative_error", "reward/mean", "rollout/unfinished_tokens"]
+    assert all(0 < record["rollout/unfinished_tokens"] < 1 for record in trained[0][:2])
     for one, several in zip(*trained, strict=True):
         for key in keys:
             assert several[key] == pytest.approx(one[key], rel=1e-5, abs=1e-6), (one["step"], key)

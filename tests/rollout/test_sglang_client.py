@@ -283,17 +283,21 @@ async def at_once(server: FakeServer, body: dict, before: int) -> object:
 
 def test_what_is_asked_and_what_comes() -> None:
     requests = [Request((101, 4, 6), seed=1), Request((102,), seed=2, written=(9, 8, 7))]
+    requests += [Request((103,), seed=3, written=(9,), until=5), Request((104,), seed=4, until=MAX_TOKENS + 1)]
     outcome = ask(at_once, requests)
     assert outcome.failure is None and not outcome.counts
-    assert {n: r.token_ids.tolist() for n, r in outcome.delivered.items()} == {0: [101, END], 1: [102, END]}
+    assert {n: r.token_ids.tolist() for n, r in outcome.delivered.items()} == {
+        number: [101 + number, END] for number in range(4)
+    }
     bodies = sorted(outcome.server.asked, key=lambda body: body["input_ids"])
-    assert [body["input_ids"] for body in bodies] == [[101, 4, 6], [102, 9, 8, 7]]
-    assert [body["sampling_params"]["max_new_tokens"] for body in bodies] == [MAX_TOKENS, MAX_TOKENS - 3]
+    assert [body["input_ids"] for body in bodies] == [[101, 4, 6], [102, 9, 8, 7], [103, 9], [104]]
+    asked_for = [body["sampling_params"]["max_new_tokens"] for body in bodies]
+    assert asked_for == [MAX_TOKENS, MAX_TOKENS - 3, 4, MAX_TOKENS]
     for body in bodies:
         parameters = body["sampling_params"]
         assert (parameters["temperature"], parameters["top_p"], parameters["stop_token_ids"]) == (0.7, 0.9, [END])
         assert body["return_logprob"] is True
-    assert len({body["rid"] for body in bodies}) == 2
+    assert len({body["rid"] for body in bodies}) == 4
     assert outcome.server.keys == {"Bearer the-key"}
 
 

@@ -818,17 +818,24 @@ def test_a_response_in_two_pieces_is_the_uninterrupted_one(make_checkpoint: Call
     requests = [Request((5, 9, 12 + i % 3), seed=i) for i in range(24)]
     whole = in_order(engine.generate(requests, SamplingConfig(), LONGEST))
     assert {len(response.token_ids) for response in whole} >= {1, LONGEST}
-    for cut in (1, 5):
+    for cut, by_window in itertools.product((1, 5), (False, True)):
         ticks = itertools.count(1)
 
         def stop(count: int, ticks: Iterator[int] = ticks, cut: int = cut) -> None:
             if next(ticks) == cut:
                 engine.abort()
 
-        first = in_order(engine.generate(requests, SamplingConfig(), LONGEST, stop))
-        assert max(len(response.token_ids) for response in first) == cut
-        assert {response.finish_reason for response in first} == {"abort", "stop"}
-        left = [n for n, response in enumerate(first) if response.finish_reason == "abort"]
+        if by_window:  # every other one: the rest are written to their ends beside them
+            less = [replace(request, until=cut) if n % 2 else request for n, request in enumerate(requests)]
+            first = in_order(engine.generate(less, SamplingConfig(), LONGEST))
+            assert {len(response.token_ids) for response in first[1::2]} <= set(range(1, cut + 1))
+            left = [n for n, response in enumerate(first) if n % 2 and response.finish_reason == "length"]
+        else:
+            first = in_order(engine.generate(requests, SamplingConfig(), LONGEST, stop))
+            assert max(len(response.token_ids) for response in first) == cut
+            assert {response.finish_reason for response in first} == {"abort", "stop"}
+            left = [n for n, response in enumerate(first) if response.finish_reason == "abort"]
+        assert left
         asked = [replace(requests[n], written=tuple(first[n].token_ids.tolist())) for n in left]
         then = dict(zip(left, in_order(engine.generate(asked, SamplingConfig(), LONGEST)), strict=True))
         for n, expected in enumerate(whole):
