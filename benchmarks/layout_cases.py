@@ -143,6 +143,7 @@ CASES = [
     Case("TP2 + SP, turns, sequence importance", 2, batch="turns", role=tp(2, sp=True), importance=SEQUENCE),
     Case("DP2 x ZeRO-1, turns, sequence importance", 2, batch="turns", role=ZERO, importance=SEQUENCE),
     Case("CP2, turns, sequence importance", 2, batch="turns", role=CP2, importance=SEQUENCE),
+    Case("CP2, turns, critic with bins", 2, batch="turns", role=CP2, critic=CP2 | BINS, importance=SEQUENCE),
     Case("CP2, turns, geometric importance", 2, batch="turns", role=CP2, importance=GEOMETRIC, losses=True),
     Case("PP2, turns, geometric importance", 2, batch="turns", role=pp(2), importance=GEOMETRIC, losses=True),
     Case("EP2", 2, "qwen3_moe", role=EP2),

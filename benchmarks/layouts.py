@@ -8,12 +8,14 @@ Real ranks (gloo) for every layout; critic update, then actor update, twice, in 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from benchmarks import reference
 from benchmarks.layout_cases import BINS, CASES, OPTIMIZER, OWN_LOSSES, UPDATES, Case, own_algorithms
 from megatron_vapo.runtime import cpu_backend
 
+ROOT = Path(__file__).resolve().parents[1]
 LOSS_TOLERANCE = 1e-5
 """Relative, on losses, entropy and gradient norms."""
 PARAMETER_TOLERANCE = 1e-4
@@ -69,21 +72,23 @@ class Row:
         )
 
 
-def run_cases(cases: list[Case], folder: Path) -> list[Row]:
-    """Start real ranks, one launch per world size, and compare every case with both references."""
+References = dict[str, tuple[dict, dict]]
+"""For a case alone, what one process and plain PyTorch make of it."""
+
+
+def run_cases(cases: list[Case], folder: Path, references: References) -> list[Row]:
+    """Start real ranks, one launch per world size, and compare every case with both references, which are added."""
     prepare(folder)
     for world in sorted({case.world for case in cases}):
         launch([case for case in cases if case.world == world], world, folder)
-    plain: dict[str, dict] = {}
-    single: dict[str, dict] = {}
     rows = []
     for case in cases:
         key = repr(case.alone)
-        if key not in plain:
-            plain[key] = plain_updates(case, folder)
-            single[key] = _single_process(case.alone, folder)
+        if key not in references:
+            references[key] = _single_process(case.alone, folder), plain_updates(case, folder)
         result = torch.load(folder / f"result {case.name}.pt", weights_only=True)
-        rows.append(Row(case, result, compare(result, single[key]), compare(result, plain[key])))
+        one_process, plain = (compare(result, reference) for reference in references[key])
+        rows.append(Row(case, result, one_process, plain))
     return rows
 
 
@@ -319,30 +324,41 @@ def main() -> int:
     cases = [c for c in CASES if c.world in options.worlds and (not options.only or options.only in c.name)]
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_cases(cases, Path(folder))
-    text = table(rows)
-    print(text)
-    print(f"{sum(row.passed for row in rows)} of {len(rows)} agree, {time.monotonic() - started:.0f} s")
+        rows = run_cases(cases, Path(folder), {})
+    agree = f"{sum(row.passed for row in rows)} of {len(rows)} agree, {time.monotonic() - started:.0f} s"
+    print(table(rows))
+    print(agree)
     if options.write:
-        options.write.write_text(HEADER + text + "\n", encoding="utf-8")
+        options.write.write_text(document(rows, agree), encoding="utf-8")
     return 0 if all(row.passed for row in rows) else 1
 
 
-HEADER = f"""# Every layout takes the same training step
+def document(rows: list[Row], agree: str) -> str:
+    """The table with what it compares, where and when."""
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return f"""# Every layout takes the same training step
 
 One VAPO minibatch (forward, {UPDATES} critic updates, {UPDATES} actor updates) on a fixed batch in float32, by real
 processes over gloo on CPU, for every layout below; numbers are those of the last update. Rows with "every
-loss" take an actor update more with each of {", ".join(OWN_LOSSES)} (`examples`). Compared with one process, and
-with a plain PyTorch + transformers implementation that shares no code with the package (`benchmarks/reference.py`).
-In a batch of turns the policy wrote a part of the response tokens, and the others are context.
+loss" take an actor update more with each of the examples' losses ([extend.md](extend.md)):
+{", ".join(OWN_LOSSES)}. Compared with one process, and with a plain PyTorch + transformers implementation that
+shares no code with the package (`benchmarks/reference.py`).
+In a batch of turns the policy wrote a part of the response tokens, and the others are context. A critic with bins has
+the HL-Gauss head; one whose attention is frozen trains all its other parameters.
 Required: {LOSS_TOLERANCE:.0e} relative on losses, entropy and gradient norm, {PARAMETER_TOLERANCE:.0e} on parameters
 (largest difference over the tensor's largest number); for bfloat16 with float32 main parameters 0.1 and 0.02
-against one process in bfloat16. Repeat it with `python -m benchmarks.layouts`.
+against one process in bfloat16.
 
 Context parallelism is proven with this project's all-gather attention; Transformer Engine's, and everything else that
 only a GPU runs, is not verified by this table.
 
+{table(rows)}
+
+{agree}; {os.cpu_count()} CPU cores; torch {torch.__version__}, megatron-core {version("megatron-core")};
+{datetime.date.today()}; commit {commit}; `python -m benchmarks.layouts --write docs/layouts.md`.
 """
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import layouts
 from benchmarks.layout_cases import CASES, Case
-from benchmarks.layouts import LOSS_TOLERANCE, PARAMETER_TOLERANCE, run_cases, table
+from benchmarks.layouts import LOSS_TOLERANCE, PARAMETER_TOLERANCE, References, run_cases, table
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -25,10 +25,16 @@ def launch(cases: list[Case], world: int, folder: Path) -> None:
     run_ranks(world, arguments, folder / f"log {world}", fork=True)
 
 
+@pytest.fixture(scope="module")
+def references() -> References:
+    """Those of one world serve the others too."""
+    return {}
+
+
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_layouts_agree(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layouts_agree(world: int, references: References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "launch", launch)
-    rows = run_cases([case for case in CASES if case.world == world], tmp_path)
+    rows = run_cases([case for case in CASES if case.world == world], tmp_path, references)
     print(table(rows))
     failed = [row.case.name for row in rows if not row.passed]
     assert not failed, table(rows)
