@@ -789,9 +789,9 @@ class RewardConfig:
 
     name: str = setting(
         "math_verify",
-        "What decides whether a response is right (its score is above 0): chained_arithmetic, derivation, math_dapo, "
-        "math_verify, package.module:function for one's own, or the URL of a service (`{NAME}` in it: the environment "
-        "variable).",
+        "What decides whether a response is right (its score is above 0): chained_arithmetic, derivation, "
+        "long_derivation, math_dapo, math_verify, package.module:function for one's own, or the URL of a service "
+        "(`{NAME}` in it: the environment variable).",
     )
     add: dict[str, float] = group(
         dict,

@@ -14,9 +14,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from megatron_vapo.data import chained_arithmetic, derivation, products
+from megatron_vapo.data import chained_arithmetic, derivation, long_derivation, products
 from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic as check_chained_arithmetic
 from megatron_vapo.rewards.derivation import derivation as check_derivation
+from megatron_vapo.rewards.long_derivation import long_derivation as check_long_derivation
 
 MAX_RESPONSE = 200
 """Tokens, the end token included; a longer response is cut and counts as wrong."""
@@ -41,6 +42,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "derivation": Task(derivation, check_derivation),
+    "long_derivation": Task(long_derivation, check_long_derivation),
     "chained_arithmetic": Task(chained_arithmetic, check_chained_arithmetic),
     "products": Task(products, None),
 }

@@ -7,9 +7,9 @@ Writes, below --out:
     heldout.jsonl   other problems, for evaluation
 
 The base stands for a pretrained model: it imitates a mixture of careful and careless work (`Mixture` of
-`megatron_vapo.data.derivation`, `chained_arithmetic` or `products`), and is seldom right, but right when it
-works carefully. Errors of derivations are tokens of their own, those of chained arithmetic are wrong digits, which a
-critic of this size does not see.
+`megatron_vapo.data.derivation`, `long_derivation`, `chained_arithmetic` or `products`), and is seldom right, but right
+when it works carefully. Errors of derivations, long ones too, are tokens of their own, those of chained arithmetic are
+wrong digits, which a critic of this size does not see.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from _tiny import (
 )
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from megatron_vapo.data import chained_arithmetic, derivation, products
+from megatron_vapo.data import chained_arithmetic, derivation, long_derivation, products
 from megatron_vapo.runtime.durable import new_folder, write_text
 
 TRAIN_PROBLEMS = 20_000
@@ -51,8 +51,8 @@ Example = tuple[list[int], list[int]]
 """Token ids of prompt and response, and as many labels: the same ids, `IGNORED_LABEL` over the prompt."""
 
 
-Mixture = chained_arithmetic.Mixture | derivation.Mixture | products.Mixture
-Problem = chained_arithmetic.Problem | derivation.Problem | products.Problem
+Mixture = chained_arithmetic.Mixture | derivation.Mixture | long_derivation.Mixture | products.Mixture
+Problem = chained_arithmetic.Problem | derivation.Problem | long_derivation.Problem | products.Problem
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ def derivation_curriculum() -> list[Stage]:
     mixture = derivation.Mixture()
     careful = dataclasses.replace(mixture, p_gap=0.05)
     return [Stage(careful, steps=700, learning_rate=5e-3), Stage(mixture, steps=200, learning_rate=3e-3)]
+
+
+def long_derivation_curriculum() -> list[Stage]:
+    """One mixture, long enough that nearly all lines are copied rightly."""
+    return [Stage(long_derivation.Mixture(), steps=1100, learning_rate=5e-3)]
 
 
 def chained_curriculum(mixture: chained_arithmetic.Mixture) -> list[Stage]:
@@ -98,6 +103,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/derivation"))
     parser.add_argument("--task", choices=TASKS, default="derivation")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--problems", type=int, default=TRAIN_PROBLEMS, help="rows of train.jsonl; the base has seen more"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing base and its problems")
     shares = parser.add_argument_group("chained arithmetic")
     shares.add_argument("--short", type=float, help="share of responses that only guess")
@@ -108,6 +116,8 @@ def main() -> None:
     if (args.out / "base").is_dir() and not args.force:
         print(f"{args.out / 'base'} exists; --force makes it anew")
         return
+    if not 1 <= args.problems <= TRAIN_PROBLEMS:
+        parser.error(f"--problems {args.problems}: from 1 to {TRAIN_PROBLEMS}")
     for name in ("short", "sloppy"):
         share = getattr(args, name)
         if share is not None and (args.task != "chained_arithmetic" or not 0 <= share <= 1):
@@ -117,7 +127,7 @@ def main() -> None:
     ]
     out = args.out.resolve()
     with new_folder(out / "base", replace=True) as base:  # the last to be there: where it exists, all is complete
-        make(TASKS[args.task], out, base, args.seed, stages)
+        make(TASKS[args.task], out, base, args.seed, stages, args.problems)
     print(f"wrote {out}")
 
 
@@ -125,6 +135,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     """Return the stages of the task that the command line names."""
     if args.task == "derivation":
         return derivation_curriculum()
+    if args.task == "long_derivation":
+        return long_derivation_curriculum()
     if args.task == "products":
         return products_curriculum()
     given = {"p_short": args.short, "p_sloppy": args.sloppy}
@@ -133,8 +145,9 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     )
 
 
-def make(task: Task, out: Path, base: Path, seed: int, stages: Sequence[Stage]) -> None:
-    """Write the trained model into the folder `base`, then the problems into `out`; print what the model can do."""
+def make(task: Task, out: Path, base: Path, seed: int, stages: Sequence[Stage], problems: int) -> None:
+    """Write the trained model into the folder `base`, then the problems into `out`, `problems` of those that it was
+    trained on; print what the model can do."""
     prepare(seed)
     train, held_out = task.problems.make_problem_sets(seed, TRAIN_PROBLEMS, HELD_OUT_PROBLEMS)
     held_out_rows = problem_rows(held_out)
@@ -146,7 +159,7 @@ def make(task: Task, out: Path, base: Path, seed: int, stages: Sequence[Stage]) 
     print(f"trained in {time.monotonic() - started:.0f} s")
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    write_rows(out / "train.jsonl", problem_rows(train))
+    write_rows(out / "train.jsonl", problem_rows(train[:problems]))
     write_rows(out / "heldout.jsonl", held_out_rows)
     if task.checker is not None:
         print(evaluate(model, tokenizer, task.checker, held_out_rows[:EVALUATED_PROBLEMS]))

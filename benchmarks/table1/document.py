@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from benchmarks.table1 import tuning
 from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, Results, analyse
@@ -20,7 +19,7 @@ from megatron_vapo.errors import DataError
 
 BEGIN, END = "<!-- results: written by python -m benchmarks.table1 -->", "<!-- end of results -->"
 TITLES = {arm.name: arm.title for arm in ARMS}
-GROUPS = {"paper": "The paper's rows, its settings literal", "scaled": "Lambda scaled", "more": "Other rows"}
+GROUPS = {"paper": "The paper's rows", "more": "Other rows"}
 DIGITS = 5
 
 
@@ -39,7 +38,7 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     document.parent.mkdir(parents=True, exist_ok=True)
     figures = draw_all(results, document.with_suffix(""))
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-    lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_orders(numbers), *_speed(numbers)]
+    lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_order(numbers), *_speed(numbers)]
     text = "\n".join([*lines, *_on_the_way(numbers)])
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
@@ -117,25 +116,20 @@ def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
     """Say what VAPO's runs were told, in a sentence, and what came of it."""
     if "vapo" not in results:
         return []
-    vapo, scaled = (_recipe(results, name) for name in ("vapo", "ppo_scaled"))
+    vapo = next(iter(results["vapo"].values())).recipe
     row = numbers["arms"]["vapo"]
     responses = vapo.rollout.prompts_per_step * vapo.rollout.samples_per_prompt
     bases = [seed["base"] for seed in row["by_seed"].values()]
     return [
         f"Setting: a step samples {responses} responses of at most {vapo.rollout.max_response_tokens} "
         f"tokens for {responses // vapo.minibatch_size} updates; VAPO's alpha is "
-        f"{vapo.algorithm.alpha:g}{f', the scaled lambda {scaled.algorithm.lambda_policy:g}' if scaled else ''}. A run "
+        f"{vapo.algorithm.alpha:g}. A run "
         f"samples {vapo.limits.sampled_tokens:,} tokens; an evaluation is {vapo.evaluation.problems} held-out problems "
         f"x {vapo.evaluation.samples}. The bases are right {min(bases):.1%} to {max(bases):.1%} of the time; VAPO's "
         f"value pretraining sampled {row['pretraining_tokens']:,.0f} tokens on average.",
         "",
         *_apart(numbers["arms"]),
     ]
-
-
-def _recipe(results: Results, name: str) -> DictConfig | None:
-    """Return the settings of an arm's first run."""
-    return next(iter(results[name].values())).recipe if name in results else None
 
 
 def _apart(rows: dict[str, Any]) -> list[str]:
@@ -197,24 +191,23 @@ def _row(arm: Arm, numbers: dict[str, Any]) -> list[str]:
     ]
 
 
-def _orders(numbers: dict[str, Any]) -> list[str]:
-    lines = []
-    for number, (name, order) in enumerate(numbers["orders"].items()):
-        judged = " (the one that the aim is judged by)" if number == 0 else ""
-        ours = sorted(order["arms"], key=lambda arm: -numbers["arms"][arm]["final"])
-        tau, of_tiers = (_with_interval(order[key], order[f"{key}_interval"]) for key in ("tau", "tau_of_tiers"))
-        lines += [
-            f"### Order of the nine arms, {name}{judged}",
-            "",
-            f"{len(order['seeds'])} seeds. Kendall's tau-b with the paper's numbers {tau}, with its tiers (ties within "
-            f"{PAPER_NOISE:g} points) {of_tiers}; Page's L {order['page_l']:.0f}, p = {order['page_p']:.2g}.",
-            "",
-            f"Ours, best first: {', '.join(TITLES[arm] for arm in ours)}.",
-            "",
-            *_reversals(order["reversals"]),
-            "",
-        ]
-    return lines
+def _order(numbers: dict[str, Any]) -> list[str]:
+    order = numbers["order"]
+    if order is None:
+        return []
+    ours = sorted(order["arms"], key=lambda arm: -numbers["arms"][arm]["final"])
+    tau, of_tiers = (_with_interval(order[key], order[f"{key}_interval"]) for key in ("tau", "tau_of_tiers"))
+    return [
+        "### Order of the nine arms",
+        "",
+        f"{len(order['seeds'])} seeds. Kendall's tau-b with the paper's numbers {tau}, with its tiers (ties within "
+        f"{PAPER_NOISE:g} points) {of_tiers}; Page's L {order['page_l']:.0f}, p = {order['page_p']:.2g}.",
+        "",
+        f"Ours, best first: {', '.join(TITLES[arm] for arm in ours)}.",
+        "",
+        *_reversals(order["reversals"]),
+        "",
+    ]
 
 
 def _reversals(reversals: list[dict[str, Any]]) -> list[str]:

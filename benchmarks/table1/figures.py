@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TITLES = {arm.name: arm.title for arm in ARMS}
 GRID_POINTS = 60
 CURVE_COLUMNS = 5
-WATCHED = ("vapo", "dapo", "grpo", "ppo", "ppo_scaled", "no_value_pretraining")
+WATCHED = ("vapo", "dapo", "grpo", "ppo", "no_value_pretraining")
 """Arms whose signals are drawn."""
 SIGNALS = (
     ("response length (tokens)", "response/length_mean", (0, 120)),
@@ -164,7 +164,7 @@ def _signals(results: Results) -> Figure | None:
 
 
 def _positions(results: Results) -> Figure | None:
-    shown = [name for name in ("ppo", "ppo_scaled", "vapo") if results.get(name)]
+    shown = [name for name in ("ppo", "no_value_pretraining", "vapo") if results.get(name)]
     if not shown:
         return None
     figure, axes = _new_figure(len(shown), rows=2, height=2.8)
@@ -196,9 +196,8 @@ def _lambda(results: Results) -> Figure | None:
     length = np.arange(1, max(before + after) + 1)
     for number, alpha in enumerate(ALPHAS):
         curves.plot(length, np.clip(1 - 1 / (alpha * length), 0, 1), color=COLOURS[number], label=f"alpha {alpha:g}")
-    for style, name, label in (("--", "ppo", "fixed, literal"), (":", "ppo_scaled", "fixed, scaled")):
-        for run in list(results.get(name, {}).values())[:1]:
-            curves.axhline(run.recipe.algorithm.lambda_policy, color="black", linestyle=style, linewidth=1, label=label)
+    for run in list(results.get("ppo", {}).values())[:1]:
+        curves.axhline(run.recipe.algorithm.lambda_policy, color="black", linestyle="--", linewidth=1, label="fixed")
     curves.set_title("lambda of the policy", fontsize=10, loc="left")
     curves.legend(fontsize=7, frameon=False)
     edges = np.linspace(0, length[-1], 40)

@@ -16,7 +16,9 @@ from benchmarks.table1.arms import ARMS, Arm
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VAPO = ARMS[0]
-TASK = ("--task", "chained_arithmetic")
+TASK = ("--task", "long_derivation")
+PROBLEMS = ("--problems", "1024")
+"""A finite set: a run sees each several times."""
 
 Command = list[str]
 
@@ -24,7 +26,7 @@ Command = list[str]
 def base_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
     """Makes base model and problems in `folder`."""
     tool = str(TOOLS / "make_tiny_base.py")
-    return [sys.executable, tool, *TASK, "--out", str(folder), "--seed", str(seed), *arguments]
+    return [sys.executable, tool, *TASK, *PROBLEMS, "--out", str(folder), "--seed", str(seed), *arguments]
 
 
 def reward_model_command(folder: Path, seed: int, arguments: tuple[str, ...]) -> Command:
@@ -35,11 +37,17 @@ def reward_model_command(folder: Path, seed: int, arguments: tuple[str, ...]) ->
 
 
 def critic_arm(arm: Arm) -> Arm | None:
-    """The arm whose value pretraining makes this arm's critic: VAPO for all whose critic starts as VAPO's does; None
-    where there is no pretrained critic."""
+    """The arm whose value pretraining makes this arm's critic: VAPO for all whose critic starts and is trained as
+    VAPO's; None where there is no pretrained critic."""
     if not arm.settings.uses_critic or not arm.settings.value_pretraining.enabled:
         return None
-    return VAPO if arm.settings.critic.init == VAPO.settings.critic.init else arm
+    return VAPO if _critic(arm) == _critic(VAPO) else arm
+
+
+def _critic(arm: Arm) -> tuple[object, ...]:
+    """Return what makes one pretrained critic another than the next."""
+    critic = arm.settings.critic
+    return critic.init, critic.head, critic.frozen
 
 
 def critic_folder(seed_folder: Path, arm: Arm) -> Path:

@@ -73,6 +73,7 @@ class Reward:
 REWARDS = {
     "chained_arithmetic": "megatron_vapo.rewards.chained_arithmetic:chained_arithmetic",
     "derivation": "megatron_vapo.rewards.derivation:derivation",
+    "long_derivation": "megatron_vapo.rewards.long_derivation:long_derivation",
     "math_dapo": "megatron_vapo.rewards.math:math_dapo",
     "math_verify": "megatron_vapo.rewards.math:math_verify_reward",
 }

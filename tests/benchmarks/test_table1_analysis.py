@@ -13,7 +13,6 @@ from benchmarks.table1 import analysis, arms
 from benchmarks.table1.document import BEGIN, END, write_document
 from benchmarks.table1.results import Result, read_result, read_results
 from megatron_vapo.errors import DataError
-from megatron_vapo.recipe.load import load_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -67,18 +66,10 @@ def test_collapses(run: Callable[..., Result], accuracy: list[float], collapsed:
     assert run(accuracy, range(10, 10 * len(accuracy), 10)).collapsed == collapsed
 
 
-def test_vapo_itself_has_no_second_arm() -> None:
-    assert arms.is_vapo_itself(next(arm for arm in arms.ARMS if arm.name == "alpha_0.1")) == (
-        load_recipe(arms.ARMS[0].recipe).algorithm.alpha == 0.1
-    )
-    assert not any(arms.is_vapo_itself(arm) for arm in arms.ARMS if arm.paper is not None)
-
-
 TRUTH = {
     "vapo": 0.9, "no_group_sampling": 0.85, "no_positive_lm_loss": 0.84, "no_token_level_loss": 0.83,
-    "no_clip_higher": 0.7, "no_length_adaptive_gae": 0.69, "no_length_adaptive_gae_scaled": 0.68,
-    "no_decoupled_gae": 0.5, "no_decoupled_gae_lambda_1": 0.52, "no_decoupled_gae_scaled": 0.48,
-    "no_value_pretraining": 0.05, "ppo": 0.3, "ppo_scaled": 0.2, "dapo": 0.6, "grpo": 0.55,
+    "no_clip_higher": 0.7, "no_length_adaptive_gae": 0.69, "no_decoupled_gae": 0.5, "no_value_pretraining": 0.05,
+    "ppo": 0.3, "dapo": 0.6, "grpo": 0.55,
 }  # fmt: skip
 """Final scores of the made-up sweep: in the paper's order, but for value pretraining, which is below vanilla PPO."""
 
@@ -108,13 +99,12 @@ def numbers(sweep: Path) -> dict:
     return analysis.analyse(read_results(sweep, [arm.name for arm in arms.ARMS], list(range(6))))
 
 
-def test_orders_find_the_planted_reversal(numbers: dict) -> None:
-    assert set(numbers["orders"]) == set(analysis.ORDERS)
-    for name, order in numbers["orders"].items():
-        assert order["tau"] == pytest.approx(1 - 2 / 36) and order["page_p"] < 1e-6
-        (reversal,) = order["reversals"]
-        assert reversal["better_here"] == ("ppo_scaled" if "scaled" in name else "ppo")
-        assert reversal["better_in_the_paper"] == "no_value_pretraining" and reversal["p"] < 0.01
+def test_the_order_finds_the_planted_reversal(numbers: dict) -> None:
+    order = numbers["order"]
+    assert order["tau"] == pytest.approx(1 - 2 / 36) and order["page_p"] < 1e-6
+    (reversal,) = order["reversals"]
+    assert (reversal["better_here"], reversal["better_in_the_paper"]) == ("ppo", "no_value_pretraining")
+    assert reversal["p"] < 0.01
 
 
 def test_differences_are_paired(numbers: dict) -> None:
@@ -165,7 +155,7 @@ def test_a_part_of_a_sweep(sweep: Path, tmp_path: Path) -> None:
     write_document(tmp_path / "part.md", sweep, list(arms.ARMS[:3]), range(7))
     text = (tmp_path / "part.md").read_text()
     assert "short of the budget: none" in text
-    assert "Not complete: VAPO with seeds 6; DAPO with seeds 6; GRPO with seeds 6." in text
+    assert "Not complete: VAPO with seeds 6; GRPO with seeds 6; DAPO with seeds 6." in text
     assert "Order of the nine arms" not in text and "VAPO against DAPO" in text
 
 

@@ -144,8 +144,8 @@ def test_tuning_uses_one_grid_and_other_seeds(
     found: tuning.Found = {}
     jobs = tuning.tuning_jobs(tmp_path, ["vapo", "dapo"], found)
     tuned = {(job.arm.name, job.seed, float(job.settings[0].split("=")[1])): job for job in jobs}
-    grid = [(name, seed, rate) for name in ("vapo", "dapo") for seed in range(1000, 1004) for rate in tuning.GRID]
-    assert tuned.keys() == set(grid) and len(jobs) == len(grid) == 32
+    grid = [(name, seed, rate) for name in ("vapo", "dapo") for seed in tuning.SEEDS for rate in tuning.GRID]
+    assert tuned.keys() == set(grid) and len(jobs) == len(grid)
     for (name, _, rate), job in tuned.items():  # VAPO is best at the largest rate, DAPO at the smallest
         if job is not jobs[-1]:
             write_run(job.folder, [0.0, 0.5 + (1 if name == "vapo" else -1) * rate * 100], [300_000])

@@ -225,7 +225,7 @@ def test_the_users_own_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("math_verfy", "did you mean math_verify"),
         ("mathdapo", "did you mean math_dapo"),
-        ("zzz", "known are chained_arithmetic, derivation, math_dapo, math_verify"),
+        ("zzz", "known are chained_arithmetic, derivation, long_derivation, math_dapo, math_verify"),
         ("no_such_package_here:reward", "is it on PYTHONPATH"),
         (":reward", "cannot import"),
         ("json:no_such_function", "has no function 'no_such_function'"),

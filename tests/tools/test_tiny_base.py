@@ -122,12 +122,18 @@ def test_same_seed_makes_the_same_weights_and_force_replaces(made, tmp_path, for
 
 @pytest.mark.parametrize(
     ("task", "more", "prompt", "answer"),
-    [("chained_arithmetic", ("--sloppy", 0.2), r"\^.*=", r"\d\d"), ("products", (), r"\^\d+(\*\d+)+=", r"\d+")],
+    [
+        ("chained_arithmetic", ("--sloppy", 0.2), r"\^.*=", r"\d\d"),
+        ("long_derivation", ("--problems", 100), r"\^\d(\w[-+*~])+=", r"(\w\d[-+*~][0234568BH9])+"),
+        ("products", (), r"\^\d+(\*\d+)+=", r"\d+"),
+    ],
 )
 def test_the_bases_of_other_tasks(tmp_path, fork, task, more, prompt, answer):
     fork("make_tiny_base.py", "--task", task, *more, "--out", tmp_path / "tiny", "--steps", 1)
     row = json.loads((tmp_path / "tiny" / "heldout.jsonl").read_text().partition("\n")[0])
     assert re.fullmatch(prompt, row["prompt"]) and re.fullmatch(answer, row["answer"])
+    problems = 100 if "--problems" in more else 20_000
+    assert len((tmp_path / "tiny" / "train.jsonl").read_text().splitlines()) == problems
 
 
 def test_a_share_of_the_other_task_is_refused(tmp_path, run_tool):
