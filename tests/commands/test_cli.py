@@ -473,7 +473,7 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> None:
 
 @pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
-    start: Callable[..., subprocess.Popen[str]], folder: Path
+    start: Callable[..., subprocess.Popen[str]], command: Callable[..., Answer], folder: Path
 ) -> None:
     run, done = folder / "stopped", 0
     arguments = ("train", "recipe.yaml", "run_dir=stopped", "checkpoint.every=0", "evaluation.every=0")
@@ -487,12 +487,12 @@ def test_a_signal_ends_a_run_with_a_checkpoint_from_which_it_goes_on(
         assert f"checkpoint saved: stopped/checkpoints/step_{done:06d}" in output
         assert not list(run.rglob("*.part"))
 
-    output = finish(start(*arguments, f"steps={done + 1}"))
-    assert f"resumed from stopped/checkpoints/step_{done:06d}" in output
+    answer = command(*arguments, f"steps={done + 1}")
+    assert answer.code == 0 and f"resumed from stopped/checkpoints/step_{done:06d}" in answer.output
     assert [record["step"] for record in records(run, "train")] == list(range(1, done + 2))
     assert [record["step"] for record in records(run, "pretrain")] == [1]
     assert [record["step"] for record in records(run, "evaluate")] == [0, done + 1]
-    assert re.fullmatch(r"accuracy 0\.\d{4} -> 0\.\d{4}", output.splitlines()[-1])
+    assert re.fullmatch(r"accuracy 0\.\d{4} -> 0\.\d{4}", answer.output.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -57,5 +57,6 @@ def test_a_local_run(tmp_path: Path, make_checkpoint: Callable[..., Path], tiny_
     result = launch(tmp_path / "home", *local, *settings)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads((run / "summary.json").read_text())["steps"] == 1
-    failed = launch(tmp_path / "home", *local, *settings, "data.train=nowhere.jsonl", "run_dir=" + str(tmp_path / "no"))
+    mistake = ("--processes", 1, "data.train=nowhere.jsonl", f"run_dir={tmp_path / 'no'}")
+    failed = launch(tmp_path / "home", *local, *settings, *mistake)
     assert failed.returncode == 1 and "nowhere.jsonl does not exist" in failed.stdout + failed.stderr
