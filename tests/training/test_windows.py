@@ -189,6 +189,10 @@ def test_metrics_see_no_number_that_is_not_there(make_experience, rows):
     assert ("reward/accuracy" in metrics) == ("critic/explained_variance" in metrics) == (not goes_on.all())
     if not goes_on.all():
         assert metrics["reward/accuracy"] == pytest.approx(float(batch.correct[~goes_on].double().mean()))
+        values = [
+            v for on, those in zip(goes_on, by_response(batch, batch.values), strict=True) for v in those if not on
+        ]
+        assert metrics["critic/value_mean"] == pytest.approx(sum(values) / len(values), rel=1e-5, abs=1e-6)
         assert metrics["response/length_mean"] == pytest.approx(float(lengths[~goes_on].mean()))
         assert metrics["rollout/windows_mean"] == pytest.approx(float((lengths[~goes_on] / 4).ceil().mean()))
     kept = Kept.of(batch, 2**20)
