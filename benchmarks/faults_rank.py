@@ -44,7 +44,7 @@ def main() -> int:
     if os.environ.get("ROLLOUTS_BESIDE"):
         RolloutConfig.runs_beside = property(lambda self: self.lag > 0)
     _say_before(background.InBackground, "_do", "beside")
-    _say_before(run.Run, "_collect", "wait", lambda self: self._under_way is not None)
+    _say_before(run.Run, "_collect_first", "wait")
     _say_before(rollout_store.RolloutStore, "save", "store")
     _say_before(rollout_store, "_stored", "take up")
     _say_before(rollouts.Rollouts, "resume", "queue", lambda self, snapshot: bool(snapshot.ahead))

@@ -76,6 +76,11 @@ PRETRAINED_HERE = Condition(
 CATEGORICAL = Condition("critic.head.kind=hl_gauss", lambda recipe: recipe.critic.head.kind == "hl_gauss")
 DYNAMIC = Condition("rollout.dynamic_sampling=true", lambda recipe: recipe.rollout.dynamic_sampling)
 PARTIAL = Condition("rollout.partial=true", lambda recipe: recipe.rollout.partial)
+BESIDE = Condition(
+    "rollouts are written beside training (rollout.lag above 0, rollout.engine=sglang, "
+    "rollout.sglang.placement=separate)",
+    lambda recipe: recipe.rollout.runs_beside,
+)
 ANSWERED = Condition("environment.name is set", lambda recipe: recipe.environment.name is not None)
 
 
@@ -674,6 +679,13 @@ class RolloutConfig:
         "runs ahead.",
         AT_LEAST_0,
     )
+    in_flight_weight_updates: bool = setting(
+        False,
+        "Give servers new weights while they write: they pause, take them, compute the keys and values of unfinished "
+        "responses anew, and go on. Rollouts of rollout.lag steps are then under way together, and none waits for the "
+        "longest response of another. false: all responses end before the weights change.",
+        acts=(BESIDE,),
+    )
     max_version_lag: int = setting(
         0,
         "Steps by which the weights that began a response may be older than the actor that is trained on it, where "
@@ -712,6 +724,16 @@ class RolloutConfig:
     def runs_beside(self) -> bool:
         """Whether rollouts of later steps are written while the models train."""
         return self.lag > 0 and self.has_own_devices
+
+    @property
+    def spans_versions(self) -> bool:
+        """Whether weights of several versions may write parts of one response."""
+        return self.partial or self.updates_in_flight or self.window_tokens is not None
+
+    @property
+    def updates_in_flight(self) -> bool:
+        """Whether weights change while responses are written."""
+        return self.in_flight_weight_updates and self.runs_beside
 
     @property
     def caches_in_fp8(self) -> bool:

@@ -114,12 +114,12 @@ def _until_stopped(run: Run, body: Callable[[Run], None]) -> bool:
     try:
         body(run)
     except StopRequested:
-        run.save()
+        run.save(ending=True)
         run.settle(wait=True)
         run.raise_alarm()
         return False
     except (RolloutError, RewardError):  # on all ranks together, between updates: nothing is half done
-        run.save()
+        run.save(ending=True)
         run.settle(wait=True)
         raise
     return True

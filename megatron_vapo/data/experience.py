@@ -144,6 +144,8 @@ class Experience(Responses):
     token_rewards: Tensor | None = None
     """[T] float32, what of `rewards` came before the end, at the tokens that it came for: a turn's at the turn's last
     token. The rest of `rewards` comes at the last token that the policy wrote; None: all of it."""
+    token_versions: Tensor | None = None
+    """[T] int32, the weights that wrote each token, whose `rollout_logprobs` it has; None: those of the response."""
     rollout_logprobs: Tensor | None = None
     """[T] float32, log-probs under which the engine drew the tokens."""
     logprobs: Tensor | None = None
@@ -345,7 +347,7 @@ def counted(marked: Tensor, lengths: Tensor) -> Tensor:
     return offsets(marked.long())[offsets(lengths)].diff()
 
 
-_PER_TOKEN = ("trained", "token_rewards", *get_args(Estimate))
+_PER_TOKEN = ("trained", "token_rewards", "token_versions", *get_args(Estimate))
 RAGGED = ("tokens", *_PER_TOKEN)
 """The names of the tensors of tokens."""
 

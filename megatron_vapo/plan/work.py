@@ -224,13 +224,16 @@ def bubble(recipe: Recipe, model: Model, cluster: Cluster) -> float:
 
 
 def rollout_seconds(recipe: Recipe, actor: Model, cluster: Cluster, cache: Cache) -> float:
-    """Return seconds of sampling: decoding steps, as many as the longest response or the queue of an engine takes, each
-    reading all weights and the cache of the responses at hand, and the prompts' forward pass once for each group."""
+    """Return seconds of sampling: decoding steps, as many as the longest response or the queue of an engine takes (the
+    queue alone where rollouts overlap), each reading all weights and the cache of the responses at hand, and the
+    prompts' forward pass once for each group."""
     assumed, gpu, a = cluster.assumptions, cluster.gpu, actor.architecture
     batch = batch_of(recipe, cluster)
     mine = batch.responses / cache.engines
     at_once = min(mine, max(cache.tokens / batch.sequence, 1.0))
-    steps = max(mine * batch.response_tokens / at_once, recipe.rollout.max_response_tokens)
+    steps = mine * batch.response_tokens / at_once
+    if not recipe.rollout.updates_in_flight:  # else engines write other rollouts beside the longest response of one
+        steps = max(steps, recipe.rollout.max_response_tokens)
     alive = mine * batch.response_tokens / steps
     context = batch.prompt_tokens + batch.response_tokens / 2
     read = engine_weights(recipe, actor) * _touched(a, alive) + alive * context * cache.bytes_per_token

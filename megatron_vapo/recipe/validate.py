@@ -158,6 +158,8 @@ def _validate_rollout(recipe: Recipe) -> None:
             "rollout.partial goes on with responses that older weights began: set rollout.max_version_lag to "
             f"{rollout.lag + 1} or more"
         )
+    if rollout.updates_in_flight:
+        _validate_in_flight(recipe)
     if rollout.quantization == "fp8" and rollout.engine == "sglang" and recipe.model.dtype != "bfloat16":
         raise RecipeError(
             f"rollout.quantization=fp8: SGLang's FP8 layers take bfloat16 activations, and model.dtype="
@@ -193,6 +195,27 @@ def _validate_windows(recipe: Recipe) -> None:
         raise RecipeError(
             f"rollout.window_tokens={rollout.window_tokens} trains the policy on responses before they have ended, in "
             f"groups that need not be whole, which {clash[0]} cannot have: leave one of them out"
+        )
+
+
+def _validate_in_flight(recipe: Recipe) -> None:
+    """Refuse what ends a rollout, or draws its prompts, by responses: those of other steps are written beside them."""
+    rollout = recipe.rollout
+    sources = [file.path for file in prompt_files("data.train", recipe.data.train) if file.is_source]
+    others = {
+        "rollout.dynamic_sampling=true": rollout.dynamic_sampling,
+        f"rollout.over_sampling={rollout.over_sampling:g}": rollout.over_sampling > 1,
+        f"rollout.window_tokens={rollout.window_tokens}": rollout.window_tokens is not None,
+        f"rollout.step_seconds={rollout.step_seconds} (rollout.sglang.request_seconds bounds each response)": (
+            rollout.step_seconds is not None
+        ),
+        f"data.train={','.join(sources)}, a source that learns from responses,": bool(sources),
+    }
+    clash = [name for name, is_set in others.items() if is_set]
+    if clash:
+        raise RecipeError(
+            "rollout.in_flight_weight_updates=true keeps rollouts of several steps under way, whose prompts and ends "
+            f"must not depend on each other's responses, which {clash[0]} makes them do: leave one of them out"
         )
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_vapo.config import SamplingConfig
@@ -50,6 +51,15 @@ class Response:
     """Prompt tokens whose keys and values were there already."""
     trained: Tensor | None = None
     """[l] bool, the tokens that an engine wrote; None, as engines leave it: all."""
+    versions: Tensor | None = None
+    """[l] int32, the version of the weights that wrote each token; None: `weight_version` wrote all."""
+
+    @property
+    def token_versions(self) -> Tensor:
+        """Return the version of the weights that wrote each token [l] int32."""
+        if self.versions is None:
+            return torch.full_like(self.token_ids, self.weight_version, dtype=torch.int32)
+        return self.versions
 
 
 class EngineIndex(NamedTuple):
@@ -101,8 +111,11 @@ class RolloutEngine(Protocol):
     failure: str | None
     """Why it cannot answer before it has been revived and given weights."""
     asleep: bool
-    version: int
-    """The version of the weights it was given last."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights it was given last."""
+        ...
 
     @property
     def index(self) -> EngineIndex | None:

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from megatron_vapo.runtime.collectives import any_rank
+
 T = TypeVar("T")
 Work = Callable[[], None]
 Sampling = Generator[Work, None, T]
@@ -48,6 +50,14 @@ class InBackground(Generic[T]):
             self._work.result()
             self._go_on()
         return self._result[0]
+
+    def poll(self) -> bool:
+        """Begin the next piece of work where all processes have done theirs; return whether the result is there. All
+        processes together."""
+        if self._work is not None and not any_rank(not self._work.done()):
+            self._work.result()
+            self._go_on()
+        return self._work is None
 
     def _go_on(self) -> None:
         try:

@@ -73,6 +73,8 @@ class Sampler:
         self._failures, self._limit = (0, 0), FailureLimit(reward.failing_share)
         self._counts: Counter[str] = Counter()
         self._turns = turns
+        self._settling = threading.RLock()
+        """Held by the one of several threads that takes in a response."""
 
     def close(self) -> None:
         """End the processes of rewards and environment."""
@@ -255,17 +257,18 @@ class Sampler:
                 if sample.finished:
                     self._score(group.prompt, sample)
                 complete += group.complete
-                if complete >= enough:
+                if complete >= enough and enough < len(groups):
                     self.engine.abort()
 
         follow = partial(self._follow, open_, settle)
         with self._time_limit() as over, working():
             for number, response in self.engine.generate(requests, sampling, longest, self.on_tokens, follow):
                 group, sample = open_[number]
-                sample.take(response)
-                if self._turns is not None and response.finish_reason == "stop":
-                    self._turns.begin(group.prompt, sample)
-                settle(group, sample)
+                with self._settling:
+                    sample.take(response)
+                    if self._turns is not None and response.finish_reason == "stop":
+                        self._turns.begin(group.prompt, sample)
+                    settle(group, sample)
         self._finish_turns(open_, settle)
         if over.is_set() and self.engine.failure is None:
             incomplete = [group for group in groups if not group.complete]
@@ -279,8 +282,9 @@ class Sampler:
 
     def _next_turn(self, group: Group, sample: Sample, settle: Settle) -> Request | None:
         assert self._turns is not None, "only an environment answers"
-        self._turns.finish(group.prompt, sample)
-        settle(group, sample)
+        with self._settling:
+            self._turns.finish(group.prompt, sample)
+            settle(group, sample)
         return None if sample.finished else sample.request(group.prompt)
 
     def _finish_turns(self, open_: list[tuple[Group, Sample]], settle: Settle) -> None:
@@ -380,7 +384,7 @@ class Sampler:
         ranks = {index: rank for rank, index in enumerate(gather_objects(self.engine.index)) if index}
         by_engine = [ranks[index] for index in sorted(ranks)]
         wanted = Placement.by_rank(torch.tensor([by_engine[number % len(by_engine)] for number, _ in begun]))
-        moved = _moved([sample for _, sample in begun], wanted)
+        moved = _moved([sample for _, sample in begun], wanted, versions=True)
         arrived = dict(zip(wanted.mine.tolist(), moved, strict=True))
         episodes = {place: sample.episode.packed() for place, (_, sample) in enumerate(begun) if sample.held}
         everyones = {} if self._turns is None else dict(ChainMap(*gather_objects(episodes)))
@@ -421,7 +425,8 @@ class Sampler:
             window_starts=starts if starts is not None and starts.any() else None,
         )
         home = homes(whole.sequence_lengths)
-        written = _moved([sample for _, sample in rows], home, rewards=self._turns is not None)
+        spans = self._rollout.spans_versions
+        written = _moved([sample for _, sample in rows], home, versions=spans, rewards=self._turns is not None)
         tokens = [torch.empty(0, dtype=torch.int64)]
         for i, one in zip(home.mine.tolist(), written, strict=True):
             tokens += torch.tensor(rows[i][0].token_ids), one.token_ids
@@ -432,16 +437,20 @@ class Sampler:
         if whole.trained_lengths is not None:
             trained = [one.trained for one in written if one.trained is not None]  # each has them
             ragged["trained"] = torch.cat([torch.empty(0, dtype=torch.bool), *trained])
+        if spans:
+            versions = [one.versions for one in written if one.versions is not None]  # each has them
+            ragged["token_versions"] = torch.cat([torch.empty(0, dtype=torch.int32), *versions])
         if self._turns is not None:
             token_rewards = [one.token_rewards for one in written if one.token_rewards is not None]  # each has them
             ragged["token_rewards"] = torch.cat([torch.empty(0), *token_rewards])
         return share_of(whole, home, ragged)
 
 
-def _moved(samples: list[Sample], wanted: Placement, rewards: bool = False) -> list[Tokens]:
+def _moved(samples: list[Sample], wanted: Placement, versions: bool, rewards: bool = False) -> list[Tokens]:
     """Return what is written of the responses that this process is to get, from their holders.
 
     Args:
+        versions: with the weights that wrote each token.
         rewards: with the environment's rewards.
     """
     lengths = torch.tensor([len(sample.written.token_ids) for sample in samples])
@@ -455,8 +464,12 @@ def _moved(samples: list[Sample], wanted: Placement, rewards: bool = False) -> l
     if any(sample.observed for sample in samples):
         marks = torch.cat([torch.empty(0, dtype=torch.bool), *map(trained_marks, mine)])
         trained = exchange(marks, lengths).split(sizes)
+    token_versions: Sequence[Tensor | None] = [None] * len(sizes)
+    if versions:
+        of_tokens = torch.cat([torch.empty(0, dtype=torch.int32), *(r.token_versions for r in mine)])
+        token_versions = exchange(of_tokens, lengths).split(sizes)
     token_rewards: Sequence[Tensor | None] = [None] * len(sizes)
     if rewards:
         of_turns = [samples[i].episode.token_rewards(len(r.token_ids)) for i, r in zip(held.mine.tolist(), mine)]
         token_rewards = exchange(torch.cat([torch.empty(0), *of_turns]), lengths).split(sizes)
-    return list(map(Tokens, tokens.split(sizes), logprobs.split(sizes), trained, token_rewards))
+    return list(map(Tokens, tokens.split(sizes), logprobs.split(sizes), trained, token_versions, token_rewards))

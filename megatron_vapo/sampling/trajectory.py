@@ -161,7 +161,8 @@ class Sample:
         """Append tokens [l] that no engine wrote, after what has been written: models and engine read them, and nothing
         is trained on them."""
         begun, count = self.written, len(token_ids)
-        said = replace(begun, token_ids=token_ids, logprobs=torch.zeros(count), trained=torch.zeros(count).bool())
+        zeros = torch.zeros(count)
+        said = replace(begun, token_ids=token_ids, logprobs=zeros, trained=zeros.bool(), versions=None)
         self.begun, self.observed = joined(begun, said), self.observed + count
 
     def reopen(self) -> None:
@@ -246,6 +247,7 @@ class Tokens(NamedTuple):
     token_ids: Tensor
     logprobs: Tensor
     trained: Tensor | None
+    versions: Tensor | None
     token_rewards: Tensor | None = None
     """The environment's, where they are asked for."""
 
@@ -255,12 +257,14 @@ def joined(first: Response, then: Response) -> Response:
     trained = None
     if first.trained is not None or then.trained is not None:
         trained = torch.cat([trained_marks(first), trained_marks(then)])
+    versions = torch.cat([first.token_versions, then.token_versions])
     return Response(
         torch.cat([first.token_ids, then.token_ids]),
         torch.cat([first.logprobs, then.logprobs]),
         then.finish_reason,
         first.weight_version,
         trained=trained,
+        versions=None if (versions == first.weight_version).all() else versions,
     )
 
 

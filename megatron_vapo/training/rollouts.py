@@ -58,16 +58,23 @@ class Rollouts:
         self._store = RolloutStore(self._folder / "kept_rollouts")
         self.ahead: deque[Rollout] = deque()
         """The rollouts of later steps that are sampled already, in their order."""
+        self._begun: deque[SamplingPosition] = deque()
+        """Where sampling stood before each of the rollouts that are under way, in their order."""
 
     @property
     def position(self) -> SamplingPosition:
-        """The position of sampling."""
+        """The position of sampling behind the rollouts that are finished; those under way would be sampled again."""
+        return self._begun[0] if self._begun else self._newest_position
+
+    @property
+    def _newest_position(self) -> SamplingPosition:
         return SamplingPosition(self._prompts.state_dict(), [group.state() for group in self._sampler.unfinished])
 
     def missing(self, purpose: StepKind, step: int) -> range:
         """Return the steps whose rollouts are to be sampled now: those until `rollout.lag` steps after `step`."""
         lag = self._recipe.rollout.lag if purpose == "train" else 0
-        return range(step + len(self.ahead), max(step, min(step + lag, self._recipe.steps)) + 1)
+        there = len(self.ahead) + len(self._begun)
+        return range(step + there, max(step, min(step + lag, self._recipe.steps)) + 1)
 
     def whole(self, position: SamplingPosition) -> SamplingPosition:
         """Return a position with what all processes hold of responses that are begun, on the first rank."""
@@ -121,7 +128,7 @@ class Rollouts:
     def stored(self, purpose: StepKind, step: int) -> Rollout | None:
         """Return what a run that died had sampled for the step, and go to where that left sampling and generators;
         None where there is no such rollout."""
-        stored = self._store.load(_name(purpose, step), self.whole(self.position), dist.get_world_size())
+        stored = self._store.load(_name(purpose, step), self.whole(self._newest_position), dist.get_world_size())
         if stored is None:
             return None
         self.go_to(stored.after)
@@ -134,8 +141,9 @@ class Rollouts:
         Returns:
             The rollout, and each response with its prompt, as its holder has it.
         """
-        before = self.position
+        self._begun.append(self._newest_position)
         batch, rows = yield from self._sampler.experience(self._prompts, purpose, step)
+        before = self._begun.popleft()
         self._sleep()  # before its metrics are read
         metrics = self._sampler.metrics() | reward_metrics([scored for _, scored in rows]) | self._accuracies(rows)
         rollout = Rollout(batch, metrics, self._sampler.new_failures())

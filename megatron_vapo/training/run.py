@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -86,8 +87,9 @@ class Run:
         self._stopped_by: str | None = None
         self._updated_in = 0
         """The step that has updated the actor last, finished or not."""
-        self._under_way: tuple[int, InBackground[Rollout]] | None = None
-        """The rollout that is sampled beside training, and its step."""
+        self._under_way: deque[tuple[int, InBackground[Rollout]]] = deque()
+        """The rollouts that are sampled beside training, and their steps, in their order; several only where weights
+        are updated in flight."""
         self._idle = 0.0
         """Seconds of this step in which the engine beside training had nothing to write."""
         self._busy_until: float | None = None
@@ -125,10 +127,11 @@ class Run:
         if replayed is not None:
             return replayed
         for missing in self._rollouts.missing(purpose, step):
-            self._collect()
+            if not self.recipe.rollout.updates_in_flight:
+                self._collect()
             self._begin(purpose, missing)
         if not self._rollouts.ahead:
-            self._collect()
+            self._collect_first()
         self._sleep()
         return self._rollouts.ahead.popleft()
 
@@ -184,6 +187,7 @@ class Run:
     def evaluate(self) -> None:
         """Measure and record held-out accuracy of the present policy."""
         settings, step = self.recipe.evaluation, self.state.steps
+        self._collect()
         with self.display.bar("evaluate", total=1):
             with self._phase(Phase.EVALUATION):
                 found = evaluate(self.sampler, self.inputs.held_out, settings.samples, settings.sampling)
@@ -203,11 +207,14 @@ class Run:
             batch: the rollout's, with all that was computed for it.
             metrics: of the updates.
         """
-        self._collect()  # before there are other weights
+        if self.recipe.rollout.updates_in_flight:
+            self._collect_finished()
+        else:
+            self._collect()  # before there are other weights
         seconds = self.timer.end_step()
         version, state = self.state.steps, self.state.after_step(kind, step, rollout.sampled_tokens, rollout.failures)
         everything = step_metrics.of_step(batch, metrics, seconds, state, self.recipe.algorithm.gamma)
-        everything |= step_metrics.ages(batch.whole, version)
+        everything |= step_metrics.ages(batch, version)
         if kind == "train" and self.recipe.rollout.window_tokens is not None:
             everything |= step_metrics.windows(batch.whole, self.recipe.rollout.window_tokens)
         if kind == "pretrain":
@@ -226,11 +233,16 @@ class Run:
         """Go on to training."""
         self.snapshot = replace(self.snapshot, state=replace(self.state, pretraining_done=True))
 
-    def save(self) -> None:
-        """Start a checkpoint of models and snapshot; `settle` completes it."""
+    def save(self, ending: bool = False) -> None:
+        """Start a checkpoint of models and snapshot; `settle` completes it.
+
+        Args:
+            ending: the run ends within a step: of the rollouts under way, those that are written in time are kept.
+        """
         self.settle(wait=True)  # the one before
-        with suppress(StopRequested, RolloutError, RewardError):  # within a step: what is written in time is kept
-            self._collect()
+        if ending:
+            with suppress(StopRequested, RolloutError, RewardError):
+                self._collect()
         with self._phase(Phase.CHECKPOINT):
             if self._memory.moves:
                 self._sleep()  # what comes back to be saved takes the engine's room
@@ -275,28 +287,38 @@ class Run:
             if rollout is not None:
                 self.display.note(f"{purpose} step {step}: the rollout stored by the run before")
             elif purpose == "train" and self.recipe.rollout.runs_beside:
-                self._under_way = step, InBackground(self._sampled(purpose, step))
+                self._under_way.append((step, InBackground(self._sampled(purpose, step))))
                 return
             else:
                 rollout = here(self._sampled(purpose, step))
+        self._collect()  # those of the steps before
         self._rollouts.keep(purpose, step, rollout)
 
     def _show_tokens(self, count: int) -> None:
         """Show the tokens of rollouts that the training thread waits for; no phase beside them has any."""
-        if self._under_way is None:
+        if not self._under_way:
             self.display.add(count * dist.get_world_size())
 
     def _collect(self) -> None:
-        """Wait for the rollout that is sampled beside training, if there is one."""
-        if self._under_way is None:
-            return
-        (step, sampling), self._under_way = self._under_way, None
+        """Wait for the rollouts that are sampled beside training, if there are any."""
+        while self._under_way:
+            self._collect_first()
+
+    def _collect_finished(self) -> None:
+        """Take what is finished of the rollouts that are sampled beside training, in their order."""
+        with self._phase(Phase.ROLLOUT):
+            while self._under_way and self._under_way[0][1].poll():
+                self._collect_first()
+
+    def _collect_first(self) -> None:
+        """Wait for the first of the rollouts that are sampled beside training."""
+        step, sampling = self._under_way.popleft()
         with self._phase(Phase.ROLLOUT):
             rollout = sampling.result()
         self._rollouts.keep("train", step, rollout)
         for began, ended in sampling.busy:
-            self._idle += 0.0 if self._busy_until is None else began - self._busy_until
-            self._busy_until = ended
+            self._idle += 0.0 if self._busy_until is None else max(0.0, began - self._busy_until)
+            self._busy_until = max(ended, self._busy_until or ended)
 
     def _sampled(self, purpose: StepKind, step: int) -> Sampling[Rollout]:
         if self.engine.asleep:

@@ -25,7 +25,7 @@ from megatron_vapo.algorithm.statistics import (
     relative_position_bins,
 )
 from megatron_vapo.checkpoint.snapshot import RunState
-from megatron_vapo.data.experience import Experience, Responses
+from megatron_vapo.data.experience import Experience, Responses, counted
 from megatron_vapo.data.prompts import Prompt
 from megatron_vapo.errors import TrainingError
 from megatron_vapo.observe.report import spread_evenly
@@ -99,13 +99,30 @@ def observation_metrics(batch: Responses) -> dict[str, float]:
     return {"response/observed_mean": float((batch.response_lengths - batch.trained_lengths).double().mean())}
 
 
-def ages(batch: Responses, version: int) -> dict[str, float]:
-    """Return how many versions older than the actor, now of this `version`, the weights are that began the responses;
-    nothing where they are not known, as of a replayed rollout."""
-    if batch.weight_versions is None:
+def ages(batch: Experience, version: int) -> dict[str, float]:
+    """Return how many versions older than the actor, now of this `version`, the weights are that began the responses,
+    and, where several may have written one, those that wrote the tokens; nothing where they are not known, as of a
+    replayed rollout."""
+    began = batch.whole.weight_versions
+    if began is None:
         return {}
-    ages = version - batch.weight_versions.double()
-    return {"rollout/age_mean": float(ages.mean()), "rollout/age_max": float(ages.max())}
+    ages = version - began.double()
+    metrics = {"rollout/age_mean": float(ages.mean()), "rollout/age_max": float(ages.max())}
+    if batch.token_versions is None:
+        return metrics
+    trained = batch.for_policy.only_trained
+    assert trained.token_versions is not None and trained.weight_versions is not None
+    newer = trained.token_versions > trained.per_token(trained.weight_versions)
+    totals = sum_over_ranks(
+        {
+            "age": moments(version - trained.token_versions.float()),
+            "spanning": moments((counted(newer, trained.response_lengths) > 0).float()),
+        }
+    )
+    return metrics | {
+        "rollout/token_age_mean": _mean(totals["age"]),
+        "rollout/spanning_share": _mean(totals["spanning"]),
+    }
 
 
 def windows(batch: Responses, window_tokens: int) -> dict[str, float]:

@@ -39,7 +39,7 @@ BINS = 10
 _KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _FLOATS_PER_TOKEN = 7  # rollout_logprobs, logprobs, entropy, values, advantages, returns, ratios
 _BYTES_PER_TOKEN = 8 + 4 * _FLOATS_PER_TOKEN + 1
-_BYTES_PER_MARK, _BYTES_PER_REWARD = 1, 4
+_BYTES_PER_MARK, _BYTES_PER_REWARD, _BYTES_PER_VERSION = 1, 4, 4
 _BYTES_PER_PROMPT_TOKEN, _BYTES_PER_RESPONSE = 8, 64
 _ANSWER = 200
 """Characters that are kept of a reference answer, which may be a whole program: answers are no part of the bound."""
@@ -183,6 +183,7 @@ class Kept:
         per_token = _BYTES_PER_TOKEN
         per_token += 0 if batch.trained is None else _BYTES_PER_MARK
         per_token += 0 if batch.token_rewards is None else _BYTES_PER_REWARD
+        per_token += 0 if batch.token_versions is None else _BYTES_PER_VERSION
         kept = batch.on_first_rank(kept_responses(batch.whole, limit, per_token))
         return Kept(kept, None if ended.values is None else critic_calibration(ended))
 

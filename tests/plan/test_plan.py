@@ -19,7 +19,7 @@ from megatron_vapo.plan.counts import count_parameters
 from megatron_vapo.plan.hardware import GPUS, Assumptions
 from megatron_vapo.plan.memory import Cluster, Model, cache_of, engine_weights, phases, roles_of, shortage
 from megatron_vapo.plan.search import check_layouts, fewest_nodes, fits, smallest_change
-from megatron_vapo.plan.work import checkpoint_bytes, reshard_bytes, rollout_seconds, seconds, traffic
+from megatron_vapo.plan.work import batch_of, checkpoint_bytes, reshard_bytes, rollout_seconds, seconds, traffic
 from megatron_vapo.recipe.load import load_recipe, with_overrides
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 
@@ -214,6 +214,11 @@ def test_rollouts_ahead_hide_the_shorter_of_rollout_and_training(recipe, archite
     one, other = (seconds(r, models, beside, cache, traffic(r, models, beside)) for r in (waiting, ahead))
     rollout, sync = one["rollout"], one["weight sync"]
     assert sum(other.values()) == pytest.approx(sync + max(rollout, sum(one.values()) - rollout - sync))
+    in_flight = with_overrides(ahead, ["rollout.lag=2", "rollout.in_flight_weight_updates=true"])
+    roomy = replace(cache, tokens=10**9)  # the longest response decides, unless rollouts overlap
+    of_one, of_several = (rollout_seconds(r, models["actor"], beside, roomy) for r in (ahead, in_flight))
+    share = batch_of(recipe, beside).response_tokens / recipe.rollout.max_response_tokens
+    assert share <= of_several / of_one < 1
     together, four = with_overrides(recipe, ["rollout.lag=1"]), cluster(4)  # which take turns at any lag
     assert "done at the same time" not in seconds(together, models, four, cache, traffic(together, models, four))
 

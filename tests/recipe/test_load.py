@@ -443,6 +443,10 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
     assert text.startswith(override.partition("=")[0]) and words in text
 
 
+IN_FLIGHT = ["rollout.in_flight_weight_updates=true", "rollout.lag=1", "rollout.engine=sglang"]
+IN_FLIGHT += ["rollout.sglang.placement=separate"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -472,6 +476,11 @@ def test_upper_bounds(recipe_file: Path, override: str, words: str) -> None:
             ["rollout.partial=true", "rollout.over_sampling=1.5", "rollout.lag=2", "rollout.max_version_lag=2"],
             ["rollout.partial", "rollout.max_version_lag to 3 or more"],
         ),
+        ([*IN_FLIGHT, "rollout.dynamic_sampling=true"], ["rollout.dynamic_sampling=true", "leave one"]),
+        ([*IN_FLIGHT, "rollout.window_tokens=9"], ["rollout.window_tokens=9"]),
+        ([*IN_FLIGHT, "data.train=examples.my_source:Mine"], ["data.train=examples.my_source:Mine", "learns from"]),
+        ([*IN_FLIGHT, "rollout.over_sampling=1.5"], ["rollout.over_sampling=1.5"]),
+        ([*IN_FLIGHT, "rollout.step_seconds=9"], ["rollout.step_seconds=9.0", "rollout.sglang.request_seconds"]),
         (
             ["rollout.window_tokens=8", "algorithm.advantage=group"],
             ["rollout.window_tokens=8", "algorithm.advantage=group", "advantage=gae, or window_tokens to null"],

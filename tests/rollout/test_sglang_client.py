@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from megatron_vapo.rollout import Pause, Request, Response
 from megatron_vapo.rollout.sglang import requests
 from megatron_vapo.rollout.sglang.client import Connection, EventLoop, ServerFailure, _checked, connect
 from megatron_vapo.rollout.sglang.engine import SGLangEngine
-from megatron_vapo.rollout.sglang.requests import RequestPool
+from megatron_vapo.rollout.sglang.requests import HeldWeights, RequestPool
 from megatron_vapo.rollout.sglang.server import Address
 
 END = 1
@@ -65,9 +66,18 @@ def test_good_answers(content: dict) -> None:
     assert (response.weight_version, response.cached_tokens) == (VERSION, 3)
 
 
-def test_the_oldest_of_several_versions_counts() -> None:
-    content = edited(weight_versions=[{"version": "9"}, {"version": "10"}], weight_version="10")
-    assert _checked(content, MAX_TOKENS, (END,)).weight_version == 9
+def spans(*ends: tuple[int, int]) -> list[dict]:
+    """SGLang's list of the versions that wrote a response, each until a token."""
+    starts = [0, *(end for _, end in ends)]
+    return [{"version": str(v), "start": start, "end": end} for start, (v, end) in zip(starts, ends)]
+
+
+def test_each_token_has_its_version_and_the_response_the_oldest_of_them() -> None:
+    content = edited(weight_versions=spans((9, 1), (10, 3)), weight_version="10")
+    response = _checked(content, MAX_TOKENS, (END,))
+    assert response.weight_version == 9 and response.token_versions.tolist() == [9, 10, 10]
+    response = _checked(GOOD, MAX_TOKENS, (END,))
+    assert response.versions is None and response.token_versions.tolist() == [VERSION] * 3
 
 
 def test_a_request_that_was_aborted_while_it_waited() -> None:
@@ -126,6 +136,9 @@ NONSENSE = {
     ),
     "a version that is no number": (edited(weight_versions=[{"version": "default"}]), "without its"),
     "a version that is null": (edited(weight_versions=[{"version": None}]), "without its"),
+    "a version of no tokens": (edited(weight_versions=[{"version": "5"}]), "without its 'start'"),
+    "versions of fewer tokens": (edited(weight_versions=spans((5, 2))), "for 3 tokens"),
+    "an older version after a newer one": (edited(weight_versions=spans((6, 1), (5, 3))), "for 3 tokens"),
 }
 
 
@@ -251,7 +264,8 @@ def ask(
         outcome.server = FakeServer(write)
         async with outcome.server.up() as url:
             process = outcome.process = FakeProcess(url, warm)
-            pool = RequestPool(process, settings, (END,), VERSION, outcome.counts)
+            places, weights = asyncio.Semaphore(settings.sglang.concurrency), HeldWeights(VERSION)
+            pool = RequestPool(process, settings, (END,), places, weights, outcome.counts)
             other = asyncio.create_task(meanwhile(outcome.server, process, pool)) if meanwhile else None
 
             def deliver(item: tuple[int, Response]) -> None:
@@ -310,7 +324,9 @@ def engine_at(url: str) -> SGLangEngine:
     """An engine whose server is there."""
     engine = object.__new__(SGLangEngine)
     engine._server, engine._settings, engine._end_ids = FakeProcess(url, True), SETTINGS, (END,)
-    engine.version, engine._counts, engine._loop = VERSION, Counter(), EventLoop()
+    engine._weights, engine._counts, engine._loop = HeldWeights(VERSION), Counter(), EventLoop()
+    engine._places, engine._under_way, engine._counting = asyncio.Semaphore(4), {}, threading.Lock()
+    engine.failure = None
     return engine
 
 

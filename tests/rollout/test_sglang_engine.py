@@ -260,18 +260,81 @@ def test_a_server_that_dies_beside_training_writes_the_rest_once_somebody_waits_
     assert_written_by_the_actor(run, replace(rollout, batch=run.logprobs(rollout.batch)))
 
 
-def test_a_server_that_dies_during_an_update_is_replaced(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand_over = run.engine._hand_over
+@pytest.fixture
+def in_flight(run: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """`in_flight()`: a rollout of step 1 is under way, with a response there already; the actor's weights change then,
+    to version 1. Everything is as before at the end."""
+    snapshot, weights = run.snapshot, {name: p.detach().clone() for name, p in held_tensors(run.actor).items()}
+    for name in ("runs_beside", "updates_in_flight"):
+        monkeypatch.setattr(RolloutConfig, name, True)
+    run.sync_weights()
+    began = threading.Event()
+    monkeypatch.setattr(run.sampler, "on_tokens", lambda count: began.set())
+
+    def begin() -> None:
+        run._begin("train", 1)
+        assert began.wait(60) and not run._rollouts.ahead
+        with torch.no_grad():
+            for parameter in held_tensors(run.actor).values():
+                parameter.mul_(1.1)
+        run.snapshot = replace(run.snapshot, state=replace(run.state, steps=1))
+
+    yield begin
+    run.snapshot = snapshot
+    with torch.no_grad():
+        for name, parameter in held_tensors(run.actor).items():
+            parameter.copy_(weights[name])
+    monkeypatch.undo()
+    run.sync_weights()
+
+
+def test_responses_in_flight_go_on_with_new_weights_and_each_token_is_scored_by_those_that_wrote_it(
+    run: Run, in_flight: Callable[[], None]
+) -> None:
+    before = {name: p.detach().clone() for name, p in held_tensors(run.actor).items()}
+    in_flight()
+    run.sync_weights()
+    run._collect()
+    rollout = run._rollouts.ahead.popleft()
+    batch = rollout.batch
+    newer = run.logprobs(batch).logprobs
+    with torch.no_grad():
+        for name, parameter in held_tensors(run.actor).items():
+            parameter.copy_(before[name])
+    older = run.logprobs(batch).logprobs
+    versions = batch.token_versions
+    assert versions is not None and versions.unique().tolist() == [0, 1]
+    expected, other = torch.where(versions == 1, newer, older), torch.where(versions == 1, older, newer)
+    torch.testing.assert_close(batch.rollout_logprobs, expected, rtol=0, atol=1e-4)
+    assert ((batch.rollout_logprobs - other).abs() > 1e-3).double().mean() > 0.5, "weights can be told apart"
+    spans = [of_one.tolist() for of_one in versions.split(batch.response_lengths.tolist())]
+    assert all(of_one == sorted(of_one) for of_one in spans)
+    assert any(of_one[0] != of_one[-1] for of_one in spans), "a response spans versions"
+    assert batch.weight_versions.tolist() == [of_one[0] for of_one in spans]
+    assert rollout.metrics["rollout/retries"] == rollout.metrics["rollout/restarts"] == 0
+
+
+def test_a_server_that_dies_during_an_update_in_flight_is_replaced_and_writes_the_rest_with_the_new_weights(
+    run: Run, in_flight: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over, hits = run.engine._hand_over, [signal.SIGKILL]
 
     async def die_first(bucket: list) -> None:
-        monkeypatch.undo()
-        hit(run, signal.SIGKILL)
+        if hits:
+            hit(run, hits.pop())
         await hand_over(bucket)
 
     monkeypatch.setattr(run.engine, "_hand_over", die_first)
+    in_flight()
     with one_more_restart(run):
         run.sync_weights()
-    assert_written_by_the_actor(run, rolled_out(run, 2))
+        run._collect()
+    batch = run._rollouts.ahead.popleft().batch
+    assert len(batch) == run.recipe.responses_per_step
+    by_new = batch.token_versions == 1
+    newer = run.logprobs(batch).logprobs
+    assert (batch.token_versions == batch.per_token(batch.weight_versions)).all() and by_new.sum() > 0
+    torch.testing.assert_close(batch.rollout_logprobs[by_new], newer[by_new], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -37,6 +37,17 @@ def test_only_work_leaves_the_thread() -> None:
     assert all((entry.split()[1] == main) == entry.startswith("together") for entry in beside)
 
 
+def test_a_look_at_it_begins_what_comes_next_and_does_not_wait(world: None) -> None:
+    go_on, seen = threading.Event(), list[str]()
+    running = InBackground(counting(seen, go_on))
+    running._work.result()
+    assert not running.poll() and seen.count(f"together {threading.current_thread().name}") == 2
+    assert not running.poll()  # the second piece waits
+    go_on.set()
+    running._work.result()
+    assert running.poll() and running.result() == 5
+
+
 def test_the_caller_goes_on_meanwhile_and_learns_of_errors() -> None:
     go_on = threading.Event()
     running = InBackground(counting([], go_on))
@@ -44,6 +55,7 @@ def test_the_caller_goes_on_meanwhile_and_learns_of_errors() -> None:
     go_on.set()
     assert running.result() == 5 and len(running.busy) == 2
     assert all(began <= ended for began, ended in running.busy)
+    assert running.poll()
     broken = InBackground(counting([], error=ValueError("broken")))
     with pytest.raises(ValueError, match="broken"):
         broken.result()

@@ -174,6 +174,7 @@ class Steps:
         self.engine.version = number - 1
         batch, rows = everything(*here(self.sampler.experience(TrainingPrompts(PROMPTS, self.order), "train", number)))
         check(batch, rows)
+        assert (batch.token_versions is not None) == self.sampler._rollout.partial
         return batch, rows
 
 
@@ -209,6 +210,8 @@ def check(batch: Experience, rows: list[tuple[Prompt, Scored]]) -> None:
         right = response.finish_reason == "stop" and int(response.token_ids.sum()) % 2 == 1
         assert float(batch.outcomes[i]) == scored.outcome == (1.0 if right else -1.0)
         assert int(batch.weight_versions[i]) == response.weight_version
+        if batch.token_versions is not None:
+            assert torch.equal(batch.token_versions[starts[i] : starts[i + 1]], response.token_versions)
         check_response(response)
         assert rows[i - i % 3][0] is prompt
     assert batch.groups.tolist() == [i // 3 for i in range(len(rows))]
@@ -221,6 +224,7 @@ def check_response(response: Response) -> None:
     assert len({number % 64 for number in written}) == 1
     versions = [number // 4096 for number in written]
     assert versions == sorted(versions) and versions[0] == response.weight_version
+    assert response.token_versions.tolist() == versions
     tokens = response.token_ids.tolist()
     assert (tokens[-1] == 1) == (response.finish_reason == "stop") and 1 not in tokens[:-1]
 
@@ -759,7 +763,7 @@ def test_a_response_that_another_engine_goes_on_with_keeps_its_marks(meet: Calla
             known = together.gather_objects(sample.known if sample.held else None)
             sample.learn(known[0], 0)
             wanted = Placement.by_rank(torch.tensor([1]))
-            arrived = sampling_module._moved([sample], wanted)
+            arrived = sampling_module._moved([sample], wanted, versions=True)
             sample.move(1, arrived[0] if arrived else None)
             again = Sample.of(sample.state())
             return again.held, again.observed, again.begun
@@ -771,6 +775,7 @@ def test_a_response_that_another_engine_goes_on_with_keeps_its_marks(meet: Calla
     assert len(there.token_ids) == 4
     assert here.token_ids.tolist() == [5, 6, 9, 7] and here.logprobs.tolist() == [-1.0, -2.0, 0.0, -3.0]
     assert here.trained.tolist() == [True, True, False, True] and here.weight_version == 4
+    assert here.token_versions[here.trained].tolist() == [4, 4, 5]
 
 
 # Anything at all.

@@ -104,6 +104,7 @@ def test_windows_as_long_as_responses_are_no_windows() -> None:
     plain, windows = Steps(FakeEngine(some_length)), Steps(FakeEngine(some_length), window_tokens=LONGEST)
     for number in (1, 2):
         theirs, ours = (step(steps, number)[0].tensors() for steps in (plain, windows))
+        assert (ours.pop("token_versions") == number - 1).all()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert windows.sampler.unfinished == []

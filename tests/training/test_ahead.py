@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
@@ -16,11 +16,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from megatron_vapo.config import DataConfig, Recipe, RewardConfig, RolloutConfig, SGLangConfig
+from megatron_vapo.config import DataConfig, Recipe, RewardConfig, RolloutConfig, SamplingConfig, SGLangConfig
 from megatron_vapo.data.rollout import Rollout
 from megatron_vapo.rewards import get_rewards
 from megatron_vapo.rewards.scorer import RewardScorer
-from megatron_vapo.rollout import Request
+from megatron_vapo.rollout import Request, Response
 from megatron_vapo.sampling import sampler as sampling_module
 from megatron_vapo.sampling.background import InBackground
 from megatron_vapo.sampling.sampler import Sampler
@@ -107,8 +107,8 @@ class NoModels(Run):
 
     def beside(self) -> None:
         """Wait until what is written beside training is written, as far as it comes without training."""
-        assert self._under_way is not None
-        work = self._under_way[1]._work
+        (*_, (_, sampling)) = self._under_way
+        work = sampling._work
         assert work is not None
         work.result(WAIT_S)
 
@@ -124,7 +124,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., NoMo
     monkeypatch.setattr(rollouts, "read_generators", lambda layouts: {})
     numbers = count()
 
-    def start(engine: Server, lag: int, step_seconds: float | None = None) -> NoModels:
+    def start(engine: Server, lag: int, step_seconds: float | None = None, in_flight: bool = False) -> NoModels:
         recipe = Recipe(
             name="ahead",
             run_dir=str(tmp_path / str(next(numbers))),
@@ -138,6 +138,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., NoMo
                 max_response_tokens=LONGEST,
                 lag=lag,
                 step_seconds=step_seconds,
+                in_flight_weight_updates=in_flight,
             ),
         )
         reward = RewardConfig(name="chained_arithmetic")
@@ -224,8 +225,8 @@ def test_training_waits_for_servers_that_are_slower(
 
 
 def unfinished(run: NoModels) -> None:
-    assert run._under_way is not None
-    assert not run._under_way[1]._work.done() and not run._rollouts.ahead
+    ((_, sampling),) = run._under_way
+    assert not sampling._work.done() and not run._rollouts.ahead
 
 
 def test_a_server_that_dies_beside_training_is_asked_for_the_rest_with_the_newest_weights(
@@ -251,6 +252,65 @@ def test_a_server_that_dies_beside_training_is_asked_for_the_rest_with_the_newes
     assert ages == [0, pytest.approx(1 - len(rest) / len(begun)), 1, 1, 1]
 
 
+class Overlapping(Server):
+    """Writes several lists of requests at a time, each in the thread that asks for it. The last token of the responses
+    to one prompt waits until a test lets it go."""
+
+    def __init__(self, held: int) -> None:
+        super().__init__(lambda request: 3)
+        self.go, self._held, self._written = threading.Event(), held, threading.Semaphore(0)
+
+    def wrote(self, lists: int) -> None:
+        """Wait until so many lists more are written but for what waits."""
+        assert all(self._written.acquire(timeout=WAIT_S) for _ in range(lists))
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, max_tokens: int, *_: object
+    ) -> Iterator[tuple[int, Response]]:
+        self.asked.append(list(requests))
+        responses = [self._response(request, self.length(request), "stop") for request in requests]
+        self._written.release()
+        for number, response in enumerate(responses):
+            if PLACE_OF[requests[number].prompt_ids] == self._held:
+                assert self.go.wait(WAIT_S)
+                versions = response.token_versions
+                versions[-1] = self.version
+                response = replace(response, versions=versions)
+            yield number, response
+
+
+def test_rollouts_of_several_steps_are_under_way_together_where_weights_change_in_flight(
+    start: Callable[..., NoModels],
+) -> None:
+    """Nobody waits for the long responses of step 3 before it; they end while step 2 trains, with its weights."""
+    engine = Overlapping(held=2 * GROUPS)
+    run = start(engine, 2, in_flight=True)
+
+    def meanwhile(step: int) -> None:
+        if step == 1:
+            engine.wrote(3)
+            run._under_way[0][1]._work.result(WAIT_S)  # of step 2
+        if step == 2:
+            assert run.snapshot.position.order == of_two.snapshot.position.order  # where step 3 would be sampled again
+            assert [number for number, _ in run._under_way] == [3, 4]
+            run._under_way[1][1]._work.result(WAIT_S)  # step 4's are there before those of step 3
+            engine.go.set()
+            run._under_way[0][1]._work.result(WAIT_S)
+
+    of_two = start(Server(lambda request: 3), 0)
+    of_two.trained(2)
+    found = run.trained(STEPS, meanwhile)
+    assert written(found) == written(start(Server(lambda request: 3), 0).trained(STEPS))
+    assert [rollout.batch.weight_versions.unique().tolist() for rollout in found[:3]] == [[0], [0], [0]]
+    versions = found[2].batch.token_versions.view(-1, 3).tolist()
+    assert versions == [[0, 0, 1]] * SAMPLES + [[0, 0, 0]] * SAMPLES * (GROUPS - 1)
+    third = run._records.steps[2]
+    assert (third["rollout/age_max"], third["rollout/spanning_share"]) == (2, 1 / GROUPS)
+    assert third["rollout/token_age_mean"] == pytest.approx(2 - 1 / 3 / GROUPS)
+    assert all(metrics["rollout/age_max"] <= 2 for metrics in run._records.steps)
+    assert all(metrics["seconds/engine_idle"] >= 0 for metrics in run._records.steps)
+
+
 class Alarm:
     """A timer that goes off when a test says so."""
 
@@ -273,7 +333,9 @@ def test_a_prompt_that_never_ends_is_cut_beside_training(
     start: Callable[..., NoModels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By `rollout.step_seconds`, while training has not asked for anything yet."""
-    monkeypatch.setattr(sampling_module, "threading", SimpleNamespace(Timer=Alarm, Event=threading.Event))
+    monkeypatch.setattr(
+        sampling_module, "threading", SimpleNamespace(Timer=Alarm, Event=threading.Event, RLock=threading.RLock)
+    )
     endless = GROUPS + 1
 
     def length(request: Request) -> int:

@@ -144,7 +144,7 @@ def start(
                 train(run)
                 export_actor(run.actor, run.folder / "export", recipe.model.path)
             except StopRequested:
-                run.save()
+                run.save(ending=True)
                 run.settle(wait=True)
                 return False
             finally:
@@ -449,6 +449,44 @@ def test_rollouts_beside_training_are_those_of_before_it(
     assert_same_run(tmp_path / "run", whole)
 
 
+STILL = ("actor.optimizer.learning_rate=1e-30", "actor.optimizer.weight_decay=0", "algorithm.importance.mode=none")
+"""A policy that stands still writes the same whenever it does."""
+
+
+@pytest.mark.slow
+def test_rollouts_under_way_at_weight_updates_are_lost_nowhere(
+    start: Callable[..., bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of three steps are under way together, and a run dies or is stopped again and again: each step trains on
+    the prompts and responses that it has where it waits for its own."""
+    assert start(tmp_path / "waits", *STILL)
+    for name in ("runs_beside", "updates_in_flight"):
+        monkeypatch.setattr(RolloutConfig, name, property(lambda self: self.lag > 0))
+    at_once, under_way, generate = 0, set(), TransformersEngine.generate
+
+    def noted(engine: TransformersEngine, *arguments: object) -> Iterator[object]:
+        nonlocal at_once
+        under_way.add(threading.get_ident())
+        at_once = max(at_once, len(under_way))
+        yield from generate(engine, *arguments)
+        under_way.discard(threading.get_ident())
+
+    monkeypatch.setattr(TransformersEngine, "generate", noted)
+    ahead = (*STILL, "rollout.lag=2", "rollout.in_flight_weight_updates=true")
+    for crash in (("values", 3), ("weight_sync", 3), ("checkpoint", 3)):
+        with pytest.raises(Crash):
+            start(tmp_path / "run", *ahead, crash=crash)
+    assert not start(tmp_path / "run", *ahead, stop=("actor_update", 1))
+    assert start(tmp_path / "run", *ahead)
+    assert at_once > 1
+    assert samples(tmp_path / "run") == samples(tmp_path / "waits")
+    assert token_records(tmp_path / "run").keys() == token_records(tmp_path / "waits").keys()
+    for ours, theirs in zip(*(timeless(tmp_path / run, "train") for run in ("run", "waits")), strict=True):
+        assert ours["rollout/age_max"] <= 2 and ours["rollout/token_age_mean"] <= ours["rollout/age_mean"]
+        differing = {k for k in ours.keys() & theirs.keys() if ours[k] != theirs[k]}
+        assert differing <= {"rollout/age_mean", "rollout/age_max"}
+
+
 @pytest.mark.slow
 def test_a_batch_is_written_by_the_weights_of_lag_steps_before(
     start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path
@@ -466,9 +504,8 @@ def test_a_batch_is_written_by_the_weights_of_lag_steps_before(
     prompts = [[json.loads(row)["prompt"] for row in run[last].splitlines()] for run in (ours, theirs)]
     assert prompts[0] == prompts[1]
 
-    still = ("actor.optimizer.learning_rate=1e-30", "actor.optimizer.weight_decay=0", "algorithm.importance.mode=none")
     for lag in (0, 2):
-        assert start(tmp_path / f"still{lag}", f"rollout.lag={lag}", *still, "steps=3")
+        assert start(tmp_path / f"still{lag}", f"rollout.lag={lag}", *STILL, "steps=3")
     for one, other in zip(*(timeless(tmp_path / f"still{lag}", "train") for lag in (0, 2)), strict=True):
         assert set(one.keys() ^ other.keys()) == {"rollout/ahead"}
         assert {k for k in one if one[k] != other[k]} <= {"rollout/age_mean", "rollout/age_max"}

@@ -11,7 +11,7 @@ import torch
 
 from megatron_vapo.data.experience import Experience
 from megatron_vapo.errors import TrainingError
-from megatron_vapo.training.step_metrics import check_logprobs, critic_metrics, rollout_metrics
+from megatron_vapo.training.step_metrics import ages, check_logprobs, critic_metrics, rollout_metrics
 
 pytestmark = pytest.mark.usefixtures("world")
 
@@ -51,6 +51,25 @@ def test_the_spread_of_weight_versions(batch: Experience) -> None:
     assert "rollout/version_spread" not in rollout_metrics(batch)
     mixed = replace(batch, weight_versions=torch.tensor([5, 3, 4]))
     assert rollout_metrics(mixed)["rollout/version_spread"] == 2
+
+
+def test_ages_of_responses_and_of_the_tokens_that_the_policy_wrote(batch: Experience) -> None:
+    """Of three responses of 3, 4 and 5 tokens the second spans versions, and begins with a token of the environment."""
+    lengths, began = batch.response_lengths.tolist(), torch.tensor([5, 3, 4])
+    assert ages(batch, 6) == {}
+    whole = replace(batch, weight_versions=began)
+    assert ages(whole, 6) == {"rollout/age_mean": 2, "rollout/age_max": 3}
+    versions = began.repeat_interleave(batch.response_lengths).int()
+    second = slice(lengths[0], lengths[0] + lengths[1])
+    versions[second] = torch.tensor([3] * (lengths[1] - 1) + [6], dtype=torch.int32)
+    trained = torch.ones(sum(lengths), dtype=torch.bool)
+    trained[lengths[0]] = False
+    counts = torch.tensor(lengths) - torch.tensor([0, 1, 0])
+    found = ages(replace(whole, token_versions=versions, trained=trained, trained_lengths=counts), 6)
+    of_tokens = [1] * lengths[0] + [3] * (lengths[1] - 2) + [0] + [2] * lengths[2]
+    assert found["rollout/token_age_mean"] == pytest.approx(statistics.fmean(of_tokens))
+    assert found["rollout/spanning_share"] == pytest.approx(1 / 3)
+    assert (found["rollout/age_mean"], found["rollout/age_max"]) == (2, 3)
 
 
 def test_the_critic_is_compared_with_what_came_in_the_end_whatever_its_targets(

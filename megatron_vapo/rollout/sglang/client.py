@@ -123,7 +123,7 @@ def _checked(answer: dict[str, Any], max_tokens: int, end_ids: tuple[int, ...]) 
 
     Raises:
         ServerFailure: it is empty, too long, its log-probs are not finite or of other tokens, it ended for no reason,
-            or it does not say which weights wrote it.
+            or it does not say which weights wrote which token.
     """
     try:
         about = answer["meta_info"]
@@ -131,8 +131,9 @@ def _checked(answer: dict[str, Any], max_tokens: int, end_ids: tuple[int, ...]) 
         pairs = about["output_token_logprobs"]
         reason = about["finish_reason"]["type"]
         # A request that is aborted while it waits has no spans of versions, and read nothing from the cache.
-        spans = about.get("weight_versions") or [{"version": about["weight_version"]}]
-        version = min(int(span["version"]) for span in spans)
+        spans = about.get("weight_versions") or [{"version": about["weight_version"], "start": 0, "end": len(tokens)}]
+        oldest = min(int(span["version"]) for span in spans)
+        versions = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         cached = int(about.get("cached_tokens", 0))
         logprobs = [float(pair[0]) for pair in pairs]
         drawn = [pair[1] for pair in pairs]
@@ -149,12 +150,15 @@ def _checked(answer: dict[str, Any], max_tokens: int, end_ids: tuple[int, ...]) 
         wrong = "log-probs that are none"
     elif reason == "stop" and tokens[-1] not in end_ids:
         wrong = "a stop without an end token"
+    elif len(versions) != len(tokens) or versions != sorted(versions):
+        wrong = f"weights of versions {spans} for {len(tokens)} tokens"
     if wrong:
         raise ServerFailure(f"/generate: {wrong}")
     return Response(
         torch.tensor(tokens, dtype=torch.int64),
         torch.tensor(logprobs, dtype=torch.float32),
         reason,
-        version,
+        oldest,
         cached,
+        versions=torch.tensor(versions, dtype=torch.int32) if len(set(versions)) > 1 else None,
     )

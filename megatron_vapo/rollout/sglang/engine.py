@@ -2,6 +2,7 @@
 
 1. `revive` starts the server, the first time or because it failed.
 2. `load_weights`: memory for weights -> update session -> buckets -> version -> flush the cache -> memory for it.
+   In flight (`rollout.in_flight_weight_updates`): pause -> update session -> buckets -> version -> flush -> continue.
 3. `generate`: requests with bounded concurrency; what fails is asked again, a server that hangs is found out.
 4. `sleep`: memory of cache and weights goes to training.
 
@@ -13,14 +14,17 @@ broadcast.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +36,7 @@ from megatron_vapo.rollout import EngineIndex, Follow, Pause, Request, Response,
 from megatron_vapo.rollout.sglang.client import EventLoop, ServerFailure, connect
 from megatron_vapo.rollout.sglang.launch import server_settings
 from megatron_vapo.rollout.sglang.payload import buckets
-from megatron_vapo.rollout.sglang.requests import RequestPool
+from megatron_vapo.rollout.sglang.requests import HeldWeights, RequestPool
 from megatron_vapo.rollout.sglang.server import Address, Server
 from megatron_vapo.rollout.sglang.update_group import check_torch
 from megatron_vapo.rollout.sglang.weight_update import Way, WeightUpdater
@@ -43,6 +47,9 @@ from megatron_vapo.weights.families import FAMILIES
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Events: TypeAlias = queue.SimpleQueue[tuple[int, Response | Pause | None] | None]
+"""What happens to the responses of one `generate`: those that came, pauses that are over; None at the end."""
 
 AT_FIRST, AT_LAST = ["weights"], ["kv_cache", "cuda_graph"]
 """Kinds of a server's memory that wake up before a weight update, and after it."""
@@ -87,7 +94,7 @@ class SGLangEngine:
         self.index = EngineIndex(self._number, size // hosts) if self._leads else None
         self.failure: str | None = "not started yet"
         self.asleep = False
-        self.version = -1
+        self._weights = HeldWeights()
         log_folder.mkdir(parents=True, exist_ok=True)
         self._constants = cache_scales(read_architecture(model_path)) if settings.quantization == "fp8" else []
         log = log_folder / f"rollout_{self._number}.log"
@@ -98,8 +105,14 @@ class SGLangEngine:
         self._starts = 0
         self._loop = EventLoop()
         self._counts: defaultdict[str, float] = defaultdict(float)
-        self._pool: RequestPool | None = None
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._places = asyncio.Semaphore(servers.concurrency)
+        self._under_way: dict[RequestPool, Events] = {}
+        self._counting = threading.Lock()
+
+    @property
+    def version(self) -> int:
+        """See `RolloutEngine.version`."""
+        return self._weights.version
 
     def takes(self, architecture: Architecture) -> list[RolloutShard]:
         """See `RolloutEngine.takes`."""
@@ -139,7 +152,7 @@ class SGLangEngine:
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `RolloutEngine.load_weights`."""
-        self.failure = None
+        self.failure, self._weights.changing = None, True
         if self._leads:
             self._attempt(self._open_update())
         self._share_failure()
@@ -148,7 +161,7 @@ class SGLangEngine:
         self._share_failure()
         if self._leads and self.failure is None:
             self._attempt(self._close_update(version))
-        self.version, self.asleep = version, False
+        self._weights.version, self._weights.changing, self.asleep = version, False, False
 
     def digests(self) -> list[Mapping[str, str | None]]:
         """See `RolloutEngine.digests`; the server computes them where its weights are."""
@@ -175,43 +188,55 @@ class SGLangEngine:
         on_tokens: Callable[[int], None] = lambda count: None,
         follow: Follow = nothing,
     ) -> Iterator[tuple[int, Response]]:
-        """See `RolloutEngine.generate`."""
-        pool = RequestPool(_started(self._server), self._settings, self._end_ids, self.version, self._counts)
-        events: queue.SimpleQueue[tuple[int, Response | Pause | None] | None] = queue.SimpleQueue()
-        self._pool, self._events = pool, events
+        """See `RolloutEngine.generate`; several may be under way, each in a thread of its own."""
+        server = _started(self._server)
+        pool = RequestPool(server, self._settings, self._end_ids, self._places, self._weights, self._counts)
+        events: Events = queue.SimpleQueue()
         asked, in_flight, paused = dict(enumerate(requests)), len(requests), set[int]()
         work = self._loop.start(pool.generate(requests, sampling, max_tokens, events.put))
         work.add_done_callback(lambda _: events.put(None))
-        while True:
-            if in_flight == 0 and (pool.stopping or not paused):
-                self._loop.call(pool.end)
-            if (event := events.get()) is None:
-                break
-            number, what = event
-            if isinstance(what, Response):
-                in_flight -= 1
-                self._count(asked[number], what, on_tokens)
-                yield number, what
-                if (pause := follow(number)) is not None:
-                    paused.add(number)
-                    pause.until.add_done_callback(partial(_over, events, number, pause))
-            elif isinstance(what, Pause) and not pool.stopping:
-                paused.remove(number)
-                if (request := what.then()) is not None:
-                    asked[number], in_flight = request, in_flight + 1
-                    self._loop.call(pool.add, number, request)
-        self.failure = work.result()
+        with self._abortable(pool, events):
+            while True:
+                if in_flight == 0 and (pool.stopping or not paused):
+                    self._loop.call(pool.end)
+                if (event := events.get()) is None:
+                    break
+                number, what = event
+                if isinstance(what, Response):
+                    in_flight -= 1
+                    self._count(asked[number], what, on_tokens)
+                    yield number, what
+                    if (pause := follow(number)) is not None:
+                        paused.add(number)
+                        pause.until.add_done_callback(partial(_over, events, number, pause))
+                elif isinstance(what, Pause) and not pool.stopping:
+                    paused.remove(number)
+                    if (request := what.then()) is not None:
+                        asked[number], in_flight = request, in_flight + 1
+                        self._loop.call(pool.add, number, request)
+        if (failure := work.result()) is not None and server is self._server:  # else it has been replaced since then
+            self.failure = failure
+
+    @contextmanager
+    def _abortable(self, pool: RequestPool, events: Events) -> Iterator[None]:
+        """Let `abort` end what happens meanwhile."""
+        self._under_way[pool] = events
+        try:
+            yield
+        finally:
+            del self._under_way[pool]
 
     def _count(self, request: Request, response: Response, on_tokens: Callable[[int], None]) -> None:
         on_tokens(len(response.token_ids))
-        self._counts["rollout/cached_prompt_tokens"] += response.cached_tokens
-        self._counts["rollout/prompt_tokens"] += len(request.prompt_ids) + len(request.written)
+        with self._counting:
+            self._counts["rollout/cached_prompt_tokens"] += response.cached_tokens
+            self._counts["rollout/prompt_tokens"] += len(request.prompt_ids) + len(request.written)
 
     def abort(self) -> None:
         """See `RolloutEngine.abort`."""
-        if self._pool is not None:
-            self._pool.stopping = True
-            self._events.put((-1, None))  # who iterates may wait for pauses alone
+        for pool, events in list(self._under_way.items()):
+            pool.stopping = True
+            events.put((-1, None))  # who iterates may wait for pauses alone
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`; on a device that cannot release, the same calls are made and nothing is freed."""
@@ -274,6 +299,9 @@ class SGLangEngine:
     async def _open_update(self) -> None:
         if self.asleep:
             await self._call("/resume_memory_occupation", {"tags": AT_FIRST})
+        if self._settings.updates_in_flight:
+            # Requests in flight give up their keys and values, which are computed anew by the new weights.
+            await self._call("/pause_generation", {"mode": "retract"})
         await self._call("/begin_weight_update", {})
 
     def _hand_over_all(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -299,6 +327,9 @@ class SGLangEngine:
         await self._call("/flush_cache", {})
         if self.asleep:
             await self._call("/resume_memory_occupation", {"tags": AT_LAST})
+        if self._settings.updates_in_flight:
+            self._weights.version = version  # before the first response of these weights can come
+            await self._call("/continue_generation", {})
 
     async def _call(self, path: str, body: dict[str, Any]) -> Any:
         async with connect(_started(self._address)) as server:
@@ -335,7 +366,7 @@ class SGLangEngine:
         return _started(self._server).resident_bytes()
 
 
-def _over(events: queue.SimpleQueue[Any], number: int, pause: Pause, _: object) -> None:
+def _over(events: Events, number: int, pause: Pause, _: object) -> None:
     """Put a pause that is over among the events."""
     events.put((number, pause))
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Callable, Coroutine, MutableMapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,11 +24,21 @@ _WATCH_S = 1.0
 _numbers = itertools.count()
 
 
+@dataclass
+class HeldWeights:
+    """The weights that a server holds."""
+
+    version: int = -1
+    changing: bool = False
+    """Whether an update is under way, for which requests in flight may have to wait."""
+
+
 class RequestPool:
     """Sends one list of requests to a server, a bounded number at a time.
 
     Args:
-        version: of the weights that must write the responses.
+        places: those of all pools of the server (rollout.sglang.concurrency).
+        weights: those that must write the responses; they may change while requests are in flight.
         counts: where retries are counted.
     """
 
@@ -36,11 +47,12 @@ class RequestPool:
         server: Server,
         settings: RolloutConfig,
         end_ids: tuple[int, ...],
-        version: int,
+        places: asyncio.Semaphore,
+        weights: HeldWeights,
         counts: MutableMapping[str, float],
     ) -> None:
-        self._server, self._settings, self._end_ids = server, settings, end_ids
-        self._version, self._counts = version, counts
+        self.server, self._settings, self._end_ids = server, settings, end_ids
+        self._places, self._weights, self._counts = places, weights, counts
         self._more: asyncio.Queue[tuple[int, Request] | None] = asyncio.Queue()
         self.stopping = False
         """Set from any thread: what is unfinished comes back as it is."""
@@ -54,18 +66,17 @@ class RequestPool:
     ) -> str | None:
         """Deliver all responses, to what is added too, until `end`; returns what happened to a server that did not give
         them."""
-        places = asyncio.Semaphore(self._settings.sglang.concurrency)
         loop = asyncio.get_running_loop()
         progress = [loop.time()]
 
         async def one(server: Connection, number: int, request: Request) -> None:
-            async with places:
+            async with self._places:
                 response = await self._send(server, request, sampling, max_tokens)
             progress[0] = loop.time()
-            self._server.has_generated |= len(response.token_ids) > 0  # an abort may come before any
+            self.server.has_generated |= len(response.token_ids) > 0  # an abort may come before any
             deliver((number, response))
 
-        async with connect(self._server.address) as server:
+        async with connect(self.server.address) as server:
             watch = asyncio.create_task(self._watch(server, lambda: progress[0]))
             stopper = asyncio.create_task(self._abort_when_stopping(server))
             answers = asyncio.create_task(self._answer_all(partial(one, server), requests))
@@ -110,31 +121,37 @@ class RequestPool:
             ServerFailure: it failed `retries` times more.
         """
         for left in range(self._settings.sglang.retries, -1, -1):
+            since = self._weights.version
             if self.stopping:
-                return _nothing(self._version)
-            rid = f"{self._version}-{next(_numbers)}."  # an abort takes every request whose id begins with its own
+                return _nothing(since)
+            rid = f"{since}-{next(_numbers)}."  # an abort takes every request whose id begins with its own
             answer = asyncio.create_task(server.generate(request, sampling, max_tokens, self._end_ids, rid))
             try:
                 response, cut = await self._in_time(server, answer, rid)
-                self._refuse_stale(response)
+                self._refuse_stale(response, since)
                 if response.finish_reason != "abort" or self.stopping:
                     return response
                 if cut:  # a request that takes too long ends there, as one that is too long
-                    return Response(response.token_ids, response.logprobs, "length", response.weight_version)
+                    return replace(response, finish_reason="length")
                 raise ServerFailure("/generate: the server aborted a request by itself")
             except ServerFailure as failure:
-                if left == 0 or not self._server.running:
+                if left == 0 or not self.server.running:
                     raise
                 self._counts["rollout/retries"] += 1
-                logger.warning("rollout server %s, sent again: %s", self._server.address.url, failure)
+                logger.warning("rollout server %s, sent again: %s", self.server.address.url, failure)
             finally:
                 answer.cancel()
         raise AssertionError
 
-    def _refuse_stale(self, response: Response) -> None:
-        if response.weight_version != self._version:
+    def _refuse_stale(self, response: Response, since: int) -> None:
+        """Refuse what other weights wrote than the server was given from the request to now."""
+        oldest = response.weight_version
+        newest = oldest if response.versions is None else int(response.versions[-1])
+        if not since <= oldest <= newest <= self._weights.version:
             self._counts["rollout/stale"] += 1
-            raise ServerFailure(f"/generate: weights of version {response.weight_version}, not {self._version}, wrote")
+            raise ServerFailure(
+                f"/generate: weights of version {oldest} to {newest}, not {since} to {self._weights.version}, wrote"
+            )
 
     async def _in_time(self, server: Connection, answer: asyncio.Task[Response], rid: str) -> tuple[Response, bool]:
         """The response, and whether it was cut because its time was over."""
@@ -160,7 +177,7 @@ class RequestPool:
         """The setting that says how long a server may be silent: that of a start, where it is longer, until the first
         response is there, for which kernels are compiled."""
         own = self._settings.sglang
-        starting = not self._server.has_generated and own.start_seconds > own.stall_seconds
+        starting = not self.server.has_generated and own.start_seconds > own.stall_seconds
         return "start_seconds" if starting else "stall_seconds"
 
     @property
@@ -169,15 +186,18 @@ class RequestPool:
         return getattr(self._settings.sglang, self._limit)
 
     async def _watch(self, server: Connection, progress: Callable[[], float]) -> str:
-        """Return once the server has ended, or has neither answered nor made progress for as long as `_patience`."""
+        """Return once the server has ended, or has neither answered nor made progress for as long as `_patience`; while
+        it is given weights it need not, for each call of that has its own limit."""
         loop = asyncio.get_running_loop()
         alive = loop.time()
         probe = asyncio.create_task(server.healthy(self._patience))
         try:
             while True:
                 await asyncio.sleep(_WATCH_S)
-                if not self._server.running:
-                    return f"the server ended:\n{self._server.last_lines()}"
+                if not self.server.running:
+                    return f"the server ended:\n{self.server.last_lines()}"
+                if self._weights.changing:
+                    alive = loop.time()
                 if probe.done():
                     alive = loop.time() if probe.result() else alive
                     probe = asyncio.create_task(server.healthy(self._patience))
