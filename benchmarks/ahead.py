@@ -42,6 +42,7 @@ ARMS = {
     "lag 0": ["rollout.lag=0"],
     "lag 1": ["rollout.lag=1"],
     "lag 2": ["rollout.lag=2"],
+    "lag 2 in flight": ["rollout.lag=2", "rollout.in_flight_weight_updates=true"],
 }
 """What time is measured of."""
 
