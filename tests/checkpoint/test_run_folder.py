@@ -145,13 +145,13 @@ LAYOUT = {
 }
 HARMLESS = {
     *("name", "run_dir", "steps", "max_skipped_updates", "evaluation.every", "checkpoint", "limits", "observe"),
-    *("alarms", "rollout.check_handover", "reference.offload"),
+    *("alarms", "rollout.check_handover"),
     *("rollout.transformers.batch_size", "rollout.check_weights_every", "rollout.bucket_mib", "rollout.save"),
     *("rollout.sglang.retries", "rollout.sglang.start_seconds", "rollout.sglang.stall_seconds"),
     "rollout.sglang.max_restarts",
     *("reward.workers", "reward.concurrency", "reward.timeout_seconds", "reward.failing_share", "deterministic"),
     *("environment.workers", "environment.concurrency", "environment.timeout_seconds"),
-    *(f"{role}.{key}" for role in ("actor", "critic") for key in LAYOUT),
+    *(key for role in ("actor", "critic", "reference") for name in LAYOUT if (key := f"{role}.{name}") in SCHEMA),
 }
 """Settings, and groups, that change neither what is learned nor what is measured."""
 
