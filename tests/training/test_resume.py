@@ -523,9 +523,9 @@ def test_rollouts_outlive_a_death_before_training_on_them(
     sampled = Counter()
     experience = Sampler.experience
 
-    def counted(self: Sampler, prompts: list, order: object, purpose: str, step: int) -> object:
+    def counted(self: Sampler, prompts: object, purpose: str, step: int) -> object:
         sampled[purpose, step] += 1
-        return experience(self, prompts, order, purpose, step)
+        return experience(self, prompts, purpose, step)
 
     monkeypatch.setattr(Sampler, "experience", counted)
     assert start(tmp_path / "run", *options)
