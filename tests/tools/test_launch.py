@@ -34,6 +34,7 @@ def test_a_typo_is_found_before_anything_is_submitted(tmp_path: Path) -> None:
 
 
 @needs_nemo_run
+@pytest.mark.slow
 def test_a_dry_run_prints_the_job(tmp_path: Path) -> None:
     arguments = ("recipes/vapo_32b.yaml", "--executor", "slurm", "--nodes", 16, "--account", "A", "--partition", "P")
     result = launch(tmp_path, *arguments, "--dry-run", "actor.tensor_parallel=4")
