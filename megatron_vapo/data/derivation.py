@@ -37,6 +37,17 @@ OPERATIONS: dict[str, Callable[[int], int]] = {
 }
 
 
+def write_prompt(start: int, steps: str, labels: str) -> str:
+    """Return the prompt of a start digit and operations, a label before each."""
+    return f"{BOS}{start}" + "".join(label + step for label, step in zip(labels, steps)) + "="
+
+
+def start_and_steps(rng: random.Random, fewest: int, most: int) -> tuple[int, str]:
+    """Draw a start digit and `fewest` to `most` operations."""
+    steps = "".join(rng.choices(list(OPERATIONS), k=rng.randint(fewest, most)))
+    return rng.randrange(10), steps
+
+
 @dataclass(frozen=True)
 class Problem:
     """The start digit and the operations, keys of `OPERATIONS`."""
@@ -47,7 +58,7 @@ class Problem:
     @property
     def prompt(self) -> str:
         """The prompt's text, for example `^4a+b*=`."""
-        return f"{BOS}{self.start}" + "".join(label + step for label, step in zip(LABELS, self.steps)) + "="
+        return write_prompt(self.start, self.steps, LABELS)
 
     @property
     def answer(self) -> str:
@@ -73,8 +84,7 @@ class Mixture:
 
 def make_problem(rng: random.Random) -> Problem:
     """Return a random problem of `MIN_STEPS` to `MAX_STEPS` steps."""
-    steps = "".join(rng.choices(list(OPERATIONS), k=rng.randint(MIN_STEPS, MAX_STEPS)))
-    return Problem(rng.randrange(10), steps)
+    return Problem(*start_and_steps(rng, MIN_STEPS, MAX_STEPS))
 
 
 make_problem_sets = partial(problem_sets, make_problem)

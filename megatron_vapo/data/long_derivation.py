@@ -18,7 +18,7 @@ import random
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_vapo.data.derivation import OPERATIONS
+from megatron_vapo.data.derivation import OPERATIONS, start_and_steps, write_prompt
 from megatron_vapo.data.toy_problems import BOS, EOS, PAD, problem_sets
 
 TAKE_BACK = "!"
@@ -41,7 +41,7 @@ class Problem:
     @property
     def prompt(self) -> str:
         """The prompt's text, for example `^4a+b*=`."""
-        return f"{BOS}{self.start}" + "".join(label + step for label, step in zip(LABELS, self.steps)) + "="
+        return write_prompt(self.start, self.steps, LABELS)
 
     @property
     def answer(self) -> str:
@@ -71,8 +71,7 @@ def right_hand(digit: int) -> str:
 
 def make_problem(rng: random.Random) -> Problem:
     """Return a random problem of `MIN_STEPS` to `MAX_STEPS` steps."""
-    steps = "".join(rng.choices(list(OPERATIONS), k=rng.randint(MIN_STEPS, MAX_STEPS)))
-    return Problem(rng.randrange(10), steps)
+    return Problem(*start_and_steps(rng, MIN_STEPS, MAX_STEPS))
 
 
 make_problem_sets = partial(problem_sets, make_problem)

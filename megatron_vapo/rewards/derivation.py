@@ -19,14 +19,20 @@ def derivation(response: str, answer: str) -> float:
     >>> derivation("a4+6!a4+5b5*5", "a4+5b5*5")
     1.0
     """
-    pieces = PIECE.findall(response)
-    standing: list[str] = []
-    for piece in pieces:
-        if piece != "!":
-            standing.append(piece)
-        elif standing:
-            standing.pop()
+    return 1.0 if standing(response, PIECE) == answer else -1.0
+
+
+def standing(response: str, piece: re.Pattern[str]) -> str | None:
+    """Return the lines that stand at a response's end, joined; None if it is not made of pieces, or takes back a line
+    where none stands. `!` is the piece that takes one back."""
+    pieces, lines = piece.findall(response), list[str]()
+    if "".join(pieces) != response:
+        return None
+    for one in pieces:
+        if one != "!":
+            lines.append(one)
+        elif lines:
+            lines.pop()
         else:
-            return -1.0
-    well_formed = "".join(pieces) == response
-    return 1.0 if well_formed and "".join(standing) == answer else -1.0
+            return None
+    return "".join(lines)

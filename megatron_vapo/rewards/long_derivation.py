@@ -2,6 +2,8 @@
 
 import re
 
+from megatron_vapo.rewards.derivation import standing
+
 PIECE = re.compile(r"[a-zα-ι]\d[-+*~][\dA-J]|!")
 """A line, or the mark that takes one back."""
 EITHER = str.maketrans("DFJ", "359")
@@ -21,14 +23,5 @@ def long_derivation(response: str, answer: str) -> float:
     >>> long_derivation("a5+G!a5+6b6+H", "a5+6b6+H")
     1.0
     """
-    pieces = PIECE.findall(response)
-    standing: list[str] = []
-    for piece in pieces:
-        if piece != "!":
-            standing.append(piece)
-        elif standing:
-            standing.pop()
-        else:
-            return -1.0
-    well_formed = "".join(pieces) == response
-    return 1.0 if well_formed and "".join(standing).translate(EITHER) == answer else -1.0
+    lines = standing(response, PIECE)
+    return 1.0 if lines is not None and lines.translate(EITHER) == answer else -1.0
