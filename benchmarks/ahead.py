@@ -44,11 +44,11 @@ ARMS = {
     "lag 2": ["rollout.lag=2"],
     "lag 2 in flight": ["rollout.lag=2", "rollout.in_flight_weight_updates=true"],
 }
-"""What time is measured of."""
+"""The settings whose time is measured."""
 
 
 class Case(NamedTuple):
-    """What a run is trained with, beside its seed."""
+    """The settings that runs are compared by; each has a seed too."""
 
     algorithm: str
     lag: int

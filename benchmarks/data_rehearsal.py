@@ -280,7 +280,7 @@ def rank_main(folder: Path, overrides: list[str]) -> None:
 
 
 def settings(prompts: int) -> list[str]:
-    """Of a step of so many prompts, 16 responses each, with 16 minibatches."""
+    """Return the settings of a step of so many prompts, 16 responses each, with 16 minibatches."""
     sizes = [f"rollout.prompts_per_step={prompts}", f"minibatch_size={prompts}", "steps=1"]
     without = ["evaluation.data=null", "value_pretraining.enabled=false", "observe.tensorboard=false"]
     return [*LAYOUT, *sizes, *without, "rollout.save=true"]

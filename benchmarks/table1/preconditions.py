@@ -1,4 +1,4 @@
-"""What the table's task must have before any arm is worth running, measured on one base; docs/table1.md.
+"""Measures on one base what the table's task must have before any arm is worth running; docs/table1.md.
 
     python -m benchmarks.table1.preconditions --base OUT/bases/1000 --out FOLDER [key=value...]
 

@@ -34,7 +34,7 @@ _TRIES = 100
 
 
 class PromptResult(NamedTuple):
-    """What became of a prompt that a source made."""
+    """The outcomes of the responses to a prompt that a source made."""
 
     row: Mapping[str, object]
     """The row as `draw` returned it, after a way through JSON."""

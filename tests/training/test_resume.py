@@ -386,6 +386,16 @@ def test_a_run_ahead_repeats_itself_whatever_happens_to_it(
     assert_same_run(pieces, whole)
 
 
+def assert_pieces_are_whole(start: Callable[..., bool], folder: Path, *settings: str, stop: tuple[str, int]) -> None:
+    """Crash twice in `folder`/pieces, stop once, and compare with the run in `folder`/whole."""
+    for crash in (("rollout", 3), ("actor_update", 2)):
+        with pytest.raises(Crash):
+            start(folder / "pieces", *settings, crash=crash)
+    assert not start(folder / "pieces", *settings, stop=stop)
+    assert start(folder / "pieces", *settings)
+    assert_same_run(folder / "pieces", folder / "whole")
+
+
 @pytest.mark.slow
 def test_a_source_of_ones_own_goes_on_where_it_was(
     start: Callable[..., bool], tmp_path: Path, tiny_problems: Path
@@ -397,12 +407,7 @@ def test_a_source_of_ones_own_goes_on_where_it_was(
     assert start(tmp_path / "whole", *settings)
     reached = [record["data/Levels/level"] for record in timeless(tmp_path / "whole", "train")]
     assert reached[0] < reached[-1], "responses decide what is drawn"
-    for crash in (("rollout", 3), ("actor_update", 2)):
-        with pytest.raises(Crash):
-            start(tmp_path / "pieces", *settings, crash=crash)
-    assert not start(tmp_path / "pieces", *settings, stop=("values", 2))
-    assert start(tmp_path / "pieces", *settings)
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_pieces_are_whole(start, tmp_path, *settings, stop=("values", 2))
 
 
 @pytest.mark.slow
@@ -414,12 +419,7 @@ def test_an_environment_may_be_ahead(start: Callable[..., bool], tmp_path: Path)
     trained = timeless(tmp_path / "whole", "train")
     assert [record["rollout/age_max"] for record in trained] == [0, 1, 1, 1]
     assert all(record["rewards/environment/turns"] > 1 for record in trained)
-    for crash in (("rollout", 3), ("actor_update", 2)):
-        with pytest.raises(Crash):
-            start(tmp_path / "pieces", *settings, crash=crash)
-    assert not start(tmp_path / "pieces", *settings, stop=("critic_update", 1))
-    assert start(tmp_path / "pieces", *settings)
-    assert_same_run(tmp_path / "pieces", tmp_path / "whole")
+    assert_pieces_are_whole(start, tmp_path, *settings, stop=("critic_update", 1))
 
 
 @pytest.mark.slow
