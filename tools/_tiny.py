@@ -19,7 +19,7 @@ from megatron_vapo.rewards.chained_arithmetic import chained_arithmetic as check
 from megatron_vapo.rewards.derivation import derivation as check_derivation
 from megatron_vapo.rewards.long_derivation import long_derivation as check_long_derivation
 
-MAX_RESPONSE = 200
+MAX_RESPONSE = 280
 """Tokens, the end token included; a longer response is cut and counts as wrong."""
 
 BATCH_SIZE = 64

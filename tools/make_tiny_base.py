@@ -73,8 +73,11 @@ def derivation_curriculum() -> list[Stage]:
 
 
 def long_derivation_curriculum() -> list[Stage]:
-    """One mixture, long enough that nearly all lines are copied rightly."""
-    return [Stage(long_derivation.Mixture(), steps=1100, learning_rate=5e-3)]
+    """Nothing between lines first, so that they are soon copied rightly; then the mixture, long enough that nearly all
+    are."""
+    mixture = long_derivation.Mixture()
+    plain = dataclasses.replace(mixture, most_remarks=0)
+    return [Stage(plain, steps=600, learning_rate=5e-3), Stage(mixture, steps=1400, learning_rate=5e-3)]
 
 
 def chained_curriculum(mixture: chained_arithmetic.Mixture) -> list[Stage]:

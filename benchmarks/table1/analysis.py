@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.table1 import statistics
 from benchmarks.table1.arms import ARMS
+from benchmarks.table1.credit import FIRST_STEPS, KINDS
 from benchmarks.table1.results import Result
 
 Results = dict[str, dict[int, Result]]
@@ -27,6 +28,9 @@ ON_THE_WAY = {
     "explained variance": "critic/explained_variance",
 }
 """What is said of each arm's training besides its scores: metrics of its steps."""
+
+TENTHS = (1, 3, 5, 7, 9, 10)
+"""Of a response, in which explained variance is shown."""
 
 PAPER = {arm.name: arm.paper for arm in ARMS}
 PAPER_NOISE = 4.5
@@ -71,6 +75,8 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
         "evaluations": _mean(len(run.accuracy) for run in every),
         "seconds": _mean(run.origin["seconds"] for run in every),
         "on_the_way": {name: _on_the_way(every, metric) for name, metric in ON_THE_WAY.items()},
+        "explained_at_the_start": [_explained(every, tenth) for tenth in TENTHS],
+        "credit": {kind: _credit(every, kind) for kind in KINDS},
         "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
         "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],
         "vapo_minus_arm": difference,
@@ -89,6 +95,19 @@ def _on_the_way(runs: list[Result], metric: str) -> float | None:
     """Mean over runs of each run's median over its steps; None where there is no such metric."""
     medians = [np.median(found) for run in runs if (found := [r[metric] for r in run.train if metric in r])]
     return float(np.mean(medians)) if medians else None
+
+
+def _explained(runs: list[Result], tenth: int) -> float | None:
+    """Mean over runs of explained variance in a tenth of responses over the first steps; None without a critic."""
+    metric = f"critic/explained_variance_tenth_{tenth}"
+    means = [np.mean(found) for run in runs if (found := [r[metric] for r in run.train[:FIRST_STEPS] if metric in r])]
+    return float(np.mean(means)) if means else None
+
+
+def _credit(runs: list[Result], kind: str) -> float | None:
+    """Mean over runs of the mean advantage of a kind of token; None where no run has such tokens."""
+    means = [run.credit[kind]["mean"] for run in runs if kind in run.credit]
+    return float(np.mean(means)) if means else None
 
 
 def _differences(results: Results) -> dict[str, dict[str, Any]]:

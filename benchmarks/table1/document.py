@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, Results, analyse
+from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
 from benchmarks.table1.arms import ARMS, Arm
+from benchmarks.table1.credit import FIRST_STEPS, KINDS
 from benchmarks.table1.figures import draw_all
 from benchmarks.table1.results import read_results
 from megatron_vapo.errors import DataError
@@ -39,7 +40,7 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     figures = draw_all(results, document.with_suffix(""))
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_order(numbers), *_speed(numbers)]
-    text = "\n".join([*lines, *_on_the_way(numbers)])
+    text = "\n".join([*lines, *_credit(numbers), *_on_the_way(numbers)])
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
     print(f"wrote {document}")
@@ -164,6 +165,23 @@ def _on_the_way(numbers: dict[str, Any]) -> list[str]:
             rows.append([arm.title, *("" if value is None else f"{value:.3g}" for value in found)])
     text = "Of each run the median over its steps, of these the mean over seeds; clipped: share of tokens in an update."
     return ["### On the way", "", text, "", *_table(["arm", *ON_THE_WAY], rows), ""]
+
+
+def _credit(numbers: dict[str, Any]) -> list[str]:
+    """Say where each arm's credit goes, and where its critic sees."""
+    rows = []
+    for arm in ARMS:
+        if arm.name in numbers["arms"]:
+            row = numbers["arms"][arm.name]
+            found = [*row["explained_at_the_start"], *row["credit"].values()]
+            rows.append([arm.title, *("" if value is None else f"{value:.2f}" for value in found)])
+    text = (
+        f"Means over the first {FIRST_STEPS} steps, of these over seeds: explained variance in tenths of a response, "
+        "and the advantage at tokens, told apart by the first result that stands in the wrong hand, in units of its "
+        "root mean square over all tokens of a step."
+    )
+    header = ["arm", *(f"tenth {tenth}" for tenth in TENTHS), *KINDS]
+    return ["### What the critic sees, and where credit goes", "", text, "", *_table(header, rows), ""]
 
 
 HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "p (Holm)", "detectable",

@@ -27,7 +27,7 @@ CURVE_COLUMNS = 5
 WATCHED = ("vapo", "dapo", "grpo", "ppo", "no_value_pretraining")
 """Arms whose signals are drawn."""
 SIGNALS = (
-    ("response length (tokens)", "response/length_mean", (0, 120)),
+    ("response length (tokens)", "response/length_mean", (0, 200)),
     ("entropy (nats per token)", "actor/entropy_before", (0, 1.2)),
     ("explained variance (cut at -1)", "critic/explained_variance", (-1, 1)),
 )

@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import mean
@@ -22,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.critic_run import Told, explained_by_fifth, fresh_responses, value_by_tenth
+from benchmarks.table1.credit import KINDS, kinds, wrong_hand
 from benchmarks.table1.pieces import VAPO, overrides
 from megatron_vapo.algorithm.statistics import explained_variance
 from megatron_vapo.commands.train import execute
-from megatron_vapo.data.long_derivation import LETTERS, TAKE_BACK, right_hand
+from megatron_vapo.data.long_derivation import TAKE_BACK
 from megatron_vapo.recipe.load import load_recipe
-from megatron_vapo.rewards.long_derivation import EITHER, PIECE
+from megatron_vapo.rewards.long_derivation import PIECE
 from megatron_vapo.runtime.durable import write_text
 
 if TYPE_CHECKING:
@@ -43,28 +43,14 @@ def lines_of(response: Told) -> int:
     return len(re.findall(r"[-+*~]", response.prompt))
 
 
-def kinds(response: Told) -> Iterator[tuple[int, str]]:
-    """Yield the tokens that matter and what they are: a result in the right or wrong hand, and `!` after either."""
-    at, last = 0, ""
-    for piece in PIECE.findall(response.text):
-        at += len(piece)
-        if piece == TAKE_BACK:
-            yield at - 1, f"! after {last}"
-        else:
-            symbol = piece[3].translate(EITHER)
-            digit = LETTERS.index(symbol) if symbol in LETTERS else int(symbol)
-            last = "right hand" if symbol == right_hand(digit) else "wrong hand"
-            yield at - 1, last
-
-
 def mean_jumps(told: list[Told]) -> dict[str, float]:
     """Return the mean change of the value that tokens of each kind make."""
     changes: dict[str, list[float]] = defaultdict(list)
     for response in told:
-        for token, kind in kinds(response):
+        for token, kind in kinds(response.text).items():
             if token + 1 < len(response.values):
                 changes[kind].append(response.values[token + 1] - response.values[token])
-    return {kind: mean(found) for kind, found in sorted(changes.items())}
+    return {kind: mean(changes[kind]) for kind in KINDS if changes[kind]}
 
 
 def by_lines(told: list[Told]) -> dict[str, list[Told]]:
@@ -104,7 +90,8 @@ def of_the_base(told: list[Told], limit: int) -> dict[str, Any]:
     sampled = groups(told)
     wrong = [not any(r.right for r in group) for _, group in sampled]
     long_first = LINES[-1][0]
-    found = [kind for response in told for _, kind in kinds(response)]
+    pieces = [piece for response in told for piece in PIECE.findall(response.text)]
+    lines = [piece for piece in pieces if piece != TAKE_BACK]
     return {
         "responses": len(told),
         "right": mean(r.right for r in told),
@@ -114,8 +101,8 @@ def of_the_base(told: list[Told], limit: int) -> dict[str, Any]:
         "cut": (lengths >= limit).double().mean().item(),
         "groups_all_wrong": mean(wrong),
         "long_groups_all_wrong": mean(w for w, (_, g) in zip(wrong, sampled) if lines_of(g[0]) >= long_first),
-        "right_hand": found.count("right hand") / sum(not kind.startswith(TAKE_BACK) for kind in found),
-        "corrections_a_line": sum(kind.startswith(TAKE_BACK) for kind in found) / len(found),
+        "right_hand": mean(not wrong_hand(line) for line in lines),
+        "corrections_a_line": (len(pieces) - len(lines)) / len(lines),
     }
 
 

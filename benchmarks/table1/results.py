@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from benchmarks.table1.credit import FILE as CREDIT
 from megatron_vapo.observe.metrics import read_metrics
 
 LAST = 3
@@ -66,6 +67,12 @@ class Result:
     def short_of_budget(self) -> bool:
         """Whether the recipe's number of steps ended it first, as where responses became guesses."""
         return bool(self.tokens[-1] < self.budget)
+
+    @cached_property
+    def credit(self) -> dict[str, dict[str, float]]:
+        """By kind of token, what advantage it had in the first steps (`credit.credit`); empty where none was kept."""
+        path = self.folder / CREDIT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
     def commit(self) -> str:

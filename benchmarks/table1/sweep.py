@@ -21,6 +21,8 @@ from pathlib import Path
 
 from benchmarks.table1 import pieces
 from benchmarks.table1.arms import Arm
+from benchmarks.table1.credit import FILE as CREDIT
+from benchmarks.table1.credit import write_credit
 from benchmarks.table1.processes import Processes
 from benchmarks.table1.results import read_result
 from megatron_vapo.checkpoint.run_folder import changed_keys, may_change
@@ -33,7 +35,7 @@ SOURCES = ("megatron_vapo", "benchmarks/table1", "recipes", "tools")
 """What a result depends on; uncommitted changes there are recorded with it."""
 
 ORIGIN = "origin.json"
-KEPT = {"metrics.jsonl", "recipe.yaml", "summary.json", "evaluation", "critic_pretrained", ORIGIN, ".lock"}
+KEPT = {"metrics.jsonl", "recipe.yaml", "summary.json", "evaluation", "critic_pretrained", CREDIT, ORIGIN, ".lock"}
 """What remains of a complete run."""
 
 
@@ -194,6 +196,7 @@ def _refuse_other_recipe(arm: Arm, overrides: Iterable[str], folder: Path) -> No
 
 def _complete(folder: Path, origin: dict[str, object]) -> None:
     """Keep what the report reads, then say that it is complete."""
+    write_credit(folder)
     for path in folder.iterdir():
         if path.name not in KEPT:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -9,7 +9,6 @@ from megatron_vapo.data.long_derivation import (
     EOS,
     LABELS,
     MAX_STEPS,
-    MAX_TRIES,
     MIN_STEPS,
     VOCABULARY,
     Mixture,
@@ -21,7 +20,9 @@ from megatron_vapo.data.long_derivation import (
 from megatron_vapo.rewards.long_derivation import long_derivation
 
 seeds = st.integers(0, 2**32)
-mixtures = st.builds(Mixture, *[st.floats(0, 1)] * 2)
+mixtures = st.builds(Mixture, st.floats(0, 1), st.floats(0, 1), st.integers(0, 12))
+REMARK = re.compile("[.,;:]")
+ASIDE = re.compile("[.,;:?]")
 
 
 def derive(prompt: str) -> list[tuple[str, int]]:
@@ -65,11 +66,22 @@ def test_a_demonstration_is_right_exactly_if_all_that_stands_is_in_an_allowed_ha
     problem = make_problem(rng)
     response = demonstrate(problem, mixture, rng)
     assert response.endswith(EOS) and set(response) <= set(VOCABULARY)
-    assert len(response) <= MAX_TRIES * 5 * len(problem.steps)
-    standing = re.sub(r"....!", "", response.removesuffix(EOS))
+    assert len(REMARK.findall(response)) <= mixture.most_remarks * len(problem.steps)
+    standing = re.sub(r"....!", "", ASIDE.sub("", response.removesuffix(EOS)))
     letters = [symbol.isalpha() for symbol in standing[3::4]]
     good = all(allowed(result, letter) for (_, result), letter in zip(derive(problem.prompt), letters, strict=True))
     assert (long_derivation(response.removesuffix(EOS), problem.answer) > 0) == good
+
+
+@given(seeds, mixtures)
+def test_lines_begin_with_a_doubt_once_a_result_stands_in_the_wrong_hand(seed, mixture):
+    rng = random.Random(seed)
+    problem = make_problem(rng)
+    response = REMARK.sub("", demonstrate(problem, mixture, rng).removesuffix(EOS))
+    wrong = False
+    for (_, result), tries in zip(derive(problem.prompt), re.findall(r"(?:\??....!)*\??....", response), strict=True):
+        assert all(line.startswith("?") == wrong for line in tries.split("!"))
+        wrong = wrong or not allowed(result, tries[-1].isalpha())
 
 
 @given(seeds, st.data())
@@ -86,6 +98,16 @@ def test_a_wrong_hand_makes_it_wrong_and_taking_it_back_right(seed, data):
 
 
 @given(seeds, st.data())
+def test_remarks_and_doubts_decide_nothing_wherever_they_stand(seed, data):
+    rng = random.Random(seed)
+    problem = make_problem(rng)
+    text = demonstrate(problem, Mixture(most_remarks=0), rng).removesuffix(EOS)
+    remarks = data.draw(st.lists(st.text(".,;:?", max_size=3), min_size=len(text) + 1, max_size=len(text) + 1))
+    remarked = "".join(remark + symbol for remark, symbol in zip(remarks, [*text, ""], strict=True))
+    assert long_derivation(remarked, problem.answer) == long_derivation(text, problem.answer)
+
+
+@given(seeds, st.data())
 def test_a_wrong_digit_label_or_operation_makes_it_wrong(seed, data):
     answer = make_problem(random.Random(seed)).answer
     at = data.draw(st.integers(0, len(answer) - 1))
@@ -93,7 +115,7 @@ def test_a_wrong_digit_label_or_operation_makes_it_wrong(seed, data):
     if at % 4 == 3:  # the other hand of a result is no wrong digit
         value = int(answer[at]) if answer[at].isdigit() else ord(answer[at]) - ord("A")
         same = {str(value), chr(ord("A") + value)}
-    other = data.draw(st.sampled_from(sorted(set(VOCABULARY) - same)))
+    other = data.draw(st.sampled_from(sorted(set(VOCABULARY) - same)))  # a remark, too: the line lacks a symbol then
     assert long_derivation(answer[:at] + other + answer[at + 1 :], answer) == -1
 
 
