@@ -34,7 +34,8 @@ def write_run(
     OmegaConf.save(recipe, folder / "recipe.yaml")
     records = [{"kind": "evaluate", "step": 0, "evaluate/accuracy": accuracy[0], "evaluate/length_mean": 40.0}]
     for step, (score, sampled) in enumerate(zip(accuracy[1:], tokens, strict=True), start=1):
-        positions = {f"{name}_tenth_{k}": k / 10 for name in ("advantage", "critic/value") for k in range(1, 11)}
+        tenths = ("advantage", "critic/value", "critic/explained_variance")
+        positions = {f"{name}_tenth_{k}": k / 10 for name in tenths for k in range(1, 11)}
         signals = {"response/length_mean": 40.0 + step, "actor/entropy_before": 0.3, "critic/explained_variance": 0.1}
         records += [
             {"kind": "train", "step": step, "tokens/sampled": float(sampled), **signals, **positions},
@@ -46,6 +47,7 @@ def write_run(
         (folder / "evaluation" / "samples" / f"step_{step:06d}.jsonl").write_text('{"tokens": 30}\n{"tokens": 80}\n')
     origin = {"commit": "c" * 40, "changed": False, "seconds": 60.0}
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"}
+    (folder / "credit.json").write_text('{"first error": {"mean": -1.5, "rms": 2.0, "tokens": 7}}')
     (folder / "origin.json").write_text(json.dumps(origin | times))
     return folder
 

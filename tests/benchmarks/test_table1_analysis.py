@@ -127,10 +127,10 @@ def test_speed_against_dapo(numbers: dict) -> None:
 
 def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
     document = tmp_path / "table1.md"
-    document.write_text(f"# Title\n\nbefore\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    document.write_text(f"# Title\n\nbefore\n\n{BEGIN}\nstale results\n{END}\n\nafter\n")
     write_document(document, sweep, list(arms.ARMS), range(6))
     text = document.read_text()
-    assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{END}\n\nafter\n") and "old" not in text
+    assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{END}\n\nafter\n") and "stale results" not in text
     assert all(f"| {arm.title} |" in text for arm in arms.ARMS)
     below = text.partition("lie wholly below VAPO's: ")[2].partition("\n")[0]
     assert "without clip-higher" in below and "without group sampling" not in below
@@ -141,6 +141,8 @@ def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
         "response length": 46.5, "entropy": 0.3, "clipped above": None, "clipped below": None, "explained variance": 0.1
     }  # fmt: skip
     assert "| VAPO | 46.5 | 0.3 |  |  | 0.1 |" in text
+    # Explained variance by tenth, then advantages: errors alone are in these records.
+    assert "| VAPO | 0.10 | 0.30 | 0.50 | 0.70 | 0.90 | 1.00 | -1.50 |  |  |  |  |" in text
     assert found["arms"]["vapo"]["by_seed"]["3"]["final"] == pytest.approx(0.9, abs=0.2)
     assert (tmp_path / "table1.json").stat().st_size < 300_000
     pictures = sorted(path.name for path in (tmp_path / "table1").iterdir())
