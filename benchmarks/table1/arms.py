@@ -57,7 +57,7 @@ ARMS = (
     Arm("vc_ppo", "VC-PPO", "more", family="vc_ppo"),
     Arm("sao", "SAO", "more", family="sao"),
     Arm("lambda_policy_1", "lambda 1 for the policy", "more"),
-    Arm("alpha_0.05", "alpha 0.05", "more"),
+    Arm("alpha_0.1", "alpha 0.1", "more"),
     Arm("alpha_0.25", "alpha 0.25", "more"),
     Arm("alpha_1", "alpha 1", "more"),
     Arm("critic_from_actor", "critic from the actor", "more"),

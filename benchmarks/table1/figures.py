@@ -32,7 +32,7 @@ SIGNALS = (
     ("explained variance (cut at -1)", "critic/explained_variance", (-1, 1)),
 )
 POSITIONS = (("value", "critic/value"), ("advantage", "advantage"))
-ALPHAS = (0.05, 0.1, 0.25, 1.0)
+ALPHAS = (0.1, 0.25, 0.5, 1.0)
 
 
 def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:

@@ -21,7 +21,7 @@ CHANGES = {
     "no_positive_lm_loss": {"algorithm.positive_lm_coefficient"},
     "no_group_sampling": {"rollout.prompts_per_step", "rollout.samples_per_prompt"},
     "lambda_policy_1": {"algorithm.length_adaptive_gae", "algorithm.lambda_policy"},
-    "alpha_0.05": {"algorithm.alpha"},
+    "alpha_0.1": {"algorithm.alpha"},
     "alpha_0.25": {"algorithm.alpha"},
     "alpha_1": {"algorithm.alpha"},
     "critic_from_actor": {"critic.init", "critic.reward_model"},
