@@ -12,7 +12,7 @@ from benchmarks.table1.results import read_result
 from benchmarks.table1.sweep import ORIGIN, Job
 from megatron_vapo.errors import RecipeError
 
-GRID = (2e-4, 4e-4, 8e-4)
+GRID = (1e-4, 2e-4, 4e-4, 8e-4)
 """The same for every family."""
 
 SEEDS = (1000, 1001)
