@@ -94,20 +94,20 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
 def _on_the_way(runs: list[Result], metric: str) -> float | None:
     """Mean over runs of each run's median over its steps; None where there is no such metric."""
     medians = [np.median(found) for run in runs if (found := [r[metric] for r in run.train if metric in r])]
-    return float(np.mean(medians)) if medians else None
+    return _mean(medians) if medians else None
 
 
 def _explained(runs: list[Result], tenth: int) -> float | None:
     """Mean over runs of explained variance in a tenth of responses over the first steps; None without a critic."""
     metric = f"critic/explained_variance_tenth_{tenth}"
     means = [np.mean(found) for run in runs if (found := [r[metric] for r in run.train[:FIRST_STEPS] if metric in r])]
-    return float(np.mean(means)) if means else None
+    return _mean(means) if means else None
 
 
 def _credit(runs: list[Result], kind: str) -> float | None:
     """Mean over runs of the mean advantage of a kind of token; None where no run has such tokens."""
     means = [run.credit[kind]["mean"] for run in runs if kind in run.credit]
-    return float(np.mean(means)) if means else None
+    return _mean(means) if means else None
 
 
 def _differences(results: Results) -> dict[str, dict[str, Any]]:

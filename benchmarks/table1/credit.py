@@ -1,4 +1,4 @@
-"""What each token of a long derivation is, and the advantage that an algorithm gave it: where credit goes.
+"""Tells each token of a long derivation apart, and the advantage that an algorithm gave it: where credit goes.
 
 Told from the text alone, by the first error that stands: an algorithm that assigns credit blames that result, rewards
 its correction, and has nothing to say of what follows an error or of remarks.
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_vapo.data.experience import offsets
-from megatron_vapo.data.long_derivation import LETTERS, REMARKS, TAKE_BACK, VOCABULARY, allowed_hands
+from megatron_vapo.data.long_derivation import REMARKS, TAKE_BACK, VOCABULARY, allowed_hands
 from megatron_vapo.rewards.long_derivation import PIECE
 from megatron_vapo.runtime.durable import write_text
 from megatron_vapo.training.token_records import TokenRecord, path_of, recorded_steps
@@ -27,11 +27,13 @@ FIRST_STEPS = 20
 
 FILE = "credit.json"
 
+ALLOWED = "".join(map(allowed_hands, range(10)))
+"""All symbols that a result may be: each stands for one digit."""
+
 
 def wrong_hand(line: str) -> bool:
     """Return whether a line's result is in a hand that it may not have."""
-    digit = LETTERS.index(line[3]) if line[3] in LETTERS else int(line[3])
-    return line[3] not in allowed_hands(digit)
+    return line[3] not in ALLOWED
 
 
 def kinds(text: str) -> dict[int, str]:

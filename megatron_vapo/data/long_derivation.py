@@ -64,7 +64,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Mixture:
-    """How demonstrations are drawn. The defaults make a base that is seldom right."""
+    """The chances that demonstrations are drawn by. The defaults make a base that is seldom right."""
 
     p_letter: float = 0.2
     """A result, odd or even, is written as a letter."""
