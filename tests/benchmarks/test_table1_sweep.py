@@ -111,7 +111,7 @@ def test_a_complete_run_is_skipped_and_kept_small(swept: Callable[..., MadeUp], 
     swept([VAPO], 1)
     assert swept([VAPO, DAPO], 1).done == ["seed_000/dapo"]
     kept = {path.name for path in (tmp_path / "runs" / "seed_000" / "vapo").iterdir()}
-    assert kept == {"metrics.jsonl", "recipe.yaml", "evaluation", "origin.json"}
+    assert kept == {"metrics.jsonl", "recipe.yaml", "evaluation", "origin.json", "credit.json"}
 
 
 @pytest.mark.slow
