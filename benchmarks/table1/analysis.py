@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.table1 import statistics
 from benchmarks.table1.arms import ARMS
 from benchmarks.table1.credit import FIRST_STEPS, KINDS
+from benchmarks.table1.fates import mean_fates
 from benchmarks.table1.results import Result
 
 Results = dict[str, dict[int, Result]]
@@ -77,6 +78,8 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
         "on_the_way": {name: _on_the_way(every, metric) for name, metric in ON_THE_WAY.items()},
         "explained_at_the_start": [_explained(every, tenth) for tenth in TENTHS],
         "credit": {kind: _credit(every, kind) for kind in KINDS},
+        "fates_before": mean_fates(run.samples[0] for run in every),
+        "fates": mean_fates(run.samples[-1] for run in every),
         "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
         "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],
         "vapo_minus_arm": difference,

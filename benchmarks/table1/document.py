@@ -14,6 +14,7 @@ from benchmarks.table1 import tuning
 from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.credit import FIRST_STEPS, KINDS
+from benchmarks.table1.fates import CORRECTIONS, FATES, HABITS, REMARKS_A_LINE
 from benchmarks.table1.figures import draw_all
 from benchmarks.table1.results import read_results
 from megatron_vapo.errors import DataError
@@ -40,7 +41,7 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     figures = draw_all(results, document.with_suffix(""))
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_order(numbers), *_speed(numbers)]
-    text = "\n".join([*lines, *_credit(numbers), *_on_the_way(numbers)])
+    text = "\n".join([*lines, *_credit(numbers), *_fates(numbers), *_on_the_way(numbers)])
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
     print(f"wrote {document}")
@@ -182,6 +183,23 @@ def _credit(numbers: dict[str, Any]) -> list[str]:
     )
     header = ["arm", *(f"tenth {tenth}" for tenth in TENTHS), *KINDS]
     return ["### What the critic sees, and where credit goes", "", text, "", *_table(header, rows), ""]
+
+
+def _fates(numbers: dict[str, Any]) -> list[str]:
+    """Say what became of the held-out responses, beside those of the base."""
+    found = numbers["arms"]
+    rows = [["the base", *_rates(found["vapo"]["fates_before"])]] if "vapo" in found else []
+    rows += [[arm.title, *_rates(found[arm.name]["fates"])] for arm in ARMS if arm.name in found]
+    text = (
+        "Of the last held-out evaluation, means over seeds: what the first line that is not the answer's differs by, "
+        "as a share of responses, and rates over all lines that were written."
+    )
+    return ["### What became of the responses", "", text, "", *_table(["", *FATES, *HABITS], rows), ""]
+
+
+def _rates(found: dict[str, float]) -> list[str]:
+    counted = (CORRECTIONS, REMARKS_A_LINE)
+    return [f"{found[name]:.2f}" if name in counted else f"{found[name]:.1%}" for name in (*FATES, *HABITS)]
 
 
 HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "p (Holm)", "detectable",

@@ -211,5 +211,5 @@ def _lambda(results: Results) -> Figure | None:
 
 def _lengths(runs: Iterable[Result], index: int) -> list[int]:
     """Return the lengths of the held-out responses that each run kept of its first (0) or last (-1) evaluation."""
-    files = [sorted((run.folder / "evaluation" / "samples").glob("*.jsonl"))[index] for run in runs]
+    files = [run.samples[index] for run in runs]
     return [json.loads(line)["tokens"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]

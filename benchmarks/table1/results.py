@@ -75,6 +75,11 @@ class Result:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
+    def samples(self) -> list[Path]:
+        """The responses of the held-out evaluations that were kept: of the first and of the last."""
+        return sorted((self.folder / "evaluation" / "samples").glob("*.jsonl"))
+
+    @property
     def commit(self) -> str:
         """The commit of the sources that made it, and whether they differed from it."""
         return self.origin["commit"][:10] + (" (changed)" if self.origin["changed"] else "")

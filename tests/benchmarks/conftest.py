@@ -43,8 +43,13 @@ def write_run(
         ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0} | r) + "\n" for r in records))
     (folder / "evaluation" / "samples").mkdir(parents=True)
+    rows = [
+        {"response": text, "answer": "a5+6b6+H", "finish_reason": "stop", "tokens": tokens}
+        for text, tokens in (("a5+6,b6+H", 30), ("a5+6b6+7", 80))
+    ]
     for step in (0, len(tokens)):
-        (folder / "evaluation" / "samples" / f"step_{step:06d}.jsonl").write_text('{"tokens": 30}\n{"tokens": 80}\n')
+        file = folder / "evaluation" / "samples" / f"step_{step:06d}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     origin = {"commit": "c" * 40, "changed": False, "seconds": 60.0}
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"}
     (folder / "credit.json").write_text('{"first error": {"mean": -1.5, "rms": 2.0, "tokens": 7}}')

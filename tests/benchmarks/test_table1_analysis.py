@@ -143,6 +143,9 @@ def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
     assert "| VAPO | 46.5 | 0.3 |  |  | 0.1 |" in text
     # Explained variance by tenth, then advantages: errors alone are in these records.
     assert "| VAPO | 0.10 | 0.30 | 0.50 | 0.70 | 0.90 | 1.00 | -1.50 |  |  |  |  |" in text
+    # One response of two is right, the other has one of its two lines in the wrong hand; a remark in four lines.
+    fates = "50.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.00 | 0.0% | 0.25 |"
+    assert f"| the base | {fates}" in text and f"| VAPO | {fates}" in text
     assert found["arms"]["vapo"]["by_seed"]["3"]["final"] == pytest.approx(0.9, abs=0.2)
     assert (tmp_path / "table1.json").stat().st_size < 300_000
     pictures = sorted(path.name for path in (tmp_path / "table1").iterdir())
