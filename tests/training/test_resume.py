@@ -423,6 +423,17 @@ def test_an_environment_may_be_ahead(start: Callable[..., bool], tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_windows_may_be_ahead(start: Callable[..., bool], tmp_path: Path) -> None:
+    """Batches that wait hold windows, and the responses that are still being written belong to none of them."""
+    settings = ("rollout.window_tokens=5", "rollout.lag=1")
+    assert start(tmp_path / "whole", *settings)
+    trained = timeless(tmp_path / "whole", "train")
+    ages = [record["rollout/age_max"] for record in trained]
+    assert ages == [0, 1, 2, 3], "of a response that was begun in the first step"
+    assert_pieces_are_whole(start, tmp_path, *settings, stop=("values", 2))
+
+
+@pytest.mark.slow
 def test_rollouts_beside_training_are_those_of_before_it(
     start: Callable[..., bool], uninterrupted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
