@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.table1 import statistics
 from benchmarks.table1.arms import ARMS
-from benchmarks.table1.credit import FIRST_STEPS, KINDS
+from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import mean_fates
 from benchmarks.table1.results import Result
 
@@ -32,6 +32,9 @@ ON_THE_WAY = {
 
 TENTHS = (1, 3, 5, 7, 9, 10)
 """Of a response, in which explained variance is shown."""
+
+FIRST_STEPS = 5
+"""In which the critic's sight and the credit of tokens are shown: later policies have parted."""
 
 PAPER = {arm.name: arm.paper for arm in ARMS}
 PAPER_NOISE = 4.5
@@ -107,10 +110,19 @@ def _explained(runs: list[Result], tenth: int) -> float | None:
     return _mean(means) if means else None
 
 
-def _credit(runs: list[Result], kind: str) -> float | None:
-    """Mean over runs of the mean advantage of a kind of token; None where no run has such tokens."""
-    means = [run.credit[kind]["mean"] for run in runs if kind in run.credit]
-    return _mean(means) if means else None
+def _credit(runs: list[Result], kind: str) -> dict[str, Any] | None:
+    """Tokens of a kind in the first steps, and the mean over runs of their mean advantage; None where there are no such
+    tokens."""
+    found = [[row for row in run.credit if row["kind"] == kind and row["step"] <= FIRST_STEPS] for run in runs]
+    means = np.array([_mean_over_tokens(rows) for rows in found if rows])
+    if not len(means):
+        return None
+    tokens = sum(row["tokens"] for rows in found for row in rows)
+    return {"tokens": tokens, "mean": float(means.mean()), "interval": asdict(statistics.mean_interval(means))}
+
+
+def _mean_over_tokens(rows: list[dict[str, Any]]) -> float:
+    return float(np.average([row["mean"] for row in rows], weights=[row["tokens"] for row in rows]))
 
 
 def _differences(results: Results) -> dict[str, dict[str, Any]]:

@@ -1,18 +1,19 @@
 """Tells each token of a long derivation apart, and the advantage that an algorithm gave it: where credit goes.
 
-Told from the text alone, by the first error that stands: an algorithm that assigns credit blames that result, rewards
-its correction, and has nothing to say of what follows an error or of remarks.
+Told from the text alone, by the first wrong result that stands: an algorithm that assigns credit blames that result,
+rewards its correction, and has nothing to say of what follows an error or of remarks.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-import torch
-
+from megatron_vapo.data.derivation import OPERATIONS
 from megatron_vapo.data.experience import offsets
 from megatron_vapo.data.long_derivation import REMARKS, TAKE_BACK, VOCABULARY, allowed_hands
 from megatron_vapo.rewards.long_derivation import PIECE
@@ -22,18 +23,17 @@ from megatron_vapo.training.token_records import TokenRecord, path_of, recorded_
 ERROR, CORRECTION, RIGHT, REMARK, AFTER = "first error", "its correction", "right result", "remark", "after an error"
 KINDS = (ERROR, CORRECTION, RIGHT, REMARK, AFTER)
 
-FIRST_STEPS = 20
-"""The steps that are looked at: what algorithms do before their policies have parted."""
-
 FILE = "credit.json"
 
-ALLOWED = "".join(map(allowed_hands, range(10)))
-"""All symbols that a result may be: each stands for one digit."""
 
+def wrong_result(line: str) -> bool:
+    """Return whether a line's result is not what its own operation gives, or is in a hand that it may not have.
 
-def wrong_hand(line: str) -> bool:
-    """Return whether a line's result is in a hand that it may not have."""
-    return line[3] not in ALLOWED
+    >>> wrong_result("a5+6"), wrong_result("a5+G"), wrong_result("a5+8"), wrong_result("a2+D")
+    (False, True, True, False)
+    """
+    _, operand, operation, result = line
+    return result not in allowed_hands(OPERATIONS[operation](int(operand)))
 
 
 def kinds(text: str) -> dict[int, str]:
@@ -48,7 +48,7 @@ def kinds(text: str) -> dict[int, str]:
         if piece == TAKE_BACK:
             corrected = bool(standing) and standing.pop()
         elif piece:
-            standing.append(wrong_hand(piece))
+            standing.append(wrong_result(piece))
         if before and not (corrected and not any(standing)):
             found[at] = AFTER
         elif corrected:
@@ -60,21 +60,27 @@ def kinds(text: str) -> dict[int, str]:
     return found
 
 
-def credit(run: Path) -> dict[str, dict[str, float]]:
-    """Return for each kind of token the mean advantage over the first steps, in units of the root mean square over all
-    tokens of a step, the root mean square in the same units, and the number of tokens."""
-    seen: dict[str, list[float]] = defaultdict(list)
-    for kind, step in recorded_steps(run):
-        if kind == "train" and step <= FIRST_STEPS:
-            for name, advantage in _advantages(TokenRecord.load(path_of(run, kind, step))):
-                seen[name].append(advantage)
-    return {name: _summary(seen[name]) for name in KINDS if seen[name]}
+def credit(run: Path) -> list[dict[str, Any]]:
+    """Return for each training step and kind of token that it has the number of tokens and their mean advantage, in
+    units of the root mean square over all tokens of the step."""
+    rows = []
+    for kind_of_step, step in recorded_steps(run):
+        if kind_of_step == "train":
+            seen: dict[str, list[float]] = defaultdict(list)
+            for kind, advantage in _advantages(TokenRecord.load(path_of(run, kind_of_step, step))):
+                seen[kind].append(advantage)
+            rows += [
+                {"step": step, "kind": kind, "tokens": len(seen[kind]), "mean": fmean(seen[kind])}
+                for kind in KINDS
+                if seen[kind]
+            ]
+    return rows
 
 
 def write_credit(run: Path) -> None:
     """Keep what `credit` finds as `FILE` in a run folder, if it has records of training steps."""
-    if found := credit(run):
-        write_text(run / FILE, json.dumps(found, indent=1) + "\n")
+    if rows := credit(run):
+        write_text(run / FILE, json.dumps(rows) + "\n")
 
 
 def _advantages(record: TokenRecord) -> Iterator[tuple[str, float]]:
@@ -94,8 +100,3 @@ def responses(record: TokenRecord) -> Iterator[str]:
     for start, prompt, length in zip(starts, batch.prompt_lengths.tolist(), batch.response_lengths.tolist()):
         ids = batch.tokens[start + prompt : start + prompt + length]
         yield "".join(VOCABULARY[i] for i in ids.tolist())
-
-
-def _summary(advantages: Iterable[float]) -> dict[str, float]:
-    values = torch.tensor(list(advantages), dtype=torch.float64)
-    return {"mean": values.mean().item(), "rms": values.square().mean().sqrt().item(), "tokens": len(values)}

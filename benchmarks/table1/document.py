@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
+from benchmarks.table1.analysis import FIRST_STEPS, ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
 from benchmarks.table1.arms import ARMS, Arm
-from benchmarks.table1.credit import FIRST_STEPS, KINDS
+from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import CORRECTIONS, FATES, HABITS, REMARKS_A_LINE
 from benchmarks.table1.figures import draw_all
 from benchmarks.table1.results import read_results
@@ -174,15 +174,24 @@ def _credit(numbers: dict[str, Any]) -> list[str]:
     for arm in ARMS:
         if arm.name in numbers["arms"]:
             row = numbers["arms"][arm.name]
-            found = [*row["explained_at_the_start"], *row["credit"].values()]
-            rows.append([arm.title, *("" if value is None else f"{value:.2f}" for value in found)])
+            explained = ["" if value is None else f"{value:.2f}" for value in row["explained_at_the_start"]]
+            rows.append([arm.title, *explained, *(_credit_cell(found) for found in row["credit"].values())])
     text = (
         f"Means over the first {FIRST_STEPS} steps, of these over seeds: explained variance in tenths of a response, "
-        "and the advantage at tokens, told apart by the first result that stands in the wrong hand, in units of its "
-        "root mean square over all tokens of a step."
+        "and the advantage at tokens, told apart by the first wrong result that stands, in units of its root mean "
+        "square over all tokens of a step, ± half of its 95 % interval over seeds (number of tokens)."
     )
     header = ["arm", *(f"tenth {tenth}" for tenth in TENTHS), *KINDS]
     return ["### What the critic sees, and where credit goes", "", text, "", *_table(header, rows), ""]
+
+
+def _credit_cell(found: dict[str, Any] | None) -> str:
+    """A mean with the half of its interval, and how many tokens it is of."""
+    if found is None:
+        return ""
+    high = found["interval"]["high"]
+    half = "" if high is None else f" ± {high - found['mean']:.2f}"
+    return f"{found['mean']:.2f}{half} ({found['tokens']:,})"
 
 
 def _fates(numbers: dict[str, Any]) -> list[str]:

@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.table1.credit import wrong_hand
+from benchmarks.table1.credit import wrong_result
 from megatron_vapo.data.long_derivation import DIGITS, LETTERS, REMARKS, TAKE_BACK
 from megatron_vapo.rewards.derivation import standing
 from megatron_vapo.rewards.long_derivation import EITHER, LINES_ALONE, PIECE
 
 RIGHT, HAND, DIGIT, PLACE, FORM = "right", "wrong hand", "wrong digit", "lost its place", "not a derivation"
 FATES = (RIGHT, HAND, DIGIT, PLACE, FORM)
-CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE = "corrections in 100 lines", "wrong hands taken back", "remarks a line"
+CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE = "corrections in 100 lines", "wrong results taken back", "remarks a line"
 HABITS = (CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE)
 
 LINE = 4
@@ -54,7 +54,7 @@ def habits(responses: Iterable[str]) -> dict[str, float]:
             if piece == TAKE_BACK:
                 corrections += 1
             else:
-                lines, bad = lines + 1, wrong_hand(piece)
+                lines, bad = lines + 1, wrong_result(piece)
                 wrong, mended = wrong + bad, mended + (bad and following == TAKE_BACK)
     return {
         CORRECTIONS: 100 * corrections / max(lines, 1),

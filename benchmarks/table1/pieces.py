@@ -18,7 +18,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 VAPO = ARMS[0]
 TASK = ("--task", "long_derivation")
 PROBLEMS = ("--problems", "1024")
-"""A finite set: a run sees each several times."""
+"""A finite set: with one response a prompt a run sees each twice, with four some two thirds of them."""
 
 Command = list[str]
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.critic_run import Told, explained_by_fifth, fresh_responses, value_by_tenth
-from benchmarks.table1.credit import KINDS, kinds, wrong_hand
+from benchmarks.table1.credit import KINDS, kinds, wrong_result
 from benchmarks.table1.pieces import VAPO, overrides
 from megatron_vapo.algorithm.statistics import explained_variance
 from megatron_vapo.commands.train import execute
@@ -101,7 +101,7 @@ def of_the_base(told: list[Told], limit: int) -> dict[str, Any]:
         "cut": (lengths >= limit).double().mean().item(),
         "groups_all_wrong": mean(wrong),
         "long_groups_all_wrong": mean(w for w, (_, g) in zip(wrong, sampled) if lines_of(g[0]) >= long_first),
-        "right_hand": mean(not wrong_hand(line) for line in lines),
+        "right_results": mean(not wrong_result(line) for line in lines),
         "corrections_a_line": (len(pieces) - len(lines)) / len(lines),
     }
 

@@ -69,10 +69,10 @@ class Result:
         return bool(self.tokens[-1] < self.budget)
 
     @cached_property
-    def credit(self) -> dict[str, dict[str, float]]:
-        """By kind of token, what advantage it had in the first steps (`credit.credit`); empty where none was kept."""
+    def credit(self) -> list[dict[str, Any]]:
+        """What advantage tokens of each kind had in each step (`credit.credit`); empty where none was kept."""
         path = self.folder / CREDIT
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
     @property
     def samples(self) -> list[Path]:

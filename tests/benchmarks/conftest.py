@@ -52,7 +52,10 @@ def write_run(
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     origin = {"commit": "c" * 40, "changed": False, "seconds": 60.0}
     times = {"started": "2026-01-01T00:00:00+00:00", "finished": "2026-01-01T00:01:00+00:00"}
-    (folder / "credit.json").write_text('{"first error": {"mean": -1.5, "rms": 2.0, "tokens": 7}}')
+    credit = [
+        {"step": s, "kind": "first error", "tokens": t, "mean": m} for s, t, m in ((1, 1, -1), (2, 3, -2), (9, 9, 9))
+    ]
+    (folder / "credit.json").write_text(json.dumps(credit))
     (folder / "origin.json").write_text(json.dumps(origin | times))
     return folder
 

@@ -141,8 +141,8 @@ def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
         "response length": 46.5, "entropy": 0.3, "clipped above": None, "clipped below": None, "explained variance": 0.1
     }  # fmt: skip
     assert "| VAPO | 46.5 | 0.3 |  |  | 0.1 |" in text
-    # Explained variance by tenth, then advantages: errors alone are in these records.
-    assert "| VAPO | 0.10 | 0.30 | 0.50 | 0.70 | 0.90 | 1.00 | -1.50 |  |  |  |  |" in text
+    # Explained variance by tenth, then advantages: errors alone are in these records, 4 tokens a run in the first steps.
+    assert "| VAPO | 0.10 | 0.30 | 0.50 | 0.70 | 0.90 | 1.00 | -1.75 ± 0.00 (24) |  |  |  |  |" in text
     # One response of two is right, the other has one of its two lines in the wrong hand; a remark in four lines.
     fates = "50.0% | 50.0% | 0.0% | 0.0% | 0.0% | 0.00 | 0.0% | 0.25 |"
     assert f"| the base | {fates}" in text and f"| VAPO | {fates}" in text

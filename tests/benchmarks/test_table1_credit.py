@@ -33,6 +33,11 @@ def test_of_two_errors_only_taking_the_first_back_corrects() -> None:
     assert [found[at] for at in (3, 7, 8, 9, 13)] == [ERROR, AFTER, AFTER, CORRECTION, RIGHT]
 
 
+def test_a_wrong_digit_is_an_error_in_either_hand() -> None:
+    found = kinds("a5+8b6+Jc7+I")
+    assert [found[at] for at in (3, 7, 11)] == [ERROR, AFTER, AFTER]
+
+
 @given(st.integers(0, 2**32), st.floats(0, 0.5), st.floats(0, 0.5))
 def test_all_lines_of_a_demonstration_before_its_first_doubt_are_right_or_taken_back(
     seed: int, p_letter: float, p_take_back: float
@@ -66,7 +71,9 @@ def test_credit_of_a_run_is_in_units_of_a_steps_root_mean_square(
 
     write_credit(tmp_path)
 
-    found, scale = json.loads((tmp_path / "credit.json").read_text()), float(advantages.square().mean().sqrt())
+    rows, scale = json.loads((tmp_path / "credit.json").read_text()), float(advantages.square().mean().sqrt())
+    found = {row["kind"]: row for row in rows}
+    assert len(rows) == len(found) and {row["step"] for row in rows} == {1}
     errors = [float(advantages[at]) / scale for at in (3, 13)]
     right = [float(advantages[at]) / scale for at in (8, len(texts[0]) + 3, len(texts[0]) + 7)]
     assert found[ERROR]["mean"] == pytest.approx(sum(errors) / 2, rel=1e-5)
@@ -76,4 +83,4 @@ def test_credit_of_a_run_is_in_units_of_a_steps_root_mean_square(
 
 def test_a_run_without_records_of_training_has_no_credit(tmp_path: Path) -> None:
     write_credit(tmp_path)
-    assert credit(tmp_path) == {} and not list(tmp_path.iterdir())
+    assert credit(tmp_path) == [] and not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def test_right_is_what_the_checker_says(
 
 
 def test_habits_worked_by_hand() -> None:
-    """Six lines, two of them in a wrong hand, one of these taken back at once, as is a right line."""
+    """Six lines, two of them wrong, one of these taken back at once, as is a right line."""
     found = habits(["a5+G!a5+6.,b6+7?c7+8", "a5+6!a5+6:"])
     assert found == {CORRECTIONS: pytest.approx(100 * 2 / 6), TAKEN_BACK: 0.5, REMARKS_A_LINE: 0.5}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.table1.arms import ARMS, RECIPES, Arm, arms
@@ -27,7 +29,9 @@ CHANGES = {
     "critic_from_actor": {"critic.init", "critic.reward_model"},
     "hl_gauss": {"critic.init", "critic.reward_model", "critic.head.kind"},
     "two_critic_updates": {"critic.epochs"},
+    "no_value_pretraining_short_decay": {"value_pretraining.enabled", "critic.optimizer.decay_steps"},
 }
+SHORT_DECAY = ("no_value_pretraining_short_decay", "ppo_short_decay")
 
 
 def differences(arm: Arm) -> dict[str, object]:
@@ -50,9 +54,25 @@ def test_all_arms_have_one_budget_and_one_test(arm: Arm) -> None:
     assert recipe.name == arm.name
     assert recipe.limits.sampled_tokens == VAPO.limits.sampled_tokens and recipe.steps == VAPO.steps
     assert recipe.responses_per_step == VAPO.responses_per_step and recipe.minibatch_size == VAPO.minibatch_size
-    assert (recipe.model, recipe.actor, recipe.data) == (VAPO.model, VAPO.actor, VAPO.data)
-    assert recipe.evaluation == VAPO.evaluation and recipe.critic.optimizer == VAPO.critic.optimizer
+    assert (recipe.model, recipe.data, recipe.evaluation) == (VAPO.model, VAPO.data, VAPO.evaluation)
+    optimizer, actor = recipe.critic.optimizer, recipe.actor
+    if arm.name.startswith("dapo"):  # a tenth of its fewer updates
+        actor = replace(actor, optimizer=replace(actor.optimizer, warmup_steps=40))
+    if arm.name in SHORT_DECAY:
+        optimizer = replace(optimizer, decay_steps=VAPO.critic.optimizer.decay_steps)
+    assert actor == VAPO.actor and optimizer == VAPO.critic.optimizer
     assert recipe.rollout.max_response_tokens == VAPO.rollout.max_response_tokens
+
+
+def test_a_short_decay_is_down_as_early_in_training_as_vapos() -> None:
+    settings = VAPO.value_pretraining
+    before = settings.max_steps * settings.epochs * VAPO.responses_per_step // VAPO.minibatch_size
+    for name in SHORT_DECAY:
+        decay = load_recipe(by_name(name).recipe).critic.optimizer.decay_steps
+        assert decay == VAPO.critic.optimizer.decay_steps - before
+    for arm in ("grpo", "dapo"):
+        changes = changed_keys(*(to_yaml(load_recipe(by_name(name).recipe)) for name in (arm, f"{arm}_16")))
+        assert changes.keys() - {"name", "run_dir"} == {"rollout.prompts_per_step", "rollout.samples_per_prompt"}
 
 
 def test_every_recipe_is_an_arm() -> None:
