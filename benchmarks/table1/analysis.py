@@ -20,6 +20,8 @@ Results = dict[str, dict[int, Result]]
 ORDER = ("ppo", "no_value_pretraining", "no_decoupled_gae", "no_length_adaptive_gae", "no_clip_higher",
          "no_token_level_loss", "no_positive_lm_loss", "no_group_sampling", "vapo")  # fmt: skip
 """The paper's nine ablation arms, worst first."""
+LOWEST, MIDDLE = ORDER[:2], ORDER[2:-1]
+"""Those that are to be lowest, and those between them and VAPO."""
 
 ON_THE_WAY = {
     "response length": "response/length_mean",
@@ -49,6 +51,11 @@ def analyse(results: Results) -> dict[str, Any]:
         "arms": {name: _arm(runs, differences.get(name)) for name, runs in results.items() if runs},
         "order": _order(results),
         "speed": _speed(results),
+        "counted": {
+            name: _counted(results, name, seeds)
+            for name in ("grpo", "dapo")
+            if len(seeds := common_seeds(results, ("vapo", name))) > 1
+        },
     }
 
 
@@ -132,10 +139,25 @@ def _differences(results: Results) -> dict[str, dict[str, Any]]:
         seeds = common_seeds(results, ("vapo", name)) if name != "vapo" else []
         if len(seeds) > 1:
             vapo, other = finals(results, ("vapo", name), seeds).T
-            found[name] = {"seeds": len(seeds), **asdict(statistics.paired(vapo - other))}
+            difference = vapo - other
+            found[name] = {
+                "seeds": len(seeds),
+                "won": int((difference > 0).sum()),
+                **asdict(statistics.paired(difference)),
+            }
     for difference, adjusted in zip(found.values(), statistics.holm([d["p"] for d in found.values()]), strict=True):
         difference["p_holm"] = adjusted
     return found
+
+
+def _counted(results: Results, name: str, seeds: list[int]) -> dict[str, Any]:
+    """VAPO minus an arm: final scores with VAPO's value pretraining in its budget, and mean accuracies over the budget
+    without it."""
+    runs = [(results["vapo"][seed], results[name][seed]) for seed in seeds]
+    return {
+        "final": asdict(statistics.paired(np.array([vapo.final_with_pretraining - arm.final for vapo, arm in runs]))),
+        "area": asdict(statistics.paired(np.array([vapo.area - arm.area for vapo, arm in runs]))),
+    }
 
 
 def _order(results: Results) -> dict[str, Any] | None:
@@ -148,7 +170,7 @@ def _order(results: Results) -> dict[str, Any] | None:
     scores, paper = finals(results, names, seeds), np.array([PAPER[name] for name in names])
     tier = statistics.tiers({name: PAPER[name] for name in names}, PAPER_NOISE)
     tier_A = np.array([tier[name] for name in names])
-    page_l, page_p = statistics.page_test(scores)
+    middle = [names.index(name) for name in MIDDLE]
     return {
         "arms": names,
         "seeds": seeds,
@@ -156,8 +178,8 @@ def _order(results: Results) -> dict[str, Any] | None:
         "tau_interval": asdict(statistics.tau_interval(scores, paper)),
         "tau_of_tiers": float(statistics.tau_b(scores.mean(0), tier_A)),
         "tau_of_tiers_interval": asdict(statistics.tau_interval(scores, tier_A)),
-        "page_l": page_l,
-        "page_p": page_p,
+        "tau_of_middle": float(statistics.tau_b(scores[:, middle].mean(0), paper[middle])),
+        "tau_of_middle_interval": asdict(statistics.tau_interval(scores[:, middle], paper[middle])),
         "tiers": tier,
         "reversals": _reversals(names, scores, tier),
     }

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import FIRST_STEPS, ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
+from benchmarks.table1.analysis import FIRST_STEPS, LOWEST, ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.credit import KINDS
-from benchmarks.table1.fates import CORRECTIONS, FATES, HABITS, REMARKS_A_LINE
+from benchmarks.table1.fates import CORRECTIONS, REMARKS_A_LINE
 from benchmarks.table1.figures import draw_all
 from benchmarks.table1.results import read_results
 from megatron_vapo.errors import DataError
@@ -40,8 +40,9 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     document.parent.mkdir(parents=True, exist_ok=True)
     figures = draw_all(results, document.with_suffix(""))
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-    lines = [*_runs_text(numbers), *_setting(numbers, results), *_tables(numbers), *_order(numbers), *_speed(numbers)]
-    text = "\n".join([*lines, *_credit(numbers), *_fates(numbers), *_on_the_way(numbers)])
+    parts = (_aims, _tables, _order, _speed, _credit, _fates, _on_the_way)
+    lines = [*_runs_text(numbers), *_setting(numbers, results), *(line for part in parts for line in part(numbers))]
+    text = "\n".join(lines)
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
     print(f"wrote {document}")
@@ -149,6 +150,47 @@ def _finals(finals: tuning.Finals) -> str:
     return ", ".join(f"{rate}: {means[rate]:.3f} of {len(by_seed)}" for rate, by_seed in finals.items())
 
 
+def _aims(numbers: dict[str, Any]) -> list[str]:
+    """Say which of the protocol's aims are met."""
+    found, order, speed = numbers["arms"], numbers["order"], numbers["speed"].get("vapo")
+    if order is None or not speed:
+        return []
+    rows = []
+    for name in ("grpo", "dapo"):
+        difference, counted = found[name]["vapo_minus_arm"], numbers["counted"][name]
+        final, area = (_with_interval(counted[key]["mean"], counted[key]["t"], "+") for key in ("final", "area"))
+        rows.append(
+            [
+                f"1: VAPO above {TITLES[name]}, interval above 0",
+                f"{_with_interval(difference['mean'], difference['t'], '+')}; "
+                f"with its pretraining in the budget {final}; mean accuracy over the budget {area}",
+                _met(difference["t"]["low"] > 0),
+            ]
+        )
+    lowest = sorted(order["arms"], key=lambda arm: found[arm]["final"])[:2]
+    share = speed["share_with_pretraining"]
+    collapsed = len(found["vapo"]["collapsed"])
+    rows += [
+        [
+            "2: vanilla PPO and without value pretraining the two lowest of nine",
+            ", ".join(TITLES[name] for name in lowest),
+            _met(set(lowest) == set(LOWEST)),
+        ],
+        ["3: tau at least 0.6", f"{order['tau']:.2f}", _met(order["tau"] >= 0.6)],
+        [
+            "4: DAPO's final score in at most 60 % of its tokens",
+            f"{share:.0%}, pretraining counted",
+            _met(share <= 0.6),
+        ],
+        ["5: no run of VAPO collapses", f"{collapsed} of {len(found['vapo']['seeds'])}", _met(not collapsed)],
+    ]
+    return ["### The aims", "", *_table(["aim", "found", ""], rows), ""]
+
+
+def _met(aim: bool) -> str:
+    return "met" if aim else "missed"
+
+
 def _tables(numbers: dict[str, Any]) -> list[str]:
     lines = []
     for group, title in GROUPS.items():
@@ -197,22 +239,26 @@ def _credit_cell(found: dict[str, Any] | None) -> str:
 def _fates(numbers: dict[str, Any]) -> list[str]:
     """Say what became of the held-out responses, beside those of the base."""
     found = numbers["arms"]
-    rows = [["the base", *_rates(found["vapo"]["fates_before"])]] if "vapo" in found else []
-    rows += [[arm.title, *_rates(found[arm.name]["fates"])] for arm in ARMS if arm.name in found]
+    rows = [("the base", found["vapo"]["fates_before"])] if "vapo" in found else []
+    rows += [(arm.title, found[arm.name]["fates"]) for arm in ARMS if arm.name in found]
+    names = list(rows[0][1])
     text = (
-        "Of the last held-out evaluation, means over seeds: what the first line that is not the answer's differs by, "
-        "as a share of responses, and rates over all lines that were written."
+        "Of the responses to 64 problems that are kept of a run's last held-out evaluation, means over seeds: what the "
+        "first line that is not the answer's differs by, as a share of responses; rates over all lines that were "
+        "written; and the share of right responses by the problem's number of lines."
     )
-    return ["### What became of the responses", "", text, "", *_table(["", *FATES, *HABITS], rows), ""]
+    table = _table(["", *names], [[title, *(_rate(name, rates.get(name)) for name in names)] for title, rates in rows])
+    return ["### What became of the responses", "", text, "", *table, ""]
 
 
-def _rates(found: dict[str, float]) -> list[str]:
-    counted = (CORRECTIONS, REMARKS_A_LINE)
-    return [f"{found[name]:.2f}" if name in counted else f"{found[name]:.1%}" for name in (*FATES, *HABITS)]
+def _rate(name: str, rate: float | None) -> str:
+    if rate is None:
+        return ""
+    return f"{rate:.2f}" if name in (CORRECTIONS, REMARKS_A_LINE) else f"{rate:.1%}"
 
 
-HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "p (Holm)", "detectable",
-          "tokens to DAPO's final", "with pretraining", "collapsed", "steps")  # fmt: skip
+HEADER = ("arm", "paper", "seeds", "final score", "area under the curve", "VAPO minus arm", "seeds above",
+          "p (Holm)", "detectable", "tokens to DAPO's final", "with pretraining", "collapsed", "steps")  # fmt: skip
 
 
 def _row(arm: Arm, numbers: dict[str, Any]) -> list[str]:
@@ -227,6 +273,7 @@ def _row(arm: Arm, numbers: dict[str, Any]) -> list[str]:
         _with_interval(row["final"], row["final_interval"]),
         _with_interval(row["area"], row["area_interval"]),
         _with_interval(difference["mean"], difference["t"], "+") if difference else "",
+        f"{difference['won']} of {difference['seeds']}" if difference else "",
         f"{difference['p_holm']:.3g}" if difference else "",
         f"{difference['detectable']:.3f}" if difference else "",
         f"{bound}{speed['share']:.0%}{never}" if speed else "",
@@ -241,12 +288,14 @@ def _order(numbers: dict[str, Any]) -> list[str]:
     if order is None:
         return []
     ours = sorted(order["arms"], key=lambda arm: -numbers["arms"][arm]["final"])
-    tau, of_tiers = (_with_interval(order[key], order[f"{key}_interval"]) for key in ("tau", "tau_of_tiers"))
+    keys = ("tau", "tau_of_middle", "tau_of_tiers")
+    tau, of_middle, of_tiers = (_with_interval(order[key], order[f"{key}_interval"]) for key in keys)
     return [
         "### Order of the nine arms",
         "",
-        f"{len(order['seeds'])} seeds. Kendall's tau-b with the paper's numbers {tau}, with its tiers (ties within "
-        f"{PAPER_NOISE:g} points) {of_tiers}; Page's L {order['page_l']:.0f}, p = {order['page_p']:.2g}.",
+        f"{len(order['seeds'])} seeds. Kendall's tau-b with the paper's numbers {tau}; of the six between VAPO and the "
+        f"paper's two lowest alone {of_middle}; of all with the paper's tiers (ties within {PAPER_NOISE:g} points) "
+        f"{of_tiers}.",
         "",
         f"Ours, best first: {', '.join(TITLES[arm] for arm in ours)}.",
         "",
@@ -273,10 +322,11 @@ def _speed(numbers: dict[str, Any]) -> list[str]:
     share, counted = (
         _with_interval(speed[key], speed[f"{key}_interval"], ".0%") for key in ("share", "share_with_pretraining")
     )
+    bound = "at least " if speed["never"] else ""
     return [
         "### VAPO against DAPO",
         "",
-        f"VAPO has DAPO's final score after {share} of DAPO's sampled tokens, {counted} with those of value "
+        f"VAPO has DAPO's final score after {bound}{share} of DAPO's sampled tokens, {counted} with those of value "
         f"pretraining; it never has it with {len(speed['never'])} of {len(speed['seeds'])} seeds (counted as all of "
         "DAPO's tokens). "
         f"DAPO itself first had it after {np.mean(speed['dapos_own_tokens']):,.0f} tokens, VAPO after "

@@ -6,7 +6,7 @@ What credit was for shows here: results in the right hand, wrong ones taken back
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
@@ -21,6 +21,8 @@ FATES = (RIGHT, HAND, DIGIT, PLACE, FORM)
 CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE = "corrections in 100 lines", "wrong results taken back", "remarks a line"
 HABITS = (CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE)
 
+LINES = ((3, 3), (4, 7), (8, 15), (16, 24))
+"""Classes of problems by their number of lines, the first and the last of each."""
 LINE = 4
 """Characters of a line: label, operand, operation, result."""
 OTHER_HAND = dict(zip(DIGITS + LETTERS, LETTERS + DIGITS, strict=True))
@@ -64,16 +66,34 @@ def habits(responses: Iterable[str]) -> dict[str, float]:
 
 
 def read_fates(samples: Path) -> dict[str, float]:
-    """Return shares of `FATES` and rates of `HABITS` in one evaluation's file of responses."""
+    """Return shares of `FATES`, rates of `HABITS` and the share of right responses to each class of problems that there
+    are in one evaluation's file of responses."""
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
     found = Counter(fate(row["response"], row["answer"], row["finish_reason"] == "stop") for row in rows)
-    return {name: found[name] / len(rows) for name in FATES} | habits(row["response"] for row in rows)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        right[right_of(*_class(len(row["answer"]) // LINE))].append(row["reward"] > 0)
+    return (
+        {name: found[name] / len(rows) for name in FATES}
+        | habits(row["response"] for row in rows)
+        | {name: mean(of_class) for name, of_class in right.items()}
+    )
+
+
+def right_of(fewest: int, most: int) -> str:
+    """Return the name of the share of right responses to problems of so many lines."""
+    return f"right, {fewest} lines" if fewest == most else f"right, {fewest} to {most} lines"
 
 
 def mean_fates(files: Iterable[Path]) -> dict[str, float]:
-    """Return the means over several runs' files."""
+    """Return the means over several runs' files, each over those that have such responses."""
     found = [read_fates(file) for file in files]
-    return {name: mean(rates[name] for rates in found) for name in (*FATES, *HABITS)}
+    names = (*FATES, *HABITS, *(right_of(*bounds) for bounds in LINES))
+    return {name: mean(known) for name in names if (known := [rates[name] for rates in found if name in rates])}
+
+
+def _class(lines: int) -> tuple[int, int]:
+    return next(bounds for bounds in LINES if lines <= bounds[1])
 
 
 def _lines(text: str) -> list[str]:

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.critic_run import Told, explained_by_fifth, fresh_responses, value_by_tenth
 from benchmarks.table1.credit import KINDS, kinds, wrong_result
+from benchmarks.table1.fates import LINES
 from benchmarks.table1.pieces import VAPO, overrides
 from megatron_vapo.algorithm.statistics import explained_variance
 from megatron_vapo.commands.train import execute
@@ -33,8 +34,6 @@ from megatron_vapo.runtime.durable import write_text
 if TYPE_CHECKING:
     from megatron_vapo.training.run import Run
 
-LINES = ((3, 3), (4, 7), (8, 15), (16, 24))
-"""Classes of problems by their number of lines, the first and the last of each."""
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 

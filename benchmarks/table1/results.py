@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,18 @@ class Result:
 
     @property
     def collapsed(self) -> bool:
-        """Whether it ends below half of its best score, or below the base."""
-        return self.final < self.score.max() / 2 or self.final < self.base
+        """Whether its last evaluation or its final score is below half of its best score, or below the base by more
+        than two standard errors of the base's evaluation."""
+        lowest = min(self.final, float(self.accuracy[-1]))
+        error = math.sqrt(
+            self.base * (1 - self.base) / (self.recipe.evaluation.problems * self.recipe.evaluation.samples)
+        )
+        return lowest < self.score.max() / 2 or lowest < self.base - 2 * error
+
+    @property
+    def final_with_pretraining(self) -> float:
+        """The score after what value pretraining has left of the budget, on straight lines between evaluations."""
+        return float(np.interp(self.budget - self.pretraining_tokens, self.tokens, self.score))
 
     @property
     def short_of_budget(self) -> bool:

@@ -96,12 +96,6 @@ def tau_interval(scores_SA: np.ndarray, paper_A: np.ndarray) -> Interval:
     return _percentiles(tau_b(scores_SA[resampled(len(scores_SA))].mean(1), paper_A))
 
 
-def page_test(scores_SA: np.ndarray) -> tuple[float, float]:
-    """Page's L and p for the trend that arms, in this order, score ever higher; seeds are blocks."""
-    result = stats.page_trend_test(scores_SA, method="asymptotic")
-    return float(result.statistic), float(result.pvalue)
-
-
 def tiers(numbers: dict[str, float], noise: float) -> dict[str, int]:
     """Ranks of arms from the worst up, those ties whose numbers follow one another by less than `noise`."""
     tier, before, ranks = 0, -math.inf, {}

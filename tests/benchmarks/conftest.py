@@ -44,8 +44,8 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"time": 0.0} | r) + "\n" for r in records))
     (folder / "evaluation" / "samples").mkdir(parents=True)
     rows = [
-        {"response": text, "answer": "a5+6b6+H", "finish_reason": "stop", "tokens": tokens}
-        for text, tokens in (("a5+6,b6+H", 30), ("a5+6b6+7", 80))
+        {"response": text, "answer": "a5+6b6+Hc7+8", "finish_reason": "stop", "tokens": tokens, "reward": reward}
+        for text, tokens, reward in (("a5+6,b6+Hc7+8", 30, 1.0), ("a5+6b6+7c7+8", 80, -1.0))
     ]
     for step in (0, len(tokens)):
         file = folder / "evaluation" / "samples" / f"step_{step:06d}.jsonl"

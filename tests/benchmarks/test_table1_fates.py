@@ -23,6 +23,7 @@ from benchmarks.table1.fates import (
     fate,
     habits,
     mean_fates,
+    right_of,
 )
 from megatron_vapo.data.long_derivation import EOS, VOCABULARY, Mixture, demonstrate, make_problem
 from megatron_vapo.rewards.long_derivation import long_derivation
@@ -79,8 +80,12 @@ def test_habits_worked_by_hand() -> None:
 def test_means_are_over_files(tmp_path: Path) -> None:
     files = []
     for number, texts in enumerate((["a5+6b6+Hc7+8"], ["a5+G", "a5+6b6+Hc7+8", "a5+6", "a5"])):
-        rows = [{"response": text, "answer": ANSWER, "finish_reason": "stop"} for text in texts]
+        rows = [
+            {"response": text, "answer": ANSWER, "finish_reason": "stop", "reward": long_derivation(text, ANSWER)}
+            for text in texts
+        ]
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = mean_fates(files)
     assert [found[name] for name in FATES] == [pytest.approx(x) for x in (0.625, 0.125, 0, 0.125, 0.125)]
+    assert found[right_of(3, 3)] == 0.625 and right_of(4, 7) not in found

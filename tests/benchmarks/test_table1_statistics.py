@@ -16,7 +16,6 @@ from benchmarks.table1.statistics import (
     holm,
     mean_interval,
     minimal_detectable,
-    page_test,
     paired,
     resampled,
     tau_b,
@@ -112,19 +111,6 @@ def test_the_detectable_difference_is_found_four_times_in_five(seeds: int) -> No
     difference = minimal_detectable(0.1, seeds)
     data = np.random.default_rng(4).normal(difference, 0.1, size=(20_000, seeds))
     assert (stats.ttest_1samp(data, 0.0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
-
-
-def test_page_against_its_definition() -> None:
-    """L weighs the rank sums with the predicted ranks; its mean and variance are those of Page (1963)."""
-    scores = np.random.default_rng(5).normal(size=(10, 9)) + np.arange(9) * 0.2
-    statistic, p = page_test(scores)
-    seeds, arms = scores.shape
-    by_hand = sum((rank + 1) * (row <= row[rank]).sum() for row in scores for rank in range(arms))
-    mean = seeds * arms * (arms + 1) ** 2 / 4
-    variance = seeds * arms**2 * (arms + 1) ** 2 * (arms - 1) / 144
-    assert statistic == by_hand
-    assert p == pytest.approx(stats.norm.sf((by_hand - mean) / math.sqrt(variance)))
-    assert page_test(scores[:, ::-1])[1] > 0.5
 
 
 def test_tiers_of_the_papers_table() -> None:
