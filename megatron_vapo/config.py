@@ -659,7 +659,7 @@ class RolloutConfig:
     dynamic_sampling: bool = setting(False, "Draw new prompts for groups that are all right or all wrong (DAPO).")
     dynamic_sampling_rounds: int = setting(
         10,
-        "Rounds of new prompts at most; then groups with equal rewards fill the batch.",
+        "Rounds of new prompts at most; then groups that are all right or all wrong fill the batch.",
         AT_LEAST_1,
         acts=(DYNAMIC,),
     )
