@@ -127,7 +127,7 @@ class Sampler:
             if len(kept) >= count:
                 break
         self._judge_failures()
-        # Short of groups after the last round, the batch keeps its size with those that only a length penalty tells apart.
+        # Short of groups after the last round, others keep the batch its size; only a length penalty can teach there.
         chosen = (kept + passed_over)[:count]
         self.unfinished = self.unfinished + kept[count:] if settings.partial else []
         self._count("rollout/sampled_tokens", sampled)
