@@ -40,7 +40,12 @@ def draw_all(results: Results, folder: Path) -> list[tuple[str, Path]]:
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [
         ("Final score of each arm: mean and 95 % interval over seeds, beside the paper's number", "scores", _scores),
-        ("Held-out accuracy over sampled tokens: mean and 95 % interval over seeds; VAPO in black", "curves", _curves),
+        (
+            "Held-out accuracy over sampled tokens: mean and 95 % interval over seeds; VAPO in black, dashed with the "
+            "tokens of its value pretraining",
+            "curves",
+            _curves,
+        ),
         ("Response length, entropy and the critic's explained variance over sampled tokens", "signals", _signals),
         (
             "Mean value and mean advantage by position in the response, in the first step, at half of the budget and "
@@ -102,7 +107,9 @@ def _curves(results: Results) -> Figure | None:
     columns = min(len(shown), CURVE_COLUMNS)
     figure, axes = _new_figure(columns, -(-len(shown) // columns), height=2.3, width=2.9, shared=True)
     for axis, arm in zip(axes.flat, shown):
-        _band(axis, results.get("vapo", {}).values(), _accuracy, TITLES["vapo"], color="black")
+        vapo = results.get("vapo", {}).values()
+        _band(axis, vapo, _accuracy, TITLES["vapo"], color="black")
+        _band(axis, vapo, _accuracy_with_pretraining, "", color="black", linestyle="--", linewidth=0.8)
         _band(axis, results[arm.name].values(), _accuracy, arm.title, color=COLOURS[0])
         axis.set_title(textwrap.fill(arm.title, 32), fontsize=9, loc="left")
     axes.flat[0].set_ylim(0, 1)
@@ -116,6 +123,10 @@ def _curves(results: Results) -> Figure | None:
 
 def _accuracy(run: Result) -> tuple[np.ndarray, np.ndarray]:
     return run.tokens, run.accuracy
+
+
+def _accuracy_with_pretraining(run: Result) -> tuple[np.ndarray, np.ndarray]:
+    return run.tokens + run.pretraining_tokens, run.accuracy
 
 
 def _metric(name: str) -> Callable[[Result], tuple[np.ndarray, np.ndarray]]:
