@@ -65,8 +65,8 @@ ARMS = (
     Arm("two_critic_updates", "two critic updates", "more"),
     Arm("no_value_pretraining_short_decay", "without value pretraining, short decay of the critic's rate", "more"),
     Arm("ppo_short_decay", "vanilla PPO, short decay of the critic's rate", "more", family="ppo"),
-    Arm("grpo_16", "GRPO, 8 prompts x 16", "more", family="grpo"),
-    Arm("dapo_16", "DAPO, 8 prompts x 16", "more", family="dapo"),
+    Arm("grpo_16", "GRPO, groups of 16", "more", family="grpo"),
+    Arm("dapo_16", "DAPO, groups of 16", "more", family="dapo"),
 )
 """In the order in which a seed runs them. Ablations take VAPO's learning rate, as the paper's do; baselines have their
 own."""
