@@ -51,6 +51,7 @@ def analyse(results: Results) -> dict[str, Any]:
         "arms": {name: _arm(runs, differences.get(name)) for name, runs in results.items() if runs},
         "order": _order(results),
         "speed": _speed(results),
+        "base_fates": mean_fates(run.samples[0] for run in results.get("vapo", {}).values()),
         "counted": {
             name: _counted(results, name, seeds)
             for name in ("grpo", "dapo")
@@ -88,7 +89,6 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
         "on_the_way": {name: _on_the_way(every, metric) for name, metric in ON_THE_WAY.items()},
         "explained_at_the_start": [_explained(every, tenth) for tenth in TENTHS],
         "credit": {kind: _credit(every, kind) for kind in KINDS},
-        "fates_before": mean_fates(run.samples[0] for run in every),
         "fates": mean_fates(run.samples[-1] for run in every),
         "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
         "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],

@@ -239,7 +239,7 @@ def _credit_cell(found: dict[str, Any] | None) -> str:
 def _fates(numbers: dict[str, Any]) -> list[str]:
     """Say what became of the held-out responses, beside those of the base."""
     found = numbers["arms"]
-    rows = [("the base", found["vapo"]["fates_before"])] if "vapo" in found else []
+    rows = [("the base", numbers["base_fates"])] if "vapo" in found else []
     rows += [(arm.title, found[arm.name]["fates"]) for arm in ARMS if arm.name in found]
     names = list(rows[0][1])
     text = (

@@ -23,8 +23,6 @@ HABITS = (CORRECTIONS, TAKEN_BACK, REMARKS_A_LINE)
 
 LINES = ((3, 3), (4, 7), (8, 15), (16, 24))
 """Classes of problems by their number of lines, the first and the last of each."""
-LINE = 4
-"""Characters of a line: label, operand, operation, result."""
 OTHER_HAND = dict(zip(DIGITS + LETTERS, LETTERS + DIGITS, strict=True))
 
 
@@ -38,7 +36,7 @@ def fate(response: str, answer: str, finished: bool = True) -> str:
     lines = standing(response.translate(LINES_ALONE), PIECE) if finished else None
     if lines is None:
         return FORM
-    for written, due in zip(_lines(lines), _lines(answer)):
+    for written, due in zip(PIECE.findall(lines), PIECE.findall(answer)):
         if written[:-1] != due[:-1]:
             return PLACE
         if written[-1].translate(EITHER) != due[-1]:
@@ -72,7 +70,7 @@ def read_fates(samples: Path) -> dict[str, float]:
     found = Counter(fate(row["response"], row["answer"], row["finish_reason"] == "stop") for row in rows)
     right: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
-        right[right_of(*_class(len(row["answer"]) // LINE))].append(row["reward"] > 0)
+        right[right_of(*_class(len(PIECE.findall(row["answer"]))))].append(row["reward"] > 0)
     return (
         {name: found[name] / len(rows) for name in FATES}
         | habits(row["response"] for row in rows)
@@ -94,7 +92,3 @@ def mean_fates(files: Iterable[Path]) -> dict[str, float]:
 
 def _class(lines: int) -> tuple[int, int]:
     return next(bounds for bounds in LINES if lines <= bounds[1])
-
-
-def _lines(text: str) -> list[str]:
-    return [text[at : at + LINE] for at in range(0, len(text), LINE)]

@@ -81,7 +81,7 @@ class Result:
 
     @cached_property
     def credit(self) -> list[dict[str, Any]]:
-        """What advantage tokens of each kind had in each step (`credit.credit`); empty where none was kept."""
+        """Number and mean advantage of each kind of token in each step (`credit.credit`); empty where none was kept."""
         path = self.folder / CREDIT
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 

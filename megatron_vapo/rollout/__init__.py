@@ -70,7 +70,7 @@ class EngineIndex(NamedTuple):
 
 
 class Pause(NamedTuple):
-    """What stands between two turns of a response."""
+    """A wait between two turns of a response."""
 
     until: Future[Any]
     """Done once something has answered the turn."""

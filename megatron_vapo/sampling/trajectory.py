@@ -43,7 +43,7 @@ class Scored:
 
 
 class Known(NamedTuple):
-    """What all processes know of a response that has begun."""
+    """The part of a response that has begun which all processes know."""
 
     tokens: int
     observed: int

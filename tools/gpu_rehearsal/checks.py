@@ -257,7 +257,7 @@ def _same(sent: dict[str, Any], read: dict[str, Any]) -> None:
 
 
 def _cuda_handles() -> str:
-    """What torch's pickle of a CUDA tensor names, by the classes that it names them with; none is opened."""
+    """Return what torch's pickle of a CUDA tensor names, by the classes that it names them with; none is opened."""
     import io
 
     from sglang.srt.utils.common import SafeUnpickler
