@@ -4,7 +4,8 @@
     python -m benchmarks.table1 [--seeds 10]           run what is not complete, then write the document
     python -m benchmarks.table1 --report               only write the document, from the run folders
 
-Stopped (Ctrl-C, SIGTERM) and started again, it goes on.
+Stopped (Ctrl-C, SIGTERM) and started again, it goes on. On another machine it goes on with `--known`, the file of runs
+that a report writes: these are not run again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.table1 import tuning
 from benchmarks.table1.arms import arms
-from benchmarks.table1.sweep import FULL, SMOKE, Job, Sweep, sweep_jobs
+from benchmarks.table1.results import read_results, read_runs
+from benchmarks.table1.sweep import FULL, SMOKE, Job, Size, Sweep, not_known, sweep_jobs
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, TrainingError, UserError
 
 
@@ -40,6 +42,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, default=Path("artifacts/table1"), help="folder of all runs")
     parser.add_argument("--document", type=Path, default=Path("docs/table1.md"), help="document, its JSON and figures")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="runs.jsonl of a report: not run, but reported")
     parser.add_argument("--tune", action="store_true", help="choose learning rates, then stop")
     parser.add_argument("--untuned", action="store_true", help="take the learning rates of the recipes")
     parser.add_argument("--report", action="store_true", help="run nothing, write the document")
@@ -62,16 +65,23 @@ def _tune(options: argparse.Namespace) -> int:
 def _table(options: argparse.Namespace) -> int:
     chosen = arms(options.arms)
     rates = {} if options.smoke or options.untuned or options.report else tuning.read_rates(chosen)
-    jobs = list(sweep_jobs(options.out, chosen, range(options.seeds), rates))
-    failed = [] if options.report else _run(options, jobs)
+    seeds = range(options.seeds)
+    known = read_runs(options.known) if options.known else []
+    jobs = list(sweep_jobs(options.out, chosen, seeds, rates))
+    failed = [] if options.report else _run(options, not_known(jobs, known, _size(options)))
     from benchmarks.table1.document import write_document  # matplotlib and scipy: not before they are needed
 
-    write_document(options.document, options.out, chosen, range(options.seeds))
+    results = read_results(options.out, [arm.name for arm in chosen], seeds, known)
+    write_document(options.document, results, chosen, seeds)
     return _verdict(failed)
 
 
 def _run(options: argparse.Namespace, jobs: list[Job]) -> list[str]:
-    return Sweep(options.out, SMOKE if options.smoke else FULL, options.jobs).run(jobs)
+    return Sweep(options.out, _size(options), options.jobs).run(jobs)
+
+
+def _size(options: argparse.Namespace) -> Size:
+    return SMOKE if options.smoke else FULL
 
 
 def _verdict(failed: list[str]) -> int:

@@ -12,10 +12,7 @@ from benchmarks.table1 import statistics
 from benchmarks.table1.arms import ARMS
 from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import mean_fates
-from benchmarks.table1.results import Result
-
-Results = dict[str, dict[int, Result]]
-"""By arm, by seed."""
+from benchmarks.table1.results import Result, Results
 
 ORDER = ("ppo", "no_value_pretraining", "no_decoupled_gae", "no_length_adaptive_gae", "no_clip_higher",
          "no_token_level_loss", "no_positive_lm_loss", "no_group_sampling", "vapo")  # fmt: skip
@@ -51,7 +48,7 @@ def analyse(results: Results) -> dict[str, Any]:
         "arms": {name: _arm(runs, differences.get(name)) for name, runs in results.items() if runs},
         "order": _order(results),
         "speed": _speed(results),
-        "base_fates": mean_fates(run.samples[0] for run in results.get("vapo", {}).values()),
+        "base_fates": mean_fates(run.fates[0] for run in results.get("vapo", {}).values()),
         "counted": {
             name: _counted(results, name, seeds)
             for name in ("grpo", "dapo")
@@ -83,13 +80,13 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
         "base": _mean(run.base for run in every),
         "sampled_tokens": _mean(run.tokens[-1] for run in every),
         "pretraining_tokens": _mean(run.pretraining_tokens for run in every),
-        "steps": _mean(len(run.train) for run in every),
+        "steps": _mean(len(run.step_tokens) for run in every),
         "evaluations": _mean(len(run.accuracy) for run in every),
         "seconds": _mean(run.origin["seconds"] for run in every),
         "on_the_way": {name: _on_the_way(every, metric) for name, metric in ON_THE_WAY.items()},
         "explained_at_the_start": [_explained(every, tenth) for tenth in TENTHS],
         "credit": {kind: _credit(every, kind) for kind in KINDS},
-        "fates": mean_fates(run.samples[-1] for run in every),
+        "fates": mean_fates(run.fates[-1] for run in every),
         "short_of_budget": [seed for seed, run in sorted(runs.items()) if run.short_of_budget],
         "collapsed": [seed for seed, run in sorted(runs.items()) if run.collapsed],
         "vapo_minus_arm": difference,
@@ -106,30 +103,27 @@ def _arm(runs: dict[int, Result], difference: dict[str, Any] | None) -> dict[str
 
 def _on_the_way(runs: list[Result], metric: str) -> float | None:
     """Mean over runs of each run's median over its steps; None where there is no such metric."""
-    medians = [np.median(found) for run in runs if (found := [r[metric] for r in run.train if metric in r])]
+    medians = [np.nanmedian(run.metric(metric)) for run in runs if metric in run.steps]
     return _mean(medians) if medians else None
 
 
 def _explained(runs: list[Result], tenth: int) -> float | None:
     """Mean over runs of explained variance in a tenth of responses over the first steps; None without a critic."""
     metric = f"critic/explained_variance_tenth_{tenth}"
-    means = [np.mean(found) for run in runs if (found := [r[metric] for r in run.train[:FIRST_STEPS] if metric in r])]
+    means = [np.nanmean(run.metric(metric)[:FIRST_STEPS]) for run in runs if metric in run.steps]
     return _mean(means) if means else None
 
 
 def _credit(runs: list[Result], kind: str) -> dict[str, Any] | None:
     """Tokens of a kind in the first steps, and the mean over runs of their mean advantage; None where there are no such
     tokens."""
-    found = [[row for row in run.credit if row["kind"] == kind and row["step"] <= FIRST_STEPS] for run in runs]
-    means = np.array([_mean_over_tokens(rows) for rows in found if rows])
-    if not len(means):
+    found = [[row[1:] for row in run.credit.get(kind, []) if row[0] <= FIRST_STEPS] for run in runs]
+    found = [rows for rows in found if rows]
+    if not found:
         return None
-    tokens = sum(row["tokens"] for rows in found for row in rows)
+    means = np.array([np.average([mean for _, mean in rows], weights=[tokens for tokens, _ in rows]) for rows in found])
+    tokens = sum(tokens for rows in found for tokens, _ in rows)
     return {"tokens": tokens, "mean": float(means.mean()), "interval": asdict(statistics.mean_interval(means))}
-
-
-def _mean_over_tokens(rows: list[dict[str, Any]]) -> float:
-    return float(np.average([row["mean"] for row in rows], weights=[row["tokens"] for row in rows]))
 
 
 def _differences(results: Results) -> dict[str, dict[str, Any]]:

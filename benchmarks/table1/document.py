@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,34 +10,31 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import FIRST_STEPS, LOWEST, ON_THE_WAY, PAPER_NOISE, TENTHS, Results, analyse
+from benchmarks.table1.analysis import FIRST_STEPS, LOWEST, ON_THE_WAY, PAPER_NOISE, TENTHS, analyse
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import CORRECTIONS, REMARKS_A_LINE
 from benchmarks.table1.figures import draw_all
-from benchmarks.table1.results import read_results
+from benchmarks.table1.results import RUNS, Results, rounded, write_runs
 from megatron_vapo.errors import DataError
 
 BEGIN, END = "<!-- results: written by python -m benchmarks.table1 -->", "<!-- end of results -->"
 TITLES = {arm.name: arm.title for arm in ARMS}
 GROUPS = {"paper": "The paper's rows", "more": "Other rows"}
-DIGITS = 5
 
 
-def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[int]) -> None:
-    """Results of all complete runs below `out`, as document, JSON beside it and figures in a folder beside it.
+def write_document(document: Path, results: Results, arms: list[Arm], seeds: Iterable[int]) -> None:
+    """Results as document, JSON beside it, and in a folder beside it figures and what is kept of each run.
 
     Raises:
-        DataError: no run is complete.
+        DataError: there are none, or runs of an arm have different settings.
     """
     seeds = list(seeds)
-    results = read_results(out, [arm.name for arm in arms], seeds)
-    results = {name: runs for name, runs in results.items() if runs}
     if not results:
-        raise DataError(f"{out}: no run is complete yet")
+        raise DataError("no run is complete yet")
     numbers = rounded({"runs": _runs(results, arms, seeds), **analyse(results)})
-    document.parent.mkdir(parents=True, exist_ok=True)
     figures = draw_all(results, document.with_suffix(""))
+    write_runs(document.with_suffix("") / RUNS, results)
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     parts = (_aims, _tables, _order, _speed, _credit, _fates, _on_the_way)
     lines = [*_runs_text(numbers), *_setting(numbers, results), *(line for part in parts for line in part(numbers))]
@@ -46,17 +42,6 @@ def write_document(document: Path, out: Path, arms: list[Arm], seeds: Iterable[i
     pictures = "".join(f"\n{caption}:\n\n![{caption}]({_beside(file, document)})\n" for caption, file in figures)
     _insert(document, text + "\n" + pictures)
     print(f"wrote {document}")
-
-
-def rounded(value: Any) -> Any:
-    """Numbers to `DIGITS` significant digits, for JSON; what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [rounded(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
 
 
 def _insert(document: Path, text: str) -> None:
@@ -119,17 +104,16 @@ def _setting(numbers: dict[str, Any], results: Results) -> list[str]:
     """Say what VAPO's runs were told, in a sentence, and what came of it."""
     if "vapo" not in results:
         return []
-    vapo = next(iter(results["vapo"].values())).recipe
+    vapo = next(iter(results["vapo"].values())).settings
     row = numbers["arms"]["vapo"]
-    responses = vapo.rollout.prompts_per_step * vapo.rollout.samples_per_prompt
+    responses = vapo["rollout.prompts_per_step"] * vapo["rollout.samples_per_prompt"]
     bases = [seed["base"] for seed in row["by_seed"].values()]
     return [
-        f"Setting: a step samples {responses} responses of at most {vapo.rollout.max_response_tokens} "
-        f"tokens for {responses // vapo.minibatch_size} updates; VAPO's alpha is "
-        f"{vapo.algorithm.alpha:g}. A run "
-        f"samples {vapo.limits.sampled_tokens:,} tokens; an evaluation is {vapo.evaluation.problems} held-out problems "
-        f"x {vapo.evaluation.samples}. The bases are right {min(bases):.1%} to {max(bases):.1%} of the time; VAPO's "
-        f"value pretraining sampled {row['pretraining_tokens']:,.0f} tokens on average.",
+        f"Setting: a step samples {responses} responses of at most {vapo['rollout.max_response_tokens']} "
+        f"tokens for {responses // vapo['minibatch_size']} updates; VAPO's alpha is {vapo['algorithm.alpha']:g}. A run "
+        f"samples {vapo['limits.sampled_tokens']:,} tokens; an evaluation is {vapo['evaluation.problems']} held-out "
+        f"problems x {vapo['evaluation.samples']}. The bases are right {min(bases):.1%} to {max(bases):.1%} of the "
+        f"time; VAPO's value pretraining sampled {row['pretraining_tokens']:,.0f} tokens on average.",
         "",
         *_apart(numbers["arms"]),
     ]

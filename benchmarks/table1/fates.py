@@ -83,9 +83,9 @@ def right_of(fewest: int, most: int) -> str:
     return f"right, {fewest} lines" if fewest == most else f"right, {fewest} to {most} lines"
 
 
-def mean_fates(files: Iterable[Path]) -> dict[str, float]:
-    """Return the means over several runs' files, each over those that have such responses."""
-    found = [read_fates(file) for file in files]
+def mean_fates(fates: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the means over several runs, each over those that have such responses."""
+    found = list(fates)
     names = (*FATES, *HABITS, *(right_of(*bounds) for bounds in LINES))
     return {name: mean(known) for name in names if (known := [rates[name] for rates in found if name in rates])}
 

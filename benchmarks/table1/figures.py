@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.table1.analysis import Results
 from benchmarks.table1.arms import ARMS
-from benchmarks.table1.results import Result
+from benchmarks.table1.results import Result, Results
 from benchmarks.table1.statistics import mean_interval
 from megatron_vapo.observe.report import COLOURS
 from megatron_vapo.training.step_metrics import POSITION_BINS
@@ -133,8 +131,9 @@ def _metric(name: str) -> Callable[[Result], tuple[np.ndarray, np.ndarray]]:
     """A metric of the training steps over sampled tokens."""
 
     def read(run: Result) -> tuple[np.ndarray, np.ndarray]:
-        records = [record for record in run.train if name in record]
-        return np.array([r["tokens/sampled"] for r in records]), np.array([r[name] for r in records])
+        values = run.metric(name)
+        known = np.isfinite(values)
+        return np.array(run.step_tokens)[: len(values)][known], values[known]
 
     return read
 
@@ -195,12 +194,13 @@ def _positions(results: Results) -> Figure | None:
 
 def _by_position(run: Result, metric: str, share: float) -> list[float]:
     """Means by tenths of the response [K], of the step at this share of the run."""
-    record = run.train[round(share * (len(run.train) - 1))]
-    return [record[f"{metric}_tenth_{k + 1}"] for k in range(POSITION_BINS)]
+    step = round(share * (len(run.step_tokens) - 1))
+    return [run.metric(f"{metric}_tenth_{k + 1}")[step] for k in range(POSITION_BINS)]
 
 
 def _lambda(results: Results) -> Figure | None:
-    before, after = (_lengths(results.get("vapo", {}).values(), index) for index in (0, -1))
+    runs = results.get("vapo", {}).values()
+    before, after = ([length for run in runs for length in run.lengths[index]] for index in (0, -1))
     if not before:
         return None
     figure, ((curves, lengths),) = _new_figure(2)
@@ -208,7 +208,9 @@ def _lambda(results: Results) -> Figure | None:
     for number, alpha in enumerate(ALPHAS):
         curves.plot(length, np.clip(1 - 1 / (alpha * length), 0, 1), color=COLOURS[number], label=f"alpha {alpha:g}")
     for run in list(results.get("ppo", {}).values())[:1]:
-        curves.axhline(run.recipe.algorithm.lambda_policy, color="black", linestyle="--", linewidth=1, label="fixed")
+        curves.axhline(
+            run.settings["algorithm.lambda_policy"], color="black", linestyle="--", linewidth=1, label="fixed"
+        )
     curves.set_title("lambda of the policy", fontsize=10, loc="left")
     curves.legend(fontsize=7, frameon=False)
     edges = np.linspace(0, length[-1], 40)
@@ -218,9 +220,3 @@ def _lambda(results: Results) -> Figure | None:
     for axis in (curves, lengths):
         axis.set_xlabel("response length (tokens)", fontsize=8)
     return figure
-
-
-def _lengths(runs: Iterable[Result], index: int) -> list[int]:
-    """Return the lengths of the held-out responses that each run kept of its first (0) or last (-1) evaluation."""
-    files = [run.samples[index] for run in runs]
-    return [json.loads(line)["tokens"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]

@@ -20,6 +20,10 @@ TASK = ("--task", "long_derivation")
 PROBLEMS = ("--problems", "1024")
 """A finite set: with one response a prompt a run sees each twice, with four some two thirds of them."""
 
+PLACES = ("seed", "run_dir", "model.path", "data.train", "evaluation.data", "critic.reward_model",
+          "value_pretraining.checkpoint")  # fmt: skip
+"""What differs between the runs of an arm."""
+
 Command = list[str]
 
 

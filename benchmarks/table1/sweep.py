@@ -24,8 +24,8 @@ from benchmarks.table1.arms import Arm
 from benchmarks.table1.credit import FILE as CREDIT
 from benchmarks.table1.credit import write_credit
 from benchmarks.table1.processes import Processes
-from benchmarks.table1.results import read_result
-from megatron_vapo.checkpoint.run_folder import changed_keys, may_change
+from benchmarks.table1.results import Result, differing, read_result
+from megatron_vapo.checkpoint.run_folder import changed_keys, flat_settings, may_change
 from megatron_vapo.errors import RecipeError, TrainingError, UserError
 from megatron_vapo.recipe.load import load_recipe, to_yaml
 from megatron_vapo.runtime.durable import write_text
@@ -203,6 +203,32 @@ def _complete(folder: Path, origin: dict[str, object]) -> None:
     for path in sorted((folder / "evaluation").glob("samples/*.jsonl"))[1:-1]:
         path.unlink()
     write_text(folder / ORIGIN, json.dumps(origin, indent=1) + "\n")
+
+
+def not_known(jobs: list[Job], known: Iterable[Result], size: Size) -> list[Job]:
+    """Return the jobs that are not known from elsewhere.
+
+    Raises:
+        RecipeError: a known run has other settings than its job.
+    """
+    runs = {(run.arm, run.seed): run for run in known}
+    left = []
+    for job in jobs:
+        run = runs.get((job.arm.name, job.seed))
+        if run is None:
+            left.append(job)
+        elif changed := differing(_settings(job, size), run.settings):
+            raise RecipeError(
+                f"{job.name} is known from commit {run.commit} with other settings ({', '.join(changed)}): "
+                "take its line out of the file, or do not name the file"
+            )
+    return left
+
+
+def _settings(job: Job, size: Size) -> dict[str, object]:
+    """Return a job's settings, with places that mean nothing."""
+    places = pieces.overrides(job.arm, job.seed, job.folder, job.folder)
+    return flat_settings(to_yaml(load_recipe(job.arm.recipe, (*places, *size.settings, *job.settings))))
 
 
 def source() -> dict[str, object]:

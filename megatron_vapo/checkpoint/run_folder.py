@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -161,14 +161,19 @@ def _made(folder: Path) -> str | None:
 
 def changed_keys(before: str, after: str) -> dict[str, tuple[Any, Any]]:
     """Return the settings that differ between two resolved recipes, with both values."""
-    old, new = _flat(OmegaConf.create(before)), _flat(OmegaConf.create(after))
+    old, new = flat_settings(before), flat_settings(after)
     return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)}
 
 
-def _flat(group: Any, prefix: str = "") -> dict[str, Any]:
+def flat_settings(recipe: str) -> dict[str, Any]:
+    """Return the settings of a resolved recipe's text by their keys, which have dots between groups."""
+    return _flat(cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(recipe))))
+
+
+def _flat(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key, value in group.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if OmegaConf.is_dict(value) else {prefix + key: value}
+        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from benchmarks.table1 import analysis, arms
 from benchmarks.table1.document import BEGIN, END, write_document
-from benchmarks.table1.results import Result, read_result, read_results
+from benchmarks.table1.results import RUNS, Result, Results, read_result, read_results, read_runs
 from megatron_vapo.errors import DataError
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,9 @@ TRUTH = {
 """Final scores of the made-up sweep: in the paper's order, but for value pretraining, which is below vanilla PPO."""
 
 
+NAMES = [arm.name for arm in arms.ARMS]
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Path]) -> Path:
     """Six seeds of every arm: accuracy grows to the truth within `LAST` steps; some seeds are better for all arms."""
@@ -92,13 +96,19 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, write_run: Callable[..., Pat
             accuracy = np.clip(0.04 + (final - 0.04 + luck) * np.minimum(np.arange(LAST + 1) / (LAST - 3), 1), 0, 1)
             tokens = (np.arange(LAST) + 1) * STEP_TOKENS + 7 * seed
             pretrained = folder / "critic" / "critic_pretrained" if arm.name != "dapo" else None
-            write_run(folder / arm.name, list(np.clip(accuracy + noise, 0, 1)), tokens.tolist(), critic=pretrained)
+            scores = list(np.clip(accuracy + noise, 0, 1))
+            write_run(folder / arm.name, scores, tokens.tolist(), LAST * STEP_TOKENS, pretrained)
     return out
 
 
 @pytest.fixture(scope="module")
-def numbers(sweep: Path) -> dict:
-    return analysis.analyse(read_results(sweep, [arm.name for arm in arms.ARMS], list(range(6))))
+def results(sweep: Path) -> Results:
+    return read_results(sweep, NAMES, range(6))
+
+
+@pytest.fixture(scope="module")
+def numbers(results: Results) -> dict:
+    return analysis.analyse(results)
 
 
 def test_the_order_finds_the_planted_reversal(numbers: dict) -> None:
@@ -127,10 +137,10 @@ def test_speed_against_dapo(numbers: dict) -> None:
     assert numbers["speed"]["ppo"]["never"] == list(range(6)) and numbers["speed"]["ppo"]["share"] == 1.0
 
 
-def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
+def test_a_document_of_everything(results: Results, tmp_path: Path) -> None:
     document = tmp_path / "table1.md"
     document.write_text(f"# Title\n\nbefore\n\n{BEGIN}\nstale results\n{END}\n\nafter\n")
-    write_document(document, sweep, list(arms.ARMS), range(6))
+    write_document(document, results, list(arms.ARMS), range(6))
     text = document.read_text()
     assert text.startswith("# Title\n\nbefore\n") and text.endswith(f"{END}\n\nafter\n") and "stale results" not in text
     assert all(f"| {arm.title} |" in text for arm in arms.ARMS)
@@ -155,15 +165,53 @@ def test_a_document_of_everything(sweep: Path, tmp_path: Path) -> None:
     assert found["arms"]["vapo"]["by_seed"]["3"]["final"] == pytest.approx(0.9, abs=0.2)
     assert (tmp_path / "table1.json").stat().st_size < 300_000
     pictures = sorted(path.name for path in (tmp_path / "table1").iterdir())
-    assert pictures == ["curves.png", "lambda.png", "positions.png", "scores.png", "signals.png"]
-    assert all(f"table1/{name})" in text for name in pictures)
-    write_document(document, sweep, list(arms.ARMS), range(6))
-    assert document.read_text() == text
+    assert pictures == ["curves.png", "lambda.png", "positions.png", RUNS, "scores.png", "signals.png"]
+    assert all(f"table1/{name})" in text for name in pictures if name != RUNS)
+
+
+def test_the_document_is_the_same_from_the_runs_it_keeps(sweep: Path, results: Results, tmp_path: Path) -> None:
+    """On another machine too, which has two seeds of its own and knows the others."""
+    first, again = tmp_path / "first", tmp_path / "again"
+    write_document(first.with_suffix(".md"), results, list(arms.ARMS), range(6))
+    assert len((first / RUNS).read_text().splitlines()) == 7 * len(arms.ARMS)
+    known = [run for run in read_runs(first / RUNS) if run.seed > 1]
+    for seed in (0, 1):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"seed_{seed:03d}").symlink_to(sweep / "runs" / f"seed_{seed:03d}")
+    write_document(again.with_suffix(".md"), read_results(tmp_path, NAMES, range(6), known), list(arms.ARMS), range(6))
+    assert again.with_suffix(".md").read_text() == first.with_suffix(".md").read_text().replace("(first/", "(again/")
+    assert again.with_suffix(".json").read_bytes() == first.with_suffix(".json").read_bytes()
+    files = sorted(path.name for path in first.iterdir())
+    assert all((again / name).read_bytes() == (first / name).read_bytes() for name in files) and len(files) == 6
+
+
+def test_runs_of_other_settings_are_refused(results: Results, tmp_path: Path) -> None:
+    """An arm's runs are made by one recipe; a setting that one of them lacks is of another version."""
+    vapo = results["vapo"]
+    other = [replace(vapo[1], settings=vapo[1].settings | {"algorithm.alpha": 0.3}), vapo[0]]
+    with pytest.raises(DataError, match=r"seeds 0 and 1 differ in algorithm\.alpha"):
+        read_results(tmp_path, ["vapo"], range(2), other)
+    older = {key: value for key, value in vapo[1].settings.items() if key != "algorithm.alpha"}
+    assert len(read_results(tmp_path, ["vapo"], range(2), [vapo[0], replace(vapo[1], settings=older)])["vapo"]) == 2
+
+
+def test_what_is_kept_names_no_place(results: Results, sweep: Path) -> None:
+    assert str(sweep) not in str(results) and "'seed':" not in str(results["vapo"][0].settings)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "{", '{"arm": "vapo", "seed": 0}\n', '{"arm": "vapo", "settings": {}}\n{"arm": "vapo"}\n']
+)
+def test_a_file_of_something_else(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / RUNS).write_text(content)
+    with pytest.raises(DataError, match="has no runs of the table"):
+        read_runs(tmp_path / RUNS)
 
 
 def test_a_part_of_a_sweep(sweep: Path, tmp_path: Path) -> None:
     """Arms and seeds that are missing are named; what needs them is left out."""
-    write_document(tmp_path / "part.md", sweep, list(arms.ARMS[:3]), range(7))
+    write_document(tmp_path / "part.md", read_results(sweep, NAMES[:3], range(7)), list(arms.ARMS[:3]), range(7))
     text = (tmp_path / "part.md").read_text()
     assert "short of the budget: none" in text
     assert "Not complete: VAPO with seeds 6; GRPO with seeds 6; DAPO with seeds 6." in text
@@ -172,4 +220,4 @@ def test_a_part_of_a_sweep(sweep: Path, tmp_path: Path) -> None:
 
 def test_nothing_complete(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no run is complete"):
-        write_document(tmp_path / "table1.md", tmp_path, list(arms.ARMS), range(2))
+        write_document(tmp_path / "table1.md", read_results(tmp_path, NAMES, range(2)), list(arms.ARMS), range(2))

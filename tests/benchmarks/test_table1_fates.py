@@ -23,6 +23,7 @@ from benchmarks.table1.fates import (
     fate,
     habits,
     mean_fates,
+    read_fates,
     right_of,
 )
 from megatron_vapo.data.long_derivation import EOS, VOCABULARY, Mixture, demonstrate, make_problem
@@ -86,6 +87,6 @@ def test_means_are_over_files(tmp_path: Path) -> None:
         ]
         files.append(tmp_path / f"{number}.jsonl")
         files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = mean_fates(files)
+    found = mean_fates(map(read_fates, files))
     assert [found[name] for name in FATES] == [pytest.approx(x) for x in (0.625, 0.125, 0, 0.125, 0.125)]
     assert found[right_of(3, 3)] == 0.625 and right_of(4, 7) not in found

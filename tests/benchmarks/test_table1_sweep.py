@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.table1 import tuning
 from benchmarks.table1.arms import ARMS, Arm
-from benchmarks.table1.results import read_results
-from benchmarks.table1.sweep import FULL, SMOKE, Job, Sweep, sweep_jobs
+from benchmarks.table1.results import RUNS, read_results
+from benchmarks.table1.sweep import FULL, SMOKE, Job, Sweep, not_known, sweep_jobs
 from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, RecipeError
 from megatron_vapo.recipe.load import load_recipe, to_yaml
 
@@ -135,6 +135,18 @@ def test_a_complete_run_of_other_settings_is_refused(
 
 
 @pytest.mark.slow
+def test_runs_that_are_known_are_no_jobs(tmp_path: Path, swept: Callable[..., MadeUp]) -> None:
+    swept([VAPO, DAPO], 1)
+    known = [run for runs in read_results(tmp_path, ["vapo", "dapo"], [0]).values() for run in runs.values()]
+    left = not_known(jobs(tmp_path / "elsewhere", [VAPO, DAPO, PPO], 2), known, FULL)
+    assert [job.name for job in left] == ["seed 0 ppo", "seed 1 vapo", "seed 1 dapo", "seed 1 ppo"]
+    other = list(sweep_jobs(tmp_path, [VAPO], range(1), {"vapo": 1e-3}))
+    said = r"seed 0 vapo is known from commit .* with other settings \(actor.optimizer.learning_rate\): take its line"
+    with pytest.raises(RecipeError, match=said):
+        not_known(other, known, FULL)
+
+
+@pytest.mark.slow
 def test_tuning_uses_one_grid_and_other_seeds(
     tmp_path: Path, write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,11 +193,17 @@ def test_a_smoke_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
 
+    runs, text = document.with_suffix("") / RUNS, document.read_text()
+    elsewhere = [*command, "--known", str(runs), "--out", str(tmp_path / "elsewhere")]
+    third = subprocess.run(elsewhere, cwd=REPOSITORY, capture_output=True, text=True)
+    assert third.returncode == 0 and "[" not in third.stdout, third.stdout + third.stderr
+    assert not (tmp_path / "elsewhere").exists() and document.read_text() == text
+
     results = read_results(out, ["vapo", "grpo"], [0])
     budget = int(dict(setting.split("=") for setting in SMOKE.settings)["limits.sampled_tokens"])
     for runs in results.values():
         for run in runs.values():
-            sampled = [0.0, *(record["tokens/sampled"] for record in run.train)]
+            sampled = [0, *run.step_tokens]
             assert sampled[-2] < budget <= sampled[-1] == run.tokens[-1]
     assert all(run.pretraining_tokens > 0 for run in results["vapo"].values())
     assert all(run.pretraining_tokens == 0 for run in results["grpo"].values())
