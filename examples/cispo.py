@@ -1,6 +1,6 @@
 """CISPO (MiniMax-M1, arXiv 2506.13585): clips the weight of each token's log-prob, so that no token loses its gradient.
 
-PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml algorithm.loss=examples.cispo:cispo
+PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml name=cispo algorithm.loss=examples.cispo:cispo
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Dr. GRPO (arXiv 2503.20783): GRPO without its two biases, the group's deviation and each response's own length.
 
-    PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml algorithm.advantage=examples.dr_grpo:centred \
+    PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml name=dr_grpo algorithm.advantage=examples.dr_grpo:centred \
         algorithm.loss=examples.dr_grpo:summed algorithm.options.max_tokens=128
 """
 

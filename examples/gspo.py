@@ -1,6 +1,6 @@
 """GSPO (arXiv 2507.18071): one ratio for a whole response, the geometric mean of its tokens' ratios, clipped.
 
-    PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml algorithm.loss=examples.gspo:gspo
+    PYTHONPATH=. megatron-vapo train recipes/tiny_grpo.yaml name=gspo algorithm.loss=examples.gspo:gspo
 
 What stands after * is set as `algorithm.options={clip_low: 0.001}`.
 """

@@ -1,6 +1,6 @@
 """A prompt source of one's own, derivations that grow as the policy learns: docs/add_a_prompt_source.md explains it.
 
-PYTHONPATH=. megatron-vapo train recipes/tiny.yaml data.train=examples.levels:Levels
+PYTHONPATH=. megatron-vapo train recipes/tiny.yaml name=levels data.train=examples.levels:Levels
 """
 
 import random

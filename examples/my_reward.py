@@ -1,6 +1,6 @@
 """Rewards of one's own: functions in any module that Python finds (docs/add_a_reward.md).
 
-    PYTHONPATH=. megatron-vapo train recipes/tiny.yaml data.train=numbers.jsonl \
+    PYTHONPATH=. megatron-vapo train recipes/gsm8k_0.5b.yaml name=last_number \
         reward.name=examples.my_reward:last_number
 
 Nothing is registered and nothing else is edited. A recipe is refused before any model is built where the module or the

@@ -20,7 +20,9 @@ from megatron_vapo.errors import INTERRUPTED_EXIT_CODE, LayoutError, ProcessErro
 if TYPE_CHECKING:
     from megatron_vapo.config import Recipe
 
-_OVERRIDES = "settings that win over the recipe, such as steps=10 or algorithm=grpo (vapo, ppo, vc_ppo, dapo)"
+_OVERRIDES = (
+    "settings that win over the recipe, such as steps=10 or algorithm=grpo (vapo, ppo, vc_ppo, sao, grpo, dapo)"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print everything as JSON")
     sub.add_argument("--out", type=_picture, help="picture to write (.png, .pdf, .svg)")
     sub.set_defaults(command=_plan)
+
+    text = "what a recipe can say: each setting with its default, the values it may have, and what it does"
+    sub = commands.add_parser("settings", help=text, description=text)
+    sub.add_argument("key", nargs="?", default="", help="a setting, or a group such as rollout.sglang; default: all")
+    sub.set_defaults(command=_settings)
 
     text = "draw the curves of one or several runs"
     sub = commands.add_parser("report", help=text, description=text)
@@ -179,6 +186,13 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_vapo.plan.command import run_plan
 
     return 0 if run_plan(recipe, options) else LayoutError.exit_code
+
+
+def _settings(options: argparse.Namespace) -> int:
+    from megatron_vapo.commands.settings import describe
+
+    print(describe(options.key))
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

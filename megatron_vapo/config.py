@@ -75,6 +75,7 @@ PRETRAINED_HERE = Condition(
 )
 CATEGORICAL = Condition("critic.head.kind=hl_gauss", lambda recipe: recipe.critic.head.kind == "hl_gauss")
 DYNAMIC = Condition("rollout.dynamic_sampling=true", lambda recipe: recipe.rollout.dynamic_sampling)
+PROVEN = Condition("rollout.check_weights_every is above 0", lambda recipe: recipe.rollout.check_weights_every > 0)
 PARTIAL = Condition("rollout.partial=true", lambda recipe: recipe.rollout.partial)
 BESIDE = Condition(
     "rollouts are written beside training (rollout.lag above 0, rollout.engine=sglang, "
@@ -646,6 +647,7 @@ class RolloutConfig:
         "handed over with what the engine holds then, by checksums on the device: no transfer, one pass over the "
         "weights. With rollout.sglang.update=direct and the embedded engine.",
         resume=True,
+        acts=(PROVEN,),
     )
     max_logprob_difference: float | None = setting(
         None,
@@ -1020,7 +1022,8 @@ class AlarmsConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run. The paper's values are the defaults where it states them (docs/method.md)."""
+    """The settings of one run. Defaults are the paper's values where it states them and one number fits both roles
+    (docs/method.md); recipes/parts/math.yaml is its experiment."""
 
     name: str = setting(MISSING, "The run's name, in its folder, curves and logs.", resume=True)
     run_dir: str = setting(

@@ -10,7 +10,7 @@
 #SBATCH --cpus-per-task=16
 #SBATCH --mem=96G
 #SBATCH --time=04:00:00
-#SBATCH --signal=B:USR1@600       # ten minutes before the limit: finish the step, checkpoint, requeue
+#SBATCH --signal=B:USR1@600       # ten minutes before the limit: end with a checkpoint, requeue
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

@@ -12,7 +12,7 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --time=1-00:00:00
-#SBATCH --signal=B:USR1@1800      # half an hour before the limit: finish the step, checkpoint, requeue
+#SBATCH --signal=B:USR1@1800      # half an hour before the limit: end with a checkpoint, requeue
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log

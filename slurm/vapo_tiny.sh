@@ -1,7 +1,8 @@
 #!/bin/bash
-# The tiny run on CPUs, two nodes of two processes: tries out a cluster without a GPU. Make its base model first:
+# The tiny run on CPUs, two nodes of two processes: tries out a cluster without a GPU, in an environment without Transformer
+# Engine (docs/run_32b.md). Make its base model first:
 #
-#     tools/make_tiny_base.py
+#     python tools/make_tiny_base.py
 #     sbatch slurm/vapo_tiny.sh steps=10
 #
 #SBATCH --job-name=vapo_tiny

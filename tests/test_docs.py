@@ -10,6 +10,7 @@ import pytest
 from megatron_vapo.recipe.load import MOVED
 from megatron_vapo.recipe.schema import SCHEMA
 from tests.conftest import REPOSITORY
+from tests.documented import undescribed
 
 FOLDERS = "megatron_vapo|tests|tools|benchmarks|recipes|slurm|examples|docs"
 FREE = {"rollout.sglang.arguments", "algorithm.options"}
@@ -99,6 +100,18 @@ def test_settings_exist(document):
     mentioned = re.findall(rf"(?<![\w./-])(?:{groups})(?:\.(?!py\b|safetensors\b)[a-z_0-9]+)+(?![\w/])", text)
     unknown = {key for key in mentioned if key not in known | NO_SETTINGS and key.rpartition(".")[0] not in FREE}
     assert not unknown, f"{document.name}: {sorted(unknown)}"
+
+
+def test_every_metric_is_described():
+    """Those whose whole names stand in the sources; tests/commands/test_cli.py compares a run's."""
+    groups = "reward|response|critic|actor|advantage|rollout|tokens|throughput|seconds|evaluate|data|memory"
+    sources = [path.read_text("utf-8") for path in (REPOSITORY / "megatron_vapo").rglob("*.py")]
+    names = {name for source in sources for name in re.findall(rf'"((?:{groups})/[a-z_0-9]+)"', source)}
+    assert len(names) > 50
+    # Counts that a share is made of, and beginnings of names.
+    parts = {"rollout/prompt_tokens", "rollout/cached_prompt_tokens"}
+    begun = {name for name in names if name.endswith("_tenth") or name == "critic/value"}
+    assert undescribed(names - parts - begun) == []
 
 
 def test_every_document_is_in_the_index():

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train a recipe through NeMo-Run, on this machine or on a Slurm cluster, from a login node or from afar.
 
-    tools/launch.py recipes/tiny.yaml --executor local --processes 2 steps=10
-    tools/launch.py recipes/vapo_32b.yaml --executor slurm --nodes 16 --account A --partition P --dry-run
-    tools/launch.py recipes/vapo_32b.yaml --executor slurm --host login.example.org \\
+    python tools/launch.py recipes/tiny.yaml --executor local --processes 2 steps=10
+    python tools/launch.py recipes/vapo_32b.yaml --executor slurm --nodes 16 --account A --partition P --dry-run
+    python tools/launch.py recipes/vapo_32b.yaml --executor slurm --host login.example.org \\
         --job-dir /scratch/me/jobs --repository /scratch/me/megatron_vapo
 
 Needs `pip install "nemo-run==0.11.1" "leptonai>=0.26.6,<0.47" omegaconf` (the extra `launch`), best in an environment

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the prompt sets of the paper's experiment from the published files.
 
-    tools/prepare_data.py --train dapo-math-17k.parquet --evaluation aime-2024.parquet \\
+    python tools/prepare_data.py --train dapo-math-17k.parquet --evaluation aime-2024.parquet \\
         --tokenizer models/Qwen2.5-32B --out data
 
 The public DAPO-Math-17k repeats each of its problems about 100 times, AIME-2024 each of its 30 problems 32 times. What

@@ -196,6 +196,12 @@ def _check_pins(inventory: Inventory) -> list[Check]:
     return [_check_pin(requirement, inventory.version(requirement.name)) for requirement in always]
 
 
+def _optional_pin(inventory: Inventory, name: str) -> Requirement:
+    """Return what an extra asks for of a distribution; any version where the metadata are not known."""
+    requirements = map(Requirement, inventory.requirements)
+    return next((one for one in requirements if one.name == name), Requirement(name))
+
+
 def _check_pin(requirement: Requirement, version: str | None) -> Check:
     name, wanted = requirement.name, str(requirement.specifier)
     if version is None:
@@ -214,7 +220,7 @@ def _check_transformer_engine(inventory: Inventory) -> Check:
     if not inventory.gpus:
         without = "without a CUDA device plans and imports, but its kernels fail in Megatron's first update"
         return Check(name, "failure", f"{version} {without}: to train here, pip uninstall {name}")
-    return Check(name, "ok", version)
+    return _check_pin(_optional_pin(inventory, name), version)
 
 
 def _check_apex(inventory: Inventory) -> Check:
@@ -298,6 +304,9 @@ def _check_sglang(inventory: Inventory) -> Check:
     name = "SGLang rollout engine"
     if inventory.sglang is not None:
         python, version = inventory.sglang
+        pin = _check_pin(_optional_pin(inventory, "sglang"), version)
+        if pin.status == "warning":
+            return Check(name, "warning", f"{pin.detail}, in {python}")
         slow = "" if inventory.gpus else "; on CPU slowly, and it releases no memory"
         return Check(name, "ok", f"{version}, rollout.sglang.python={python}{slow}")
     if inventory.gpus:

@@ -114,8 +114,7 @@ def compare_curves(run_folders: Sequence[Path], labels: Sequence[str], out: Path
     names = list(dict.fromkeys(labels))
     if len(names) > len(COLOURS):
         raise UserError(
-            f"{len(names)} different labels: at most {len(COLOURS)} can be told apart in one figure. "
-            "Draw fewer runs, or give seeds of one setting the same label."
+            f"{len(names)} curves: at most {len(COLOURS)} can be told apart in one figure. Draw fewer runs."
         )
     runs = [{kind: read_metrics(folder, kind) for kind in KINDS} for folder in run_folders]
     panels = [panel for panel in PANELS if any(has_data(run, series) for run in runs for series in panel.series)]

@@ -24,6 +24,7 @@ from benchmarks.records import records
 from megatron_vapo.cli import main
 from megatron_vapo.models.offload import Offloader
 from megatron_vapo.runtime.manifest import write_manifest
+from tests.documented import undescribed
 
 REWARD = "def even(response, answer):\n    return 1.0 if len(response) % 2 == 0 else -1.0\n"
 """A reward that random models get right about half of the time."""
@@ -117,7 +118,8 @@ def test_help_lists_every_command(start: Callable[..., subprocess.Popen[str]]) -
     text = finish(start("--help"))
     usage = text.partition("\n\n")[0]
     assert all(
-        command in usage for command in ("train", "pretrain-critic", "evaluate", "plan", "report", "view", "doctor")
+        command in usage
+        for command in ("train", "pretrain-critic", "evaluate", "plan", "settings", "report", "view", "doctor")
     )
     text = finish(start("train", "--help"))
     assert all(word in text for word in ("recipe", "key=value", "--restart", "--dry-run"))
@@ -239,6 +241,7 @@ def test_a_run_leaves_its_record(trained: tuple[Path, str]) -> None:
     steps = records(run, "train")
     assert [record["step"] for record in steps] == [1, 2]
     assert all(math.isfinite(record["actor/loss"]) and record["actor/grad_norm"] > 0 for record in steps)
+    assert undescribed({name for record in records(run) for name in record} - {"kind", "step", "time"}) == []
     for kind in ("pretrain", "train", "evaluate"):
         assert list((run / "tensorboard" / kind).glob("events.out.tfevents.*"))
     assert sorted(p.name for p in (run / "samples").iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]

@@ -60,6 +60,19 @@ def test_another_version_than_the_pinned_one_is_a_warning():
     assert "4.57.0" in check.detail and "5.19.0" in check.detail
 
 
+def test_another_version_than_an_extra_asks_for_is_a_warning():
+    extras = ('transformer-engine[pytorch]==2.20.2; extra == "gpu"', 'sglang==0.5.23; extra == "sglang"')
+    node = replace(LAPTOP, gpus=[H100], requirements=[*LAPTOP.requirements, *extras], sglang=("python", "0.5.22"))
+    found = checks_of(with_packages(node, **{"transformer-engine": "2.19.0"}))
+    for name, has, wants in (
+        ("transformer-engine", "2.19.0", "2.20.2"),
+        ("SGLang rollout engine", "0.5.22", "0.5.23"),
+    ):
+        assert found[name].status == "warning" and f"{has}, but tested with =={wants}" in found[name].detail
+    found = checks_of(replace(with_packages(node, **TE), sglang=("python", "0.5.23")))
+    assert {found[name].status for name in ("transformer-engine", "SGLang rollout engine")} == {"ok"}
+
+
 def test_an_unknown_megatron_is_refused():
     check = checks_of(with_packages(LAPTOP, **{"megatron-core": "0.17.1"}))["megatron-core"]
     assert check.status == "failure"

@@ -92,6 +92,6 @@ def test_a_weight_sync_hands_every_number_of_the_checkpoint_to_the_engine(make_c
 
 
 def test_sglangs_scales_of_its_cache_come_with_the_family(make_checkpoint):
-    names = [name for name, _ in cache_scales(read_architecture(make_checkpoint("seed_oss")))]
+    names = [name for name, _ in cache_scales(read_architecture(make_checkpoint("seed_oss")), torch.device("cpu"))]
     assert names[:2] == ["model.layers.0.self_attn.attn.k_scale", "model.layers.0.self_attn.attn.v_scale"]
     assert len(names) == 2 * 4

@@ -16,6 +16,10 @@ from megatron_vapo.rollout.sglang.engine import SGLangEngine
 SHAPE = Path(__file__).resolve().parents[2] / "recipes" / "shapes" / "Qwen2.5-7B"
 
 
+IDLE = "flush_cache?timeout=30"
+"""Without it a question after the server's health that is under way would end the server."""
+
+
 class Fake:
     """Stands for `server.Server`, its `WeightUpdater` and torch's memory: notes what is called."""
 
@@ -83,7 +87,7 @@ def test_the_trainer_gives_its_memory_back_before_the_cache_wakes_up(
     engine: SGLangEngine, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.sleep()
-    assert fake.called == ["release_memory_occupation kv_cache cuda_graph weights"]
+    assert fake.called == [IDLE, "release_memory_occupation kv_cache cuda_graph weights"]
     fake.called.clear()
     monkeypatch.setattr(engine, "_device", torch.device("cuda:0"))
     engine.load_weights([("a", torch.ones(1))], version=3)

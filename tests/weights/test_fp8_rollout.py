@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_vapo.errors import LayoutError
+from megatron_vapo.rollout.sglang.engine import cache_scales
+from megatron_vapo.rollout.sglang.payload import buckets, flat
 from megatron_vapo.weights import fp8
 from megatron_vapo.weights.architecture import Architecture, read_architecture
 from megatron_vapo.weights.convert import hf_to_megatron, megatron_to_hf
@@ -25,6 +27,7 @@ from megatron_vapo.weights.transfer import stream
 from tests.weights.golden_engine import golden
 from tests.weights.test_reshard import held, on_all_ranks
 
+SHAPES = Path(__file__).resolve().parents[2] / "recipes" / "shapes"
 EVEN = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
@@ -130,16 +133,24 @@ def test_an_evaluated_folders_tensors_are_the_fp8_checkpoint(folders):
         assert_same_bits(formed[name], tensor, name)
 
 
+def test_cache_scales_lie_where_the_weights_do():
+    """A bucket may be of them alone, as behind a large output layer, and NCCL broadcasts nothing from the host."""
+    architecture = read_architecture(SHAPES / "Qwen2.5-7B")
+    on_device = [(name, torch.empty(1, dtype=torch.uint8, device="meta")) for name in "ab"]
+    scales = cache_scales(architecture, torch.device("meta"))
+    assert len(scales) == 2 * 28
+    *_, last = buckets([*on_device, *scales], most_bytes=4)
+    assert all(name.endswith("_scale") for name, _ in last) and flat(last)[0].device.type == "meta"
+
+
 @pytest.mark.sglang
 def test_sglangs_own_model_holds_the_same_as_one_that_read_the_checkpoint(folders, tmp_path, sglang_python):
     """One rank, by SGLang's own classes and loaders (its FP8 servers need a GPU)."""
-    from megatron_vapo.rollout.sglang.engine import cache_scales
-
     bf16, quantised = folders
     architecture = read_architecture(bf16)
     if architecture.experts:
         pytest.skip("SGLang on CPU cannot build FP8 experts")
-    constants = dict(cache_scales(architecture))
+    constants = dict(cache_scales(architecture, torch.device("cpu")))
     (tensors,) = synced(architecture, bf16, 1, whole=False)
     (entire,) = synced(architecture, bf16, 1, whole=True)
     broken = next(name for name in tensors if name.endswith(fp8.SCALE_SUFFIX))

@@ -6,9 +6,12 @@ import queue
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,6 +26,7 @@ from megatron_vapo.weights.slices import Box, megatron_parameter
 from megatron_vapo.weights.table import entries, hf_shapes, shard
 from megatron_vapo.weights.training_layout import TrainingLayout, TrainingRank, training_ranks
 from megatron_vapo.weights.transfer import stream
+from megatron_vapo.weights.transport import TorchTransport
 from tests.weights.golden_engine import golden
 
 BUCKET = 200
@@ -257,6 +261,37 @@ def test_boxes_say_what_the_table_cuts(data: st.DataObject) -> None:
             for row, box in parameter.stacked():
                 built[row : row + box.bottom - box.top] = area(tensors, box)
             assert torch.equal(built, expected)
+
+
+class OnDevice:
+    """In the place of a buffer on a CUDA device."""
+
+    is_cuda, device = True, torch.device("cuda:1")
+
+    def view(self, dtype: torch.dtype) -> OnDevice:
+        return self
+
+
+def test_an_exchange_on_a_device_is_over_when_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's `wait` is the stream's, not the host's, which goes on to tell a server to read the bytes."""
+    happened: list[object] = []
+
+    class Work:
+        def wait(self) -> None:
+            happened.append("wait")
+
+    def current(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: happened.append(device))
+
+    monkeypatch.setattr(dist, "P2POp", lambda *operation: operation)
+    monkeypatch.setattr(dist, "batch_isend_irecv", lambda operations: [Work() for _ in operations])
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    buffer: Any = OnDevice()
+    TorchTransport().exchange({0: buffer}, {2: buffer})
+    assert happened == ["wait", "wait", torch.device("cuda:1")]
+    happened.clear()
+    TorchTransport().exchange({0: torch.ones(1)}, {})
+    assert happened == ["wait"]
 
 
 def test_data_parallel_replicas_send_alike() -> None:

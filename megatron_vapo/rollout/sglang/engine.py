@@ -54,6 +54,9 @@ Events: TypeAlias = queue.SimpleQueue[tuple[int, Response | Pause | None] | None
 AT_FIRST, AT_LAST = ["weights"], ["kv_cache", "cuda_graph"]
 """Kinds of a server's memory that wake up before a weight update, and after it."""
 
+_IDLE_SECONDS = 30
+"""A server has so long to become idle once its last response has come."""
+
 
 class SGLangEngine:
     """The part of one process in an engine that several may host together.
@@ -96,7 +99,8 @@ class SGLangEngine:
         self.asleep = False
         self._weights = HeldWeights()
         log_folder.mkdir(parents=True, exist_ok=True)
-        self._constants = cache_scales(read_architecture(model_path)) if settings.quantization == "fp8" else []
+        fp8 = settings.quantization == "fp8"
+        self._constants = cache_scales(read_architecture(model_path), device) if fp8 else []
         log = log_folder / f"rollout_{self._number}.log"
         self._launch = server_settings(settings, model_path, dtype, device, log, longest)
         self._server: Server | None = None
@@ -244,11 +248,21 @@ class SGLangEngine:
             return
         if self._leads and self.failure is None:
             before = self._occupied()
-            self._attempt(self._call("/release_memory_occupation", {"tags": [*AT_LAST, *AT_FIRST]}))
+            self._attempt(self._release())
             self._counts["rollout/memory_released_gib"] += (before - self._occupied()) / 2**30
         if self.failure is not None:
             self._kill()  # it would keep its memory while the models train
         self.asleep = True
+
+    async def _release(self) -> None:
+        """Make the server give its memory back, once it is idle.
+
+        A question after its health is a request of one token, which SGLang runs where nothing else does; so one that
+        comes just after the last response may be under way, and a server that has to release then ends itself. A flush
+        with a timeout waits for it.
+        """
+        await self._call(f"/flush_cache?timeout={_IDLE_SECONDS}", {})
+        await self._call("/release_memory_occupation", {"tags": [*AT_LAST, *AT_FIRST]})
 
     def metrics(self) -> dict[str, float]:
         """See `RolloutEngine.metrics`."""
@@ -378,8 +392,9 @@ def _started(part: T | None) -> T:
     return part
 
 
-def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:
-    """Return the cache scales that SGLang's FP8 models have, each 1, as where a checkpoint has none.
+def cache_scales(architecture: Architecture, device: torch.device) -> list[tuple[str, Tensor]]:
+    """Return the cache scales that SGLang's FP8 models have, each 1, as where a checkpoint has none. They lie on the
+    weights' device: NCCL broadcasts no others, and a bucket may hold nothing else.
 
     They start as random numbers (load-format=dummy), and SGLang would take positive ones for real.
     Which models have them, `weights.families` says.
@@ -387,7 +402,7 @@ def cache_scales(architecture: Architecture) -> list[tuple[str, Tensor]]:
     if not FAMILIES[architecture.family].sglang_cache_scales:
         return []
     names = [f"model.layers.{i}.self_attn.attn.{x}_scale" for i in range(architecture.layers) for x in "kv"]
-    return [(name, torch.ones(())) for name in names]
+    return [(name, torch.ones((), device=device)) for name in names]
 
 
 def _group_of_hosts(engine: int, ranks: int, size: int) -> dist.ProcessGroup | None:

@@ -34,7 +34,11 @@ class WeightUpdater:
         self._group: UpdateGroup | None = None
 
     async def send(self, server: Connection, bucket: list[tuple[str, Tensor]]) -> None:
-        """Send a bucket; it is freed only once the server has answered, and so has copied it."""
+        """Send a bucket, which is kept until the server has answered.
+
+        On CUDA a rank of the server may copy it later still: torch counts who reads memory that it shares, and frees it
+        after the last.
+        """
         if self._way == "distributed":
             await self._broadcast(server, bucket)
             return
