@@ -55,7 +55,12 @@ class Vocabulary:
 
     def scaled(self, logits: Tensor) -> Tensor:
         """Return a float32 copy, divided by the temperature."""
-        return logits.to(torch.float32, copy=True).div_(self.temperature)
+        return self.divided(logits.to(torch.float32, copy=True))
+
+    def divided(self, logits: Tensor) -> Tensor:
+        """Divide by the temperature in place; by 1, which most recipes sample at, it would be a pass over memory for
+        nothing."""
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
 
     def targets_in(self, targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
         """Return which tokens' targets are in a block [t], and their columns there [t, 1], any column for others.
@@ -154,7 +159,7 @@ class Gradient:
             grad = p.mul_(weight).neg_()
         inside, columns = self.vocabulary.targets_in(self.targets, block)
         grad.scatter_add_(1, columns, (self.logprob * inside)[:, None])
-        return grad.div_(self.vocabulary.temperature)
+        return self.vocabulary.divided(grad)
 
 
 def _gradient(ctx, targets: Tensor, kept: Tensor, logprob: Tensor | None, entropy: Tensor | None) -> Gradient:
@@ -225,7 +230,7 @@ def _logits(hidden: Tensor, weight: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Return scaled logits [t, w] in float32: hidden [t, H], weight [w, H]. On a GPU the product's own sums, which are
     float32, are not rounded to the type of the inputs first: 0.03 nats or more of a confident token's log-prob."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32).div_(vocabulary.temperature)
+        return vocabulary.divided(torch.mm(hidden, weight.t(), out_dtype=torch.float32))
     return vocabulary.scaled(hidden @ weight.t())
 
 
