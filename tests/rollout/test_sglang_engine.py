@@ -347,6 +347,24 @@ def test_a_server_that_dies_or_hangs_asleep_is_replaced(run: Run, number: signal
     assert_written_by_the_actor(run, rollout)
 
 
+def test_a_server_sleeps_once_it_is_idle(run: Run) -> None:
+    """A question after its health is a request too; where one comes just after the last response, SGLang would end itself
+    as it is told to release its memory."""
+    engine, started = run.engine, run.engine._starts
+    run.sync_weights()
+    sampling = {"max_new_tokens": 24, "ignore_eos": True}
+    asked = [
+        engine._loop.start(engine._call("/generate", {"input_ids": [1], "sampling_params": sampling}))
+        for _ in "12345678"
+    ]
+    time.sleep(0.1)  # they have begun; if they had not, or are over already, there is nothing to wait for
+    engine.sleep()
+    assert engine.asleep and engine.failure is None
+    assert [len(request.result()["output_ids"]) for request in asked] == [24] * 8
+    assert_written_by_the_actor(run, rolled_out(run, 4))
+    assert engine._starts == started
+
+
 def test_a_corrupted_bucket_is_not_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def flip_one_bit(bucket: list) -> tuple[torch.Tensor, str]:
         memory, payload = intact(bucket)
