@@ -348,15 +348,12 @@ def test_a_server_that_dies_or_hangs_asleep_is_replaced(run: Run, number: signal
 
 
 def test_a_server_sleeps_once_it_is_idle(run: Run) -> None:
-    """A question after its health is a request too; where one comes just after the last response, SGLang would end itself
-    as it is told to release its memory."""
+    """A question after its health is a request too, and may come just after the last response: without waiting for it,
+    SGLang ends itself as it is told to release its memory."""
     engine, started = run.engine, run.engine._starts
     run.sync_weights()
-    sampling = {"max_new_tokens": 24, "ignore_eos": True}
-    asked = [
-        engine._loop.start(engine._call("/generate", {"input_ids": [1], "sampling_params": sampling}))
-        for _ in "12345678"
-    ]
+    body = {"input_ids": [1], "sampling_params": {"max_new_tokens": 24, "ignore_eos": True}}
+    asked = [engine._loop.start(engine._call("/generate", body)) for _ in range(8)]
     time.sleep(0.1)  # they have begun; if they had not, or are over already, there is nothing to wait for
     engine.sleep()
     assert engine.asleep and engine.failure is None
