@@ -27,7 +27,7 @@ def write_document(document: Path, results: Results, arms: list[Arm], seeds: Ite
     """Results as document, JSON beside it, and in a folder beside it figures and what is kept of each run.
 
     Raises:
-        DataError: there are none, or runs of an arm have different settings.
+        DataError: there are none.
     """
     seeds = list(seeds)
     if not results:
