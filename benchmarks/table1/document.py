@@ -20,6 +20,7 @@ from megatron_vapo.errors import DataError
 
 BEGIN, END = "<!-- results: written by python -m benchmarks.table1 -->", "<!-- end of results -->"
 TITLES = {arm.name: arm.title for arm in ARMS}
+DIGITS = 5
 GROUPS = {"paper": "The paper's rows", "more": "Other rows"}
 
 
@@ -32,7 +33,7 @@ def write_document(document: Path, results: Results, arms: list[Arm], seeds: Ite
     seeds = list(seeds)
     if not results:
         raise DataError("no run is complete yet")
-    numbers = rounded({"runs": _runs(results, arms, seeds), **analyse(results)})
+    numbers = rounded({"runs": _runs(results, arms, seeds), **analyse(results)}, DIGITS)
     figures = draw_all(results, document.with_suffix(""))
     write_runs(document.with_suffix("") / RUNS, results)
     document.with_suffix(".json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")

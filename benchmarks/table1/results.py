@@ -30,8 +30,8 @@ LAST = 3
 RUNS = "runs.jsonl"
 """The file that keeps them, beside a document's figures."""
 
-DIGITS = 5
-"""Significant ones that are kept of what is not counted."""
+DIGITS = 4
+"""Significant ones that are kept of a step's metrics and the like."""
 
 BY_POSITION = ("advantage", "critic/value", "critic/explained_variance")
 METRICS = (
@@ -173,13 +173,13 @@ def read_result(folder: Path) -> Result:
         evaluations=[(sampled[record["step"]], record["evaluate/accuracy"]) for record in evaluations],
         step_tokens=[sampled[record["step"]] for record in train],
         steps={
-            name: rounded([record.get(name) for record in train])
+            name: rounded([record.get(name) for record in train], DIGITS)
             for name in METRICS
             if any(name in record for record in train)
         },
         credit=_read_credit(folder / CREDIT),
         lengths=(_lengths(first), _lengths(last)),
-        fates=(rounded(read_fates(first)), rounded(read_fates(last))),
+        fates=(rounded(read_fates(first), DIGITS), rounded(read_fates(last), DIGITS)),
     )
 
 
@@ -241,14 +241,14 @@ def read_runs(path: Path) -> list[Result]:
     return runs
 
 
-def rounded(value: Any) -> Any:
-    """Numbers to `DIGITS` significant digits, for JSON; what is not finite becomes null."""
+def rounded(value: Any, digits: int) -> Any:
+    """Numbers to so many significant digits, for JSON; what is not finite becomes null."""
     if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
+        return {str(key): rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
-        return [rounded(item) for item in value]
+        return [rounded(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 
@@ -256,7 +256,7 @@ def _read_credit(path: Path) -> dict[str, list[tuple[int, int, float]]]:
     """Return none where none was kept."""
     found: dict[str, list[tuple[int, int, float]]] = {}
     for row in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
-        found.setdefault(row["kind"], []).append((row["step"], row["tokens"], rounded(row["mean"])))
+        found.setdefault(row["kind"], []).append((row["step"], row["tokens"], rounded(row["mean"], DIGITS)))
     return found
 
 
