@@ -13,7 +13,7 @@ PLACEHOLDERS = {"NAME": r"[^/]+", "METRIC": r"[^/]+", "KEY": r"[^/]+", "PHASE": 
 @cache
 def _patterns() -> tuple[re.Pattern[str], ...]:
     page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
-    names = {name for name in re.findall(r"`([^`\s]+/[^`\s]+)`", page) if not name.endswith(("/", ".jsonl"))}
+    names = {name for name in re.findall(r"`([^`\s]+(?:/|_tenth_)[^`\s]+)`", page) if not name.endswith(".jsonl")}
     return tuple(re.compile(_pattern(name)) for name in names)
 
 
