@@ -12,22 +12,13 @@ from benchmarks.table1 import statistics
 from benchmarks.table1.arms import ARMS
 from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import mean_fates
-from benchmarks.table1.results import Result, Results
+from benchmarks.table1.results import ON_THE_WAY, Result, Results
 
 ORDER = ("ppo", "no_value_pretraining", "no_decoupled_gae", "no_length_adaptive_gae", "no_clip_higher",
          "no_token_level_loss", "no_positive_lm_loss", "no_group_sampling", "vapo")  # fmt: skip
 """The paper's nine ablation arms, worst first."""
 LOWEST, MIDDLE = ORDER[:2], ORDER[2:-1]
 """Those that are to be lowest, and those between them and VAPO."""
-
-ON_THE_WAY = {
-    "response length": "response/length_mean",
-    "entropy": "actor/entropy_before",
-    "clipped above": "actor/clip_fraction_high",
-    "clipped below": "actor/clip_fraction_low",
-    "explained variance": "critic/explained_variance",
-}
-"""What is said of each arm's training besides its scores: metrics of its steps."""
 
 TENTHS = (1, 3, 5, 7, 9, 10)
 """Of a response, in which explained variance is shown."""

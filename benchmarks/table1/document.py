@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table1 import tuning
-from benchmarks.table1.analysis import FIRST_STEPS, LOWEST, ON_THE_WAY, PAPER_NOISE, TENTHS, analyse
+from benchmarks.table1.analysis import FIRST_STEPS, LOWEST, PAPER_NOISE, TENTHS, analyse
 from benchmarks.table1.arms import ARMS, Arm
 from benchmarks.table1.credit import KINDS
 from benchmarks.table1.fates import CORRECTIONS, REMARKS_A_LINE
 from benchmarks.table1.figures import draw_all
-from benchmarks.table1.results import RUNS, Results, rounded, write_runs
+from benchmarks.table1.results import ON_THE_WAY, RUNS, Results, rounded, write_runs
 from megatron_vapo.errors import DataError
 
 BEGIN, END = "<!-- results: written by python -m benchmarks.table1 -->", "<!-- end of results -->"

@@ -33,13 +33,18 @@ RUNS = "runs.jsonl"
 DIGITS = 4
 """Significant ones that are kept of a step's metrics and the like."""
 
+ON_THE_WAY = {
+    "response length": "response/length_mean",
+    "entropy": "actor/entropy_before",
+    "clipped above": "actor/clip_fraction_high",
+    "clipped below": "actor/clip_fraction_low",
+    "explained variance": "critic/explained_variance",
+}
+"""What is said of each arm's training besides its scores: metrics of its steps."""
+
 BY_POSITION = ("advantage", "critic/value", "critic/explained_variance")
 METRICS = (
-    "response/length_mean",
-    "actor/entropy_before",
-    "actor/clip_fraction_high",
-    "actor/clip_fraction_low",
-    "critic/explained_variance",
+    *ON_THE_WAY.values(),
     *(f"{name}_tenth_{k + 1}" for name in BY_POSITION for k in range(POSITION_BINS)),
 )
 """Of training steps, those that are kept."""

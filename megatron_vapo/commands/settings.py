@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import textwrap
 from collections.abc import Iterator
 from types import NoneType, UnionType
@@ -10,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from megatron_vapo.config import MISSING, Recipe
 from megatron_vapo.errors import RecipeError
+from megatron_vapo.recipe.load import nearest_key
 from megatron_vapo.recipe.schema import SCHEMA, Setting, value_of
 
 WIDTH, INDENT = 100, "    "
@@ -23,16 +23,17 @@ def describe(prefix: str) -> str:
     """
     chosen = [s for s in SCHEMA.values() if not prefix or s.key == prefix or s.key.startswith(f"{prefix}.")]
     if not chosen:
-        nearest = difflib.get_close_matches(prefix, SCHEMA, n=1)
-        raise RecipeError(f"no setting or group is called {prefix}" + (f"; {nearest[0]}?" if nearest else ""))
-    return "\n".join(line for setting in chosen for line in _paragraph(setting))
+        nearest = nearest_key(prefix)
+        raise RecipeError(f"no setting or group is called {prefix}" + (f"; {nearest}?" if nearest else ""))
+    defaults = Recipe()
+    return "\n".join(line for setting in chosen for line in _paragraph(setting, defaults))
 
 
-def _paragraph(setting: Setting) -> Iterator[str]:
+def _paragraph(setting: Setting, defaults: Recipe) -> Iterator[str]:
     if setting.is_group:
         yield f"{setting.key}: {setting.doc}"
     else:
-        default = value_of(Recipe(), setting.key)
+        default = value_of(defaults, setting.key)
         yield f"{setting.key} = {'(to be chosen)' if default == MISSING else _written(default)}"
         text = f"[{'; '.join(_facts(setting))}] {setting.doc}"
         yield from textwrap.wrap(text, WIDTH, initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False)

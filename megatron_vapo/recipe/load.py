@@ -218,7 +218,7 @@ def _refuse_unknown_keys(content: Any, group: str, source: str) -> None:
             raise RecipeError(f"{source}: {key} is called {MOVED[key]} now")
         setting = SCHEMA.get(key)
         if setting is None:
-            raise RecipeError(f"{source}: unknown key {key}{_nearest(str(name), prefix)}")
+            raise RecipeError(f"{source}: unknown key {key}{_hint(str(name), prefix)}")
         if setting.is_group:
             _refuse_unknown_keys(value, setting.key, source)
 
@@ -229,17 +229,21 @@ def _names_in(prefix: str) -> list[str]:
     return [name for name in inside if "." not in name]
 
 
-def _nearest(name: str, prefix: str) -> str:
-    """Return a hint at the known key meant: in the same group, else the same name in another group."""
+def _hint(name: str, prefix: str) -> str:
+    nearest = nearest_key(name, prefix)
+    return f" (did you mean {nearest}?)" if nearest else f" (known here: {', '.join(_names_in(prefix))})"
+
+
+def nearest_key(name: str, prefix: str = "") -> str | None:
+    """Return the known key that an unknown name means, None where nothing is near: in the group of that prefix, else
+    the same name in another group."""
     siblings = {key.removeprefix(prefix): key for key in SCHEMA if key.startswith(prefix)}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if close:
-        return f" (did you mean {siblings[close[0]]}?)"
+        return siblings[close[0]]
     elsewhere = {key.rsplit(".", 1)[-1]: key for key in reversed(SCHEMA)}
     close = difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.75)
-    if close:
-        return f" (did you mean {elsewhere[close[0]]}?)"
-    return f" (known here: {', '.join(_names_in(prefix))})"
+    return elsewhere[close[0]] if close else None
 
 
 def _one_line(error: Exception) -> str:
