@@ -107,6 +107,11 @@ class Cluster:
             list(map(str, command)), env=self.environment | more, capture_output=True, text=True, timeout=timeout
         )
 
+    def end_jobs(self) -> None:
+        """So that a job which hangs is one test's, not all later ones'."""
+        self.run("scancel", "--user=root")
+        _wait(lambda: not self.run("squeue", "--noheader").stdout, 60, "an end of all jobs")
+
     @contextlib.contextmanager
     def plugin(self, source: Path) -> Iterator[None]:
         """Jobs that start meanwhile have a SPANK plugin, built from C."""

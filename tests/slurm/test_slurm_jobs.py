@@ -66,8 +66,9 @@ def service(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def user(cluster, tmp_path: Path, service: str) -> User:
-    return User(cluster, tmp_path, service)
+def user(cluster, tmp_path: Path, service: str) -> Iterator[User]:
+    yield User(cluster, tmp_path, service)
+    cluster.end_jobs()
 
 
 class User:

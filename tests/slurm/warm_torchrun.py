@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +16,7 @@ from torch.distributed.run import main
 from tests.slurm.warm_python import Started
 
 SERVICE = sys.argv[1]
+_close = SubprocessHandler.close
 
 
 def forked(handler: SubprocessHandler, command: Sequence[str], environment: Mapping[str, str]) -> Started:
@@ -23,6 +26,13 @@ def forked(handler: SubprocessHandler, command: Sequence[str], environment: Mapp
     return Started(SERVICE, arguments, environment, handler._stdout.name, handler._stderr.name)
 
 
+def close(handler: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
+    """In place of `SubprocessHandler.close`: a rank that is another process's child can be gone before this one hears
+    of it."""
+    with contextlib.suppress(ProcessLookupError):
+        _close(handler, death_sig)
+
+
 if __name__ == "__main__":
-    SubprocessHandler._popen = forked
+    SubprocessHandler._popen, SubprocessHandler.close = forked, close
     main(sys.argv[2:])
