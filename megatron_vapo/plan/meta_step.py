@@ -50,8 +50,11 @@ class StepMeasurement:
     """Bytes at the worst moment of a forward pass without gradients."""
     flops: float
     """Operations of one micro-batch, forward, backward and recomputation, of attention what causal order leaves."""
-    sent: dict[str, int]
-    """Bytes that the rank sends for one micro-batch, by collective; ring algorithms assumed."""
+    sent: dict[int, int]
+    """Bytes that the rank sends inside layers for one micro-batch of an update, by the reach of the group that it sends
+    to (`Meter.sent`); ring algorithms assumed."""
+    forward_sent: dict[int, int]
+    """The same in a forward pass without gradients."""
 
     def at_depth(self, other: StepMeasurement, layers: int) -> StepMeasurement:
         """Continue the line through two depths: every number grows by the same with each layer."""
@@ -65,7 +68,8 @@ class StepMeasurement:
             saved=int(along(self.saved, other.saved)),
             forward_peak=int(along(self.forward_peak, other.forward_peak)),
             flops=along(self.flops, other.flops),
-            sent={name: int(along(self.sent.get(name, 0), sent)) for name, sent in other.sent.items()},
+            sent={reach: int(along(self.sent[reach], sent)) for reach, sent in other.sent.items()},
+            forward_sent={reach: int(along(self.forward_sent[reach], n)) for reach, n in other.forward_sent.items()},
         )
 
 
@@ -101,8 +105,9 @@ def measure_whole(
             step = _Step(model, data_parallel(model), micro, packed, meter)
         standing = meter.restart()
         with torch.no_grad():
-            step.run(role.pipeline_parallel if role.virtual_pipeline else 1, forward_only=True)
-        forward_peak = meter.peak - standing
+            forwards = role.pipeline_parallel if role.virtual_pipeline else 1
+            step.run(forwards, forward_only=True)
+        forward_peak, forward_sent = meter.peak - standing, meter.sent
         meter.restart()
         step.kept.clear()
         # As many micro-batches as a stage ever has in flight, and those that make the first one leave.
@@ -114,7 +119,8 @@ def measure_whole(
             saved=max(step.kept) - standing,
             forward_peak=forward_peak,
             flops=meter.flops / count,
-            sent={name: sent // count for name, sent in meter.sent.items()},
+            sent={reach: sent // count for reach, sent in meter.sent.items()},
+            forward_sent={reach: sent // forwards for reach, sent in forward_sent.items()},
         )
 
 

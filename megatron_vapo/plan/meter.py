@@ -19,7 +19,7 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 class Meter(TorchDispatchMode):
     """Follows the storages that operations make: bytes alive now (`live`) and at most (`peak`); and counts operations
-    (`flops`) and bytes sent in collectives (`sent`, by collective)."""
+    (`flops`) and bytes sent in collectives (`sent`, by the reach of their group: from its first rank to its last)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Meter(TorchDispatchMode):
 
     def restart(self) -> int:
         """Count anew from what is alive now, and return that."""
-        self.peak, self.flops, self.sent = self.live, 0.0, Counter[str]()
+        self.peak, self.flops, self.sent = self.live, 0.0, Counter[int]()
         return self.live
 
     def _follow(self, tensor: Tensor) -> None:
@@ -61,8 +61,8 @@ class Meter(TorchDispatchMode):
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         elif func.namespace == "c10d" and packet not in _BETWEEN_STAGES:
-            name, sent = _sent(func, args)
-            self.sent[name] += sent
+            reach, sent = _sent(func, args)
+            self.sent[reach] += sent
 
 
 _BETWEEN_STAGES = (torch.ops.c10d.send, torch.ops.c10d.recv_)
@@ -77,11 +77,12 @@ def _attention_flops(query: Tensor, key: Tensor) -> float:
     return 4.0 * n * heads * size * queries * (key.shape[2] - queries / 2)
 
 
-def _sent(func: Any, args: Any) -> tuple[str, int]:
-    """Return a collective's name and the bytes that a rank sends in it."""
-    groups = [argument for argument in args if isinstance(argument, torch.ScriptObject)]
-    size = dist.ProcessGroup.unbox(groups[0]).size() if groups else 1
+def _sent(func: Any, args: Any) -> tuple[int, int]:
+    """Return how many ranks a collective's group reaches over, and the bytes that a rank sends in it."""
+    group = next(argument for argument in args if isinstance(argument, torch.ScriptObject))
+    ranks = dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+    size = len(ranks)
     tensors = [t for argument in args[:2] for t in tree_iter(argument) if isinstance(t, Tensor)]
     largest = max((t.numel() * t.element_size() for t in tensors), default=0)
     rounds = 2 if "allreduce" in func._schema.name else 1
-    return func._schema.name.split("::")[1].strip("_"), rounds * largest * (size - 1) // size
+    return max(ranks) - min(ranks) + 1, rounds * largest * (size - 1) // size

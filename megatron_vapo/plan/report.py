@@ -208,14 +208,15 @@ def _time_table(plan: CapacityPlan) -> Table:
 def _summary(plan: CapacityPlan, watts: float) -> str:
     moved, saved, data, derived = plan.traffic, plan.checkpoint, plan.data_path, _derived(plan)
     energy = derived["gpu_hours"] * watts * plan.assumptions["power_share"] / 1e6
-    inside, updates = _gib(moved.inside_layers), _gib(moved.gradients + moved.parameters)
+    inside, updates = _gib(moved.inside_layers + moved.between_nodes), _gib(moved.gradients + moved.parameters)
     return (
         f"\nA step: {plan.batch.responses} responses of {plan.batch.response_tokens:,.0f} tokens (assumed), "
         f"{plan.flops / 1e18:.2f}e18 operations, pipeline bubbles "
         f"{', '.join(f'{name} {share:.0%}' for name, share in plan.bubbles.items())}\n"
-        f"Sent by the busiest rank in a step, GiB: gradients and parameters {updates}, inside layers {inside}, "
-        f"pipeline {_gib(moved.pipeline)}; received in a weight sync {_gib(moved.reshard)} "
-        f"({_gib(moved.reshard_total)} by all ranks); to the host and back {_gib(moved.offload)}\n"
+        f"Sent by the busiest rank in a step, GiB: gradients and parameters {updates}, inside layers {inside} "
+        f"(between nodes {_gib(moved.between_nodes)}), pipeline {_gib(moved.pipeline)}; received in a weight sync "
+        f"{_gib(moved.reshard)} ({_gib(moved.reshard_total)} by all ranks); to the host and back "
+        f"{_gib(moved.offload)}\n"
         f"A checkpoint, GiB: {_gib(saved.total)}; a rank writes {_gib(saved.written)}, which takes as much host memory "
         f"until it is on disk ({_gib(saved.host)} a node), and reads as much to resume, twice, and gets "
         f"{_gib(saved.received)} from other ranks\n"

@@ -82,7 +82,9 @@ class Traffic:
     parameters: int
     """All-gather after each update under the distributed optimizer (ZeRO-1)."""
     inside_layers: int
-    """Tensor, sequence, context and expert parallelism."""
+    """Tensor, sequence, context and expert parallelism, in groups within a node."""
+    between_nodes: int
+    """The same in groups that reach over several nodes."""
     pipeline: int
     reshard: int
     reshard_total: int
@@ -92,7 +94,7 @@ class Traffic:
 
 
 def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traffic:
-    """Return what a step sends. Collectives inside layers are a measured micro-batch's, scaled to the step's tokens."""
+    """Return what a step sends. Messages inside layers are a measured micro-batch's, scaled to the step's tokens."""
     batch, sums = batch_of(recipe, cluster), Counter[str]()
     for name, model in models.items():
         role = model.role
@@ -104,17 +106,37 @@ def traffic(recipe: Recipe, models: dict[str, Model], cluster: Cluster) -> Traff
         sums["gradients"] += updates * rounds * int(4 * numbers * ring)
         sums["parameters"] += updates * int(model.itemsize * numbers * ring) if role.distributed_optimizer else 0
         tokens = batch.tokens / (copies // role.context_parallel)
-        micro_batches = tokens / role.micro_batch_tokens * passes
-        stages = range(role.pipeline_parallel)
-        sums["inside"] += int(micro_batches * max(sum(model.step(s).sent.values()) for s in stages))
-        crossing = 2 * model.architecture.hidden * model.itemsize / role.context_parallel
+        sums += _inside_layers(model, tokens / role.micro_batch_tokens, passes, cluster)
+        crossing = model.architecture.hidden * model.itemsize / role.context_parallel
         if role.sequence_parallel:
             crossing /= role.tensor_parallel
-        sums["pipeline"] += int(tokens * passes * crossing) if role.pipeline_parallel > 1 else 0
+        sums["pipeline"] += int(tokens * (2 * passes + 1) * crossing) if role.pipeline_parallel > 1 else 0
     most, total = reshard_bytes(recipe, models["actor"], cluster)
     everything = models | reference_of(recipe, models["actor"])
     moved = sum(offload_bytes(model, cluster.world) for model in everything.values())
-    return Traffic(sums["gradients"], sums["parameters"], sums["inside"], sums["pipeline"], most, total, moved)
+    return Traffic(
+        gradients=sums["gradients"],
+        parameters=sums["parameters"],
+        inside_layers=sums["inside layers"],
+        between_nodes=sums["between nodes"],
+        pipeline=sums["pipeline"],
+        reshard=most,
+        reshard_total=total,
+        offload=moved,
+    )
+
+
+def _inside_layers(model: Model, micro_batches: float, passes: int, cluster: Cluster) -> Counter[str]:
+    """Return what the busiest stage's rank sends in a step's updates and in its forward pass without gradients."""
+    found = []
+    for stage in range(model.role.pipeline_parallel):
+        step, sums = model.step(stage), Counter[str]()
+        for sent, times in ((step.sent, passes), (step.forward_sent, 1)):
+            for reach, size in sent.items():
+                within = reach <= cluster.world // cluster.nodes
+                sums["inside layers" if within else "between nodes"] += int(size * micro_batches * times)
+        found.append(sums)
+    return max(found, key=Counter.total)
 
 
 def offload_bytes(model: Model, world: int) -> int:
@@ -202,6 +224,8 @@ def seconds(
         found[update.shown] = work / (device * assumed.training_efficiency) / (1 - bubble(recipe, model, cluster))
     if recipe.uses_reference:
         found[Phase.REFERENCE.shown] = found[Phase.LOGPROBS.shown]
+    link = cluster.gpu.link * assumed.network_efficiency
+    found["inside layers"] = moved.inside_layers / link + moved.between_nodes / network
     found["gradient sync"] = (moved.gradients + moved.parameters) / network
     found[Phase.WEIGHT_SYNC.shown] = moved.reshard / network
     if moved.offload:  # at worst, when nothing hides it

@@ -14,6 +14,7 @@ from benchmarks.table1 import analysis, arms
 from benchmarks.table1.document import BEGIN, END, write_document
 from benchmarks.table1.results import RUNS, Result, Results, read_result, read_results, read_runs
 from megatron_vapo.errors import DataError
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -135,6 +136,18 @@ def test_speed_against_dapo(numbers: dict) -> None:
     assert speed["never"] == [] and speed["share"] == pytest.approx((9 * 0.56 / 0.86 + 1) / 12, abs=0.03)
     assert speed["share_with_pretraining"] - speed["share"] == pytest.approx(500 / 12_000, rel=0.01)
     assert numbers["speed"]["ppo"]["never"] == list(range(6)) and numbers["speed"]["ppo"]["share"] == 1.0
+
+
+def test_the_document_is_what_its_runs_say(tmp_path: Path) -> None:
+    """The kept runs make docs/table1.md's results and its JSON again."""
+    published = REPOSITORY / "docs" / "table1.md"
+    document = tmp_path / published.name
+    document.write_text(published.read_text())
+    seeds = range(10)
+    known = read_runs(published.with_suffix("") / RUNS)
+    write_document(document, read_results(tmp_path, NAMES, seeds, known), list(arms.ARMS), seeds)
+    assert document.read_text() == published.read_text()
+    assert document.with_suffix(".json").read_text() == published.with_suffix(".json").read_text()
 
 
 def test_a_document_of_everything(results: Results, tmp_path: Path) -> None:

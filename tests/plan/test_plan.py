@@ -153,6 +153,30 @@ def test_reshard_traffic_is_what_engines_lack(recipe, architectures) -> None:
     assert total == pytest.approx(16 * engine / 2, rel=0.02)
 
 
+def test_messages_inside_layers(recipe, architectures) -> None:
+    """By hand: each layer of Megatron's sequence parallelism gathers or scatters what goes through it four times
+    forwards and six times backwards, and four times more where it is computed again; a rank sends seven eighths of it.
+    Context parallelism gathers keys and values of one head, over two nodes where tensor parallelism fills one."""
+    tokens = recipe.actor.micro_batch_tokens
+    through = tokens * 5120 * 2 * 7 / 8
+    step = roles_of(recipe, *architectures)["actor"].step(0)
+    assert step.sent == {8: pytest.approx(14 * 32 * through, rel=0.01)}  # embeddings are the hundredth
+    assert step.forward_sent == {8: pytest.approx(4 * 32 * through, rel=0.01)}
+    faster = ("pipeline_parallel=1", "context_parallel=2", "recompute=none")
+    faster = with_overrides(recipe, [f"{role}.{setting}" for role in ("actor", "critic") for setting in faster])
+    models = roles_of(faster, *architectures)
+    step = models["actor"].step(0)
+    assert step.sent == {8: pytest.approx(10 * 64 * through / 2, rel=0.01), 9: 2 * step.forward_sent[9]}
+    assert step.forward_sent[9] == 64 * (2 * tokens / 2 * 128 * 2)
+    wide = traffic(faster, models, cluster(8, gpus_per_node=16))
+    eights = traffic(faster, models, cluster(16))
+    assert eights.between_nodes > 0 == wide.between_nodes
+    assert eights.inside_layers + eights.between_nodes == pytest.approx(wide.inside_layers)
+    cache = cache_of(faster, models["actor"], phases(faster, models, cluster(16))[0], 128)
+    found = seconds(faster, models, cluster(16), cache, eights)["inside layers"]
+    assert found == pytest.approx(eights.inside_layers / (0.7 * 450e9) + eights.between_nodes / (0.7 * 50e9))
+
+
 def test_ranks_share_a_checkpoint(recipe, architectures) -> None:
     """14 bytes a parameter in bfloat16, of actor and critic; norms count once a tensor-parallel rank."""
     found = checkpoint_bytes(roles_of(recipe, *architectures), cluster(16))
