@@ -81,7 +81,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True, timeout=20)
+        self._cancel_jobs()
         for process in self._processes.values():
             process.terminate()
         for process in self._processes.values():
@@ -109,8 +109,11 @@ class Cluster:
 
     def end_jobs(self) -> None:
         """So that a job which hangs is one test's, not all later ones'."""
-        self.run("scancel", "--user=root")
+        self._cancel_jobs()
         _wait(lambda: not self.run("squeue", "--noheader").stdout, 60, "an end of all jobs")
+
+    def _cancel_jobs(self) -> None:
+        self.run("scancel", "--user=root", timeout=20)
 
     @contextlib.contextmanager
     def plugin(self, source: Path) -> Iterator[None]:
